@@ -1,0 +1,1 @@
+"""Saved models: their format, their loader, their files."""

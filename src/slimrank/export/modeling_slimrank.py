@@ -1,0 +1,80 @@
+"""Loader of compressed models. Copied into every saved model; imports nothing but torch and transformers.
+
+A compressed model is an object of the native class (LlamaForCausalLM, ...), with some linear layers replaced by
+`LowRankLinear`. So `generate`, `device_map`, PEFT and `save_pretrained` work as for any other model.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from slimrank.layers.low_rank import LowRankLinear
+
+
+class SlimRankForCausalLM:
+    """What `AutoModelForCausalLM` finds for a compressed model; it makes objects of the native class."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load a compressed model; arguments as for any `from_pretrained`."""
+        if config is None:
+            from .configuration_slimrank import SlimRankConfig
+
+            config = SlimRankConfig.from_pretrained(path)
+        native = _native_class(config)
+        loaded = _class_with_thin_layers(native).from_pretrained(path, *args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.__class__ = native
+        return loaded
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        native = _native_class(config)
+        model = _class_with_thin_layers(native)._from_config(config, **kwargs)
+        model.__class__ = native
+        return model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
+        """Nothing to do: a compressed model always writes its own code files."""
+
+
+def _native_class(config: Any) -> Any:
+    base = type(config).__mro__[2]  # Compressed<Native>Config, CompressedConfig, <Native>Config, ...
+    return MODEL_FOR_CAUSAL_LM_MAPPING[base]
+
+
+@functools.cache
+def _class_with_thin_layers(native: Any) -> Any:
+    """A subclass of the native class whose constructor puts in the low-rank layers, for the time of loading."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        native.__init__(self, config, *args, **kwargs)
+        replace_layers(self, config.slimrank["layers"])
+
+    return type(native.__name__, (native,), {"__init__": __init__, "__module__": native.__module__})
+
+
+def replace_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
+    """Put an empty `LowRankLinear` in the place of each named layer.
+
+    Raises:
+        ValueError: a layer that the model lacks: the checkpoint and the architecture do not belong together.
+    """
+    for path, about in layers.items():
+        parent_path, _, name = path.rpartition(".")
+        try:
+            parent = model.get_submodule(parent_path)
+            old = parent.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"the compressed layer '{path}' is not in {type(model).__name__}") from error
+        weight: torch.Tensor = old.weight  # type: ignore[assignment]
+        layer = LowRankLinear(
+            about["in"], about["out"], about["rank"], about["bias"], device=weight.device, dtype=weight.dtype
+        )
+        setattr(parent, name, layer)

@@ -1,0 +1,1 @@
+"""Models: load them, find what can be compressed, run them block by block."""

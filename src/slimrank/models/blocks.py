@@ -1,0 +1,238 @@
+"""Run a decoder block by block, with no forward code of any particular model.
+
+The model's own forward runs once per batch with every block replaced by a recorder that notes the arguments
+it was called with (attention mask, position embeddings, caches off ...) and hands its hidden states on. After
+that each block can be called alone with just those arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimrank.errors import ModelError, NonFiniteError
+from slimrank.models.placement import placed
+from slimrank.models.structure import find_blocks
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids (batch x tokens) and, where there is padding, their mask (1 = a real token)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a block is called with besides its hidden states, and whether it answers with a tuple."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _LastBlockReached(Exception):  # noqa: N818 (control flow, never seen by users)
+    """Ends the recorded forward pass: nothing after the blocks is needed."""
+
+
+class BlockRunner:
+    """The decoder blocks of a model as a sequence of callables over a set of batches.
+
+    Args:
+        model: a decoder from transformers.
+        device: where blocks are computed.
+        upcast: compute in float32 what is stored in 16 bits.
+        resident: keep the whole model on the device (inside `self.session()`), instead of one block at a time.
+            The results are the same.
+
+    `hidden[b]` are the hidden states (batch x tokens x width) that enter the next block, for batch b.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, upcast: bool, resident: bool) -> None:
+        self.model, self.device, self.upcast, self.resident = model, device, upcast, resident
+        self.path, self.blocks = find_blocks(model)
+        self.batches: list[Batch] = []
+        self.hidden: list[Tensor] = []
+        self._calls: list[list[_Call]] = []
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @contextmanager
+    def session(self) -> Iterator[BlockRunner]:
+        """Evaluation mode, no gradients and, when resident, the whole model on the device."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), placed([self.model] if self.resident else [], self.device, self.upcast):
+                yield self
+        finally:
+            self.model.train(training)
+
+    def embed(self, batches: Iterable[Batch]) -> None:
+        """Embed the batches, and record what the model passes to each of its blocks.
+
+        Raises:
+            ModelError: a block that is never called, or called without hidden states.
+        """
+        self.batches, self.hidden, self._calls = list(batches), [], []
+        outside = _modules_outside(self.model, self.blocks)
+        with self._placed(*outside, self.blocks[0]), _Recorder(self.blocks) as recorder:
+            for batch in self.batches:
+                hidden, calls = recorder.record(self.model, batch, self.device)
+                self.hidden.append(hidden if self.resident else hidden.cpu())
+                self._calls.append(_share(calls, self._calls[-1] if self._calls else None))
+
+    def step(self, index: int, before: Callable[[Batch], None] | None = None) -> None:
+        """Run block `index` over all batches; its outputs become the hidden states.
+
+        Args:
+            index: which block.
+            before: called with each batch before the block runs on it.
+
+        Raises:
+            NonFiniteError: NaN or infinity in the block's output.
+        """
+        block = self.blocks[index]
+        with self.placed_block(index):
+            for b, batch in enumerate(self.batches):
+                if before is not None:
+                    before(batch)
+                call = self._calls[b][index]
+                output = block(self.hidden[b].to(self.device), *call.args, **call.kwargs)
+                hidden = _first(output)
+                if not bool(torch.isfinite(hidden).all()):
+                    raise NonFiniteError(
+                        f"NaN or infinity in the output of block '{self.path}.{index}' (batch {b}).",
+                        "run in float32 (--dtype float32); check that the model itself is sound",
+                    )
+                self.hidden[b] = hidden if self.resident else hidden.cpu()
+
+    @contextmanager
+    def placed_block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index`, its weights on the compute device."""
+        with self._placed(self.blocks[index]):
+            yield self.blocks[index]
+
+    def _placed(self, *modules: nn.Module) -> Any:
+        return placed(() if self.resident else modules, self.device, self.upcast)
+
+
+class _Recorder:
+    """Replaces the forward of all blocks for the time of its context."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        self.blocks = blocks
+        self.calls: list[_Call | None] = []
+        self.hidden: Tensor | None = None
+        self.extra: tuple[Any, ...] | None = None
+        self.answers_tuple: bool | None = None
+
+    def __enter__(self) -> _Recorder:
+        self.probe = self.blocks[0].forward
+        self.own_forward = [vars(block).get("forward") for block in self.blocks]
+        for index, block in enumerate(self.blocks):
+            block.forward = self._stand_in(index)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for block, own in zip(self.blocks, self.own_forward, strict=True):
+            del block.forward
+            if own is not None:
+                block.forward = own
+
+    def record(self, model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, list[_Call]]:
+        self.calls, self.hidden = [None] * len(self.blocks), None
+        mask = batch.attention_mask
+        try:
+            model(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=None if mask is None else mask.to(device),
+                use_cache=False,
+            )
+        except _LastBlockReached:
+            pass
+        missing = [i for i, call in enumerate(self.calls) if call is None]
+        if missing or self.hidden is None:
+            raise ModelError(
+                f"the forward pass of {type(model).__name__} never reached blocks {missing[:5]}.",
+                "this layout is not supported yet; please report the model",
+            )
+        return self.hidden, [call for call in self.calls if call is not None]
+
+    def _stand_in(self, index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states", None)
+            if not isinstance(hidden, Tensor):
+                raise ModelError(f"block {index} is called without hidden states.", "please report the model")
+            self.calls[index] = _Call(args[1:], kwargs)
+            if index == 0:
+                self.hidden = hidden
+                if self.answers_tuple is None:
+                    self._learn_answer(self.probe(hidden, *args[1:], **kwargs))
+            if index == len(self.blocks) - 1:
+                raise _LastBlockReached
+            return (hidden, *(self.extra or ())) if self.answers_tuple else hidden
+
+        return forward
+
+    def _learn_answer(self, output: Any) -> None:
+        self.answers_tuple = isinstance(output, tuple)
+        self.extra = output[1:] if isinstance(output, tuple) else None
+
+
+def _modules_outside(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
+    """The smallest modules that hold everything but the blocks and the output head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    holders = {id(m) for m in model.modules() if any(child is blocks for child in m.modules())}
+    outside: list[nn.Module] = []
+    for module in model.modules():
+        if id(module) in holders and module is not blocks:
+            outside += [c for c in module.children() if id(c) not in holders and c is not head]
+    return outside
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _share(calls: list[_Call], previous: Sequence[_Call] | None) -> list[_Call]:
+    """The same calls, with tensors replaced by equal ones already held, so that they are stored once."""
+    pool: list[Tensor] = []
+    if previous is not None:
+        pool += [t for call in previous for t in _tensors(call)]
+    shared: list[_Call] = []
+    for call in calls:
+        args = tuple(_pooled(v, pool) for v in call.args)
+        shared.append(_Call(args, {k: _pooled(v, pool) for k, v in call.kwargs.items()}))
+    return shared
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, _Call):
+        yield from _tensors((*value.args, *value.kwargs.values()))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _pooled(value: Any, pool: list[Tensor]) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_pooled(v, pool) for v in value)
+    if not isinstance(value, Tensor):
+        return value
+    for known in pool:
+        if known is value or (
+            known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)
+        ):
+            return known
+    pool.append(value)
+    return value

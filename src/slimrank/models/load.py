@@ -1,0 +1,177 @@
+"""Load a model and its tokenizer: a hub id, a local folder, a GGUF file, or the word "demo"."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from slimrank.errors import MissingExtraError, ModelError, NonFiniteError
+from slimrank.export.register import register
+from slimrank.models.demo import demo_folder
+from slimrank.progress import Progress
+
+INDEX = "model.safetensors.index.json"
+
+
+def load(spec: str | Path, dtype: str = "auto", progress: Progress | None = None) -> tuple[PreTrainedModel, Any]:
+    """A causal language model on the CPU, and its tokenizer.
+
+    Args:
+        spec: hub id, local folder, .gguf file, or "demo".
+        dtype: "auto" (as in the checkpoint), "float32", "bfloat16" or "float16".
+        progress: told when the demo model is fetched.
+
+    Raises:
+        ModelError: unknown model, missing file or shard, weights that the checkpoint lacks.
+        MissingExtraError: a GGUF file without the package `gguf`.
+    """
+    register()
+    source = resolve(spec, progress)
+    if source.endswith(".gguf"):
+        return load_gguf(Path(source), dtype)
+    _check_shards(Path(source))
+    with _explained(spec):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), output_loading_info=True)
+    _check_complete(info, spec)
+    return model, tokenizer
+
+
+def load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, Any]:
+    """A GGUF file, dequantised to ordinary dense weights."""
+    from transformers import GgufConfig
+
+    try:
+        with _explained(path):
+            place: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+            model = AutoModelForCausalLM.from_pretrained(
+                **place,
+                dtype=_dtype("float32" if dtype == "auto" else dtype),
+                quantization_config=GgufConfig(dequantize=True),
+            )
+    except ImportError as error:
+        raise MissingExtraError("gguf", "demo", "reading a GGUF file") from error
+    # transformers may leave its quantizer on a model that is dense by now; saving would then refuse.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def skeleton(spec: str | Path, progress: Progress | None = None) -> PreTrainedModel:
+    """The model with no weights (meta device): only its configuration is read.
+
+    Raises:
+        ModelError: unknown model, or one that is not a causal language model.
+    """
+    register()
+    source = resolve(spec, progress)
+    place: dict[str, Any] = {"pretrained_model_name_or_path": source}
+    if source.endswith(".gguf"):
+        place = {"pretrained_model_name_or_path": Path(source).parent, "gguf_file": Path(source).name}
+    with _explained(spec):
+        config = AutoConfig.from_pretrained(**place)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+    return model
+
+
+def stored_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which most parameters of a model (or its configuration, on meta) are stored."""
+    config_dtype = getattr(getattr(model, "config", None), "dtype", None)
+    first = next(model.parameters())
+    return config_dtype if first.is_meta and isinstance(config_dtype, torch.dtype) else first.dtype
+
+
+def resolve(spec: str | Path, progress: Progress | None = None) -> str:
+    """A local path or hub id that transformers understands.
+
+    Raises:
+        ModelError: a path that does not exist or holds no model.
+    """
+    if str(spec) == "demo":
+        return str(demo_folder(progress))
+    path = Path(spec).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"the folder '{path}' holds no model: it has no config.json.", _WHAT_MODEL_MAY_BE)
+        return str(path)
+    if path.exists() or str(spec).startswith((".", "/", "~")) or path.suffix == ".gguf":
+        raise ModelError(f"'{spec}' is not a model folder or GGUF file.", _WHAT_MODEL_MAY_BE)
+    return str(spec)
+
+
+_WHAT_MODEL_MAY_BE = "a hub id (org/name), a folder with config.json, a .gguf file, or the word demo"
+
+
+def digest(model: nn.Module) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all parameters; checks them on the way.
+
+    Raises:
+        NonFiniteError: NaN or infinity in a parameter.
+        ModelError: a parameter that is not in memory.
+    """
+    total = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ModelError(f"the weight '{name}' is not in memory.", "load the model without disk offload")
+        if not bool(torch.isfinite(p).all()):
+            raise NonFiniteError(f"NaN or infinity in the weight '{name}'.", "check the checkpoint; load it in float32")
+        total.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        total.update(memoryview(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
+def _dtype(name: str) -> Any:
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _check_shards(folder: Path) -> None:
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    missing = sorted(name for name in named if not (folder / name).is_file())
+    if missing:
+        raise ModelError(
+            f"'{folder}' lacks {len(missing)} of {len(named)} weight files: {', '.join(missing[:3])}.",
+            "download the model again",
+        )
+
+
+def _check_complete(info: dict[str, Any], spec: str | Path) -> None:
+    missing = sorted(info.get("missing_keys") or [])
+    if missing:
+        raise ModelError(
+            f"the checkpoint '{spec}' lacks {len(missing)} weights, e.g. '{missing[0]}'.",
+            "it may belong to another architecture, or be incomplete; download it again",
+        )
+
+
+@contextmanager
+def _explained(spec: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"the model '{spec}' cannot be loaded: {reason}", _WHAT_MODEL_MAY_BE) from error
+    except (ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"the model '{spec}' cannot be loaded: {reason}",
+            "it may be no causal language model, need a newer transformers, or code of its own "
+            "(load it yourself and pass the object to slimrank.compress)",
+        ) from error

@@ -1,0 +1,54 @@
+"""Bring a part of a model to the compute device for a while, and put it back untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from slimrank.errors import RecipeError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the accelerator where there is one, else the CPU.
+
+    Raises:
+        RecipeError: an unknown or absent device.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"'{name}' is not a device.", "auto, cpu, cuda, cuda:1, mps, xpu") from error
+    if device.type not in ("cpu", "meta") and (accelerator is None or accelerator.type != device.type):
+        raise RecipeError(f"this machine has no '{device.type}' device.", "use --device cpu or auto")
+    return device
+
+
+@contextmanager
+def placed(modules: Iterable[nn.Module], device: torch.device, upcast: bool) -> Iterator[None]:
+    """Parameters and buffers of `modules` on `device` inside the context, their own storage again after it.
+
+    Args:
+        modules: parts of a model; tied parameters are moved once.
+        device: where they are needed.
+        upcast: also cast 16-bit parameters to float32. Parameters are never cast down, so what a
+            model keeps in float32 stays there.
+    """
+    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
+    try:
+        for tensor in tensors.values():
+            small = upcast and tensor.is_floating_point() and tensor.element_size() < 4
+            moved = tensor.data.to(device, torch.float32 if small else tensor.dtype)
+            if moved.data_ptr() != tensor.data_ptr() or moved.device != tensor.device:
+                saved.append((tensor, tensor.data))
+                tensor.data = moved
+        yield
+    finally:
+        for tensor, original in saved:
+            tensor.data = original

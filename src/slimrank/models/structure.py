@@ -1,0 +1,52 @@
+"""Where the decoder blocks of a model are, found by structure and not by the model's name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from slimrank.errors import ModelError
+
+
+def parameters_of(module: nn.Module) -> int:
+    """Parameters of a module, tied ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and `nn.ModuleList` of the decoder blocks.
+
+    They are the outermost ModuleList with the most parameters, looked for in `model.get_decoder()` first, so
+    that the vision tower of a vision-language model is not taken for its decoder.
+
+    Raises:
+        ModelError: when there is none.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    for root in (_decoder(model), model):
+        if root is None or id(root) not in names:
+            continue
+        lists = _outermost_lists(root)
+        if lists:
+            best = max(lists, key=parameters_of)
+            return names[id(best)], best
+    raise ModelError(
+        f"{type(model).__name__} has no list of decoder blocks (an nn.ModuleList with linear layers inside).",
+        "pass a decoder language model, as AutoModelForCausalLM loads it",
+    )
+
+
+def _decoder(model: nn.Module) -> nn.Module | None:
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
+
+
+def _outermost_lists(root: nn.Module) -> list[nn.ModuleList]:
+    found: list[nn.ModuleList] = []
+    for child in root.children():
+        if isinstance(child, nn.ModuleList):
+            if any(p.dim() >= 2 for p in child.parameters()):
+                found.append(child)
+        else:
+            found.extend(_outermost_lists(child))
+    return found

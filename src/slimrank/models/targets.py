@@ -1,0 +1,237 @@
+"""The compressible weights of a model, and an honest account of all the others.
+
+Found by structure: every `nn.Linear` and `Conv1D` inside the decoder blocks, tied weights once, routers
+left alone. What is not covered is counted by reason in `Coverage`, never silent.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from slimrank.errors import ModelError, RecipeError
+from slimrank.layers import LowRankLinear
+from slimrank.linalg.cost import max_pair_rank
+from slimrank.models.structure import find_blocks, parameters_of
+
+Kind = Literal["linear", "conv1d"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One compressible weight.
+
+    Attributes:
+        path: dotted module path in the model.
+        kind: "linear" (stored out x in) or "conv1d" (stored in x out).
+        shape: (m, n) = (out, in).
+        block: index of the decoder block it lives in.
+        bias: whether the layer has a bias.
+        ties: other module paths that hold the very same weight tensor.
+    """
+
+    path: str
+    kind: Kind
+    shape: tuple[int, int]
+    block: int
+    bias: bool
+    ties: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """m n."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Parameters of a model by what becomes of them; the values add up to `total`.
+
+    Attributes:
+        total: parameters of the whole model, tied ones once.
+        targets: parameters of the weights that will be compressed.
+        left_out: reason -> parameters, for everything else.
+        matrices: parameters of all weight matrices and expert banks inside the blocks.
+    """
+
+    total: int
+    targets: int
+    left_out: dict[str, int]
+    matrices: int
+
+    @property
+    def of_matrices(self) -> float:
+        """Fraction of the decoder's weight matrices that is covered."""
+        return self.targets / self.matrices if self.matrices else 0.0
+
+
+@dataclass(frozen=True)
+class TargetSet:
+    """All targets of a model, in model order, and what they cover."""
+
+    targets: tuple[Target, ...]
+    coverage: Coverage
+    blocks_path: str
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self.targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def in_block(self, block: int) -> list[Target]:
+        """The targets of one decoder block."""
+        return [t for t in self.targets if t.block == block]
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight as m x n = out x in, a view (a Conv1D stores the transpose)."""
+    weight: Tensor = module.weight.data  # type: ignore[assignment]
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def find_targets(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> TargetSet:
+    """Every compressible weight of a model.
+
+    Args:
+        model: any decoder; its weights may be on the meta device.
+        targets: patterns; when given, only weights whose path matches one are taken.
+        ignore: patterns; weights whose path matches one are left out.
+            A pattern is matched with fnmatch against the whole path and against its end
+            ("*.mlp.*", "q_proj"), or is a regular expression after the prefix "re:".
+
+    Raises:
+        ModelError: no decoder blocks, or nothing in them to compress.
+        RecipeError: a pattern that matches no layer.
+    """
+    blocks_path, blocks = find_blocks(model)
+    if any(isinstance(module, LowRankLinear) for module in blocks.modules()):
+        raise ModelError("the model is already compressed by slimrank.", "start from the original model")
+    found: dict[int, Target] = {}
+    reasons: dict[int, str] = {}
+    layers = list(_linear_layers(blocks, blocks_path))
+    _check_patterns((*targets, *ignore), [path for _, path, _, _ in layers])
+    for index, path, module, parent in layers:
+        key = id(module.weight)
+        reason = _reason_to_leave(path, module, parent, targets, ignore)
+        if reason:
+            reasons[key] = reason
+        elif key in found:
+            first = found[key]
+            found[key] = Target(**{**vars(first), "ties": (*first.ties, path)})
+        else:
+            found[key] = _target(path, module, index)
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no weight to compress in '{blocks_path}'.",
+            "loosen the target and ignore patterns"
+            if targets or ignore
+            else "its linears may be of a class unknown to slimrank (already quantised or compressed?)",
+        )
+    coverage = _coverage(model, blocks, found, reasons)
+    return TargetSet(tuple(found.values()), coverage, blocks_path)
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a module path matches one of the patterns (see `find_targets`)."""
+    return any(_matches(path, pattern) for pattern in patterns)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], path) is not None
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*.{pattern}")
+
+
+def _check_patterns(patterns: Sequence[str], paths: list[str]) -> None:
+    for pattern in patterns:
+        if not any(_matches(path, pattern) for path in paths):
+            raise RecipeError(
+                f"the pattern '{pattern}' matches no linear layer of the model.",
+                "patterns look like '*.mlp.*', 'q_proj' or 're:layers\\.[0-3]\\.'; paths look like " + paths[0]
+                if paths
+                else "",
+            )
+
+
+def _linear_layers(blocks: nn.ModuleList, root: str) -> Iterator[tuple[int, str, nn.Module, nn.Module]]:
+    for index, block in enumerate(blocks):
+        modules = dict(block.named_modules())
+        for name, module in modules.items():
+            if isinstance(module, (nn.Linear, Conv1D)):
+                parent = modules[name.rpartition(".")[0]] if name else block
+                yield index, f"{root}.{index}.{name}".rstrip("."), module, parent
+
+
+def _target(path: str, module: nn.Module, block: int) -> Target:
+    m, n = weight_of(module).shape
+    kind: Kind = "conv1d" if isinstance(module, Conv1D) else "linear"
+    return Target(path, kind, (m, n), block, module.bias is not None)
+
+
+def _reason_to_leave(
+    path: str, module: nn.Module, parent: nn.Module, targets: Sequence[str], ignore: Sequence[str]
+) -> str:
+    m, n = weight_of(module).shape
+    if type(module) not in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "linears of another class"
+    if not module.weight.is_floating_point():  # type: ignore[operator]
+        return "quantised linears"
+    if _is_router(m, parent):
+        return "routers"
+    if matches(path, ignore) or (targets and not matches(path, targets)):
+        return "left out by pattern"
+    if max_pair_rank(m, n) < 1:
+        return "too small to factor"
+    return ""
+
+
+def _is_router(out_features: int, parent: nn.Module) -> bool:
+    """A linear that scores experts: its parent holds exactly that many experts beside it."""
+    for sibling in parent.children():
+        if isinstance(sibling, nn.ModuleList) and len(sibling) == out_features > 1:
+            return True
+        if any(p.dim() == 3 and len(p) == out_features for p in sibling.parameters(recurse=False)):
+            return True
+    return False
+
+
+def _coverage(
+    model: nn.Module, blocks: nn.ModuleList, found: dict[int, Target], reasons: dict[int, str]
+) -> Coverage:
+    in_blocks = {id(p) for p in blocks.parameters()}
+    embeddings = _embedding_ids(model)
+    left_out: dict[str, int] = {}
+    matrices = covered = 0
+    for p in model.parameters():
+        matrices += p.numel() if id(p) in in_blocks and p.dim() >= 2 and id(p) not in embeddings else 0
+        if id(p) in found:
+            covered += p.numel()
+            continue
+        reason = _reason_of(p, reasons, embeddings, id(p) in in_blocks)
+        left_out[reason] = left_out.get(reason, 0) + p.numel()
+    return Coverage(parameters_of(model), covered, left_out, matrices)
+
+
+def _embedding_ids(model: nn.Module) -> set[int]:
+    ids = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return ids | ({id(head.weight)} if head is not None else set())
+
+
+def _reason_of(p: nn.Parameter, reasons: dict[int, str], embeddings: set[int], in_block: bool) -> str:
+    if id(p) in reasons:
+        return reasons[id(p)]
+    if id(p) in embeddings:
+        return "embeddings and lm_head"
+    if p.dim() == 3 and in_block:
+        return "expert banks (3-D, not supported yet)"
+    if p.dim() >= 2:
+        return "other matrices in blocks (routers, convolutions)" if in_block else "matrices outside the blocks"
+    return "norms, biases and other vectors"
