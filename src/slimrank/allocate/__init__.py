@@ -1,0 +1,1 @@
+"""Rank allocation: how a budget is spread over the targets."""

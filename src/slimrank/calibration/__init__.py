@@ -1,0 +1,1 @@
+"""Calibration: text, token windows, and the statistics a method asks for."""

@@ -1,0 +1,48 @@
+"""The source `self`: calibration text that the model samples from itself. No data needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimrank.errors import DataError, NonFiniteError
+from slimrank.progress import Progress
+
+
+def sample_windows(
+    model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int, progress: Progress | None = None
+) -> Tensor:
+    """Windows sampled from the model at temperature 1 (samples x seq_len), reproducible from the seed.
+
+    Each begins with the BOS token (the EOS token where there is no BOS). Sampling goes on after an EOS, as in a
+    stream of documents.
+
+    Raises:
+        DataError: a tokenizer with neither BOS nor EOS.
+        NonFiniteError: NaN or infinity in the logits.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise DataError("the tokenizer has neither a BOS nor an EOS token to begin a text with.", "give a text file")
+    progress = progress or Progress()
+    progress.stage("sample", seq_len)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    windows = torch.full((samples, 1), first, dtype=torch.long)
+    cache = None
+    with torch.no_grad():
+        while windows.shape[1] < seq_len:
+            output = model(input_ids=windows[:, -1:].to(device), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            windows = torch.cat([windows, _draw(output.logits[:, -1], generator)], dim=1)
+            progress.step()
+    return windows
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    logits = logits.float().cpu()
+    if not bool(torch.isfinite(logits).all()):
+        raise NonFiniteError("NaN or infinity in the logits while sampling text.", "load the model in float32")
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

@@ -1,0 +1,153 @@
+"""Statistics of layer inputs, gathered by hooks while a block runs.
+
+Keyed by input tensor and not by module: layers that read the same tensor (q, k and v; gate and up) are one group
+and share one Gram. All statistics are additive over tokens, so shards and batches merge exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimrank.errors import NonFiniteError
+from slimrank.linalg.symmetric import add_upper_gram, mirror_upper
+
+CHUNK = 8192  # tokens summed in float32 before they are added to the float64 accumulator
+
+
+@dataclass
+class InputStatistics:
+    """Sums over the tokens that one group of layers reads.
+
+    Attributes:
+        upper: sum of x x^T (n x n, float64); only the block upper triangle is filled, see `gram`.
+        total: sum of x (n, float64).
+        count: number of tokens summed.
+    """
+
+    upper: Tensor
+    total: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, n: int, device: torch.device | str = "cpu") -> InputStatistics:
+        """Statistics of no tokens."""
+        zeros = torch.zeros(n, n, dtype=torch.float64, device=device)
+        return cls(zeros, torch.zeros(n, dtype=torch.float64, device=device))
+
+    @property
+    def gram(self) -> Tensor:
+        """Sum of x x^T (n x n, float64), symmetric."""
+        return mirror_upper(self.upper)
+
+    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            x: (..., n), any float dtype.
+            mask: one entry per token, 0 where it is padding.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        if mask is not None:
+            rows = rows[mask.reshape(-1).to(rows.device, torch.bool)]
+        for chunk in rows.split(CHUNK):
+            wide = chunk if chunk.dtype == torch.float64 else chunk.float()
+            partial = torch.zeros_like(self.upper, dtype=wide.dtype)
+            add_upper_gram(partial, wide)
+            self.upper += partial
+            self.total += wide.sum(dim=0)
+        self.count += len(rows)
+
+    def __add__(self, other: InputStatistics) -> InputStatistics:
+        return InputStatistics(self.upper + other.upper, self.total + other.total, self.count + other.count)
+
+
+@dataclass
+class StatisticsCollector:
+    """Gathers `InputStatistics` for some layers of a block.
+
+    Attributes:
+        layers: module path -> module.
+        device: where sums are kept.
+        leaders: module path -> path of the first layer seen to read the same tensor (itself, if none).
+        statistics: leader -> its sums.
+    """
+
+    layers: dict[str, nn.Module]
+    device: torch.device
+    leaders: dict[str, str] = field(default_factory=dict)
+    statistics: dict[str, InputStatistics] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._mask: Tensor | None = None
+        self._seen: list[tuple[Tensor, str]] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> StatisticsCollector:
+        for path, layer in self.layers.items():
+            self._handles.append(layer.register_forward_pre_hook(self._hook(path)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._seen = []
+
+    def begin(self, mask: Tensor | None) -> None:
+        """A new batch is coming, with this padding mask."""
+        self._mask, self._seen = mask, []
+
+    def of(self, path: str) -> InputStatistics:
+        """The statistics of what a layer reads.
+
+        Raises:
+            NonFiniteError: NaN or infinity among its inputs.
+        """
+        found = self.statistics[self.leaders[path]]
+        if not bool(torch.isfinite(found.total).all() & torch.isfinite(found.upper).all()):
+            raise NonFiniteError(
+                f"NaN or infinity in the inputs of layer '{path}'.",
+                "run in float32 (--dtype float32); check that the model itself is sound",
+            )
+        return found
+
+    def unused(self) -> Sequence[str]:
+        """Layers that no token reached (a branch or expert that never ran)."""
+        return [path for path in self.layers if path not in self.leaders]
+
+    def _hook(self, path: str) -> Any:
+        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            leader = next((name for known, name in self._seen if _same(known, x)), None)
+            if leader is None:
+                self._seen.append((x, path))
+                leader = self._accumulate(path, x)
+            self.leaders.setdefault(path, leader)
+
+        return observe
+
+    def _accumulate(self, path: str, x: Tensor) -> str:
+        if path not in self.statistics:
+            self.statistics[path] = InputStatistics.empty(x.shape[-1], self.device)
+        mask = self._mask if self._mask is not None and self._mask.numel() == x[..., 0].numel() else None
+        self.statistics[path].add(x.detach(), mask)
+        return path
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same memory with the same content (held references rule out reuse)."""
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    )
+
+
+def group_sizes(leaders: dict[str, str]) -> dict[str, list[str]]:
+    """Leader -> the layers that read the same tensor, itself first."""
+    groups: dict[str, list[str]] = {}
+    for path, leader in leaders.items():
+        groups.setdefault(leader, []).append(path)
+    return groups

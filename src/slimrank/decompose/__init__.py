@@ -1,0 +1,1 @@
+"""Decomposition methods: one file each, all through `linalg.lowrank`."""

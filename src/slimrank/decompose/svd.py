@@ -1,0 +1,18 @@
+"""Plain truncated SVD: no data."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from slimrank.decompose.registry import decomposer
+from slimrank.linalg.lowrank import Spectrum, solve
+
+
+@decomposer(
+    id="svd",
+    title="Plain truncated SVD: the least change of the weight itself",
+    paper="Eckart and Young, The approximation of one matrix by another of lower rank, 1936",
+)
+def svd(weight: Tensor, gram: Tensor | None = None) -> Spectrum:
+    """Minimise || W - W' ||_F."""
+    return solve(weight)

@@ -1,0 +1,1 @@
+"""Measure a model: perplexity, speed, memory, a sample of its text."""

@@ -1,0 +1,103 @@
+"""Perplexity, one function for the whole project."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slimrank.errors import DataError, NonFiniteError
+from slimrank.evaluate.mode import evaluating
+from slimrank.progress import Progress
+
+LOGITS_AT_ONCE = 2**25  # elements of the logits of one forward pass
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity and what it was measured on.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per predicted token.
+        windows: number of windows, without overlap.
+        seq_len: tokens per window; seq_len - 1 of them are predicted.
+        tokens: predictions in all.
+        bos: whether each window begins with a BOS token.
+        nll: mean negative log-likelihood of each window, for paired comparisons.
+    """
+
+    perplexity: float
+    windows: int
+    seq_len: int
+    tokens: int
+    bos: bool
+    nll: tuple[float, ...]
+
+
+def perplexity(
+    model: Any, windows: Tensor, bos: bool = False, progress: Progress | None = None
+) -> Perplexity:
+    """Perplexity of a model on windows of tokens (windows x seq_len), where the model is.
+
+    Log-probabilities in float32, sums in float64; every window counts alike.
+
+    Raises:
+        DataError: windows of fewer than two tokens.
+        NonFiniteError: NaN or infinity in the logits; names the first layer that makes it.
+    """
+    count, seq_len = windows.shape
+    if seq_len < 2 or count < 1:
+        raise DataError(f"{count} windows of {seq_len} tokens leave nothing to predict.", "use --seq-len 2 or more")
+    progress = progress or Progress()
+    vocabulary = model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() else 2**16
+    rows = max(1, LOGITS_AT_ONCE // (seq_len * vocabulary))
+    device = next(model.parameters()).device
+    nll: list[float] = []
+    with evaluating(model):
+        for ids in windows.split(rows):
+            nll += _window_nll(model, ids.to(device), first=len(nll))
+            progress.step(len(ids))
+    mean = math.fsum(nll) / count
+    return Perplexity(math.exp(mean), count, seq_len, count * (seq_len - 1), bos, tuple(nll))
+
+
+def _window_nll(model: nn.Module, ids: Tensor, first: int) -> list[float]:
+    logits = model(input_ids=ids, use_cache=False).logits
+    means = []
+    for row, targets in zip(logits, ids, strict=True):
+        losses = functional.cross_entropy(row[:-1].float(), targets[1:], reduction="none")
+        means.append(float(losses.double().mean()))
+    for offset, mean in enumerate(means):
+        if not math.isfinite(mean):
+            where = first_nonfinite_layer(model, ids)
+            raise NonFiniteError(
+                f"NaN or infinity in the logits of window {first + offset}; it first appears in '{where}'.",
+                "evaluate in float32 (--dtype float32)",
+            )
+    return means
+
+
+def first_nonfinite_layer(model: nn.Module, ids: Tensor) -> str:
+    """The path of the first leaf module whose output holds NaN or infinity, "the logits" when none does."""
+    found: list[str] = []
+
+    def hook(name: str) -> Any:
+        def observe(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not found and not bool(torch.isfinite(output).all()):
+                found.append(name)
+
+        return observe
+
+    leaves = [(name, m) for name, m in model.named_modules() if not any(True for _ in m.children())]
+    handles = [m.register_forward_hook(hook(name)) for name, m in leaves]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the logits"
+

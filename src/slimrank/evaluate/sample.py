@@ -1,0 +1,25 @@
+"""A short sample of what a model writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slimrank.evaluate.mode import evaluating
+
+PROMPT = "The capital of France is"
+
+
+def sample_text(model: Any, tokenizer: Any, prompt: str = PROMPT, new_tokens: int = 40) -> str:
+    """Greedy continuation of a prompt, without the prompt."""
+    device = next(model.parameters()).device
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    inputs.pop("token_type_ids", None)
+    with evaluating(model):
+        output = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()

@@ -1,0 +1,87 @@
+"""Tokens per second of prefill and of decoding, as a user of `generate` meets them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimrank.evaluate.mode import evaluating
+
+VOCABULARY_USED = 1000  # random prompts draw from the first ids, which every vocabulary has
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Median speeds over several repetitions, batch 1.
+
+    Attributes:
+        prefill: prompt tokens per second.
+        decode: generated tokens per second, with a key-value cache.
+        prompt: tokens of the prompt.
+        new_tokens: decoding steps per repetition.
+    """
+
+    prefill: float
+    decode: float
+    prompt: int
+    new_tokens: int
+
+
+def measure_speed(model: Any, prompt: int = 256, new_tokens: int = 16, repeats: int = 3) -> Speed:
+    """Measure where the model is, after one warm-up round."""
+    (speed,) = measure_speeds([model], prompt, new_tokens, repeats)
+    return speed
+
+
+def measure_speeds(models: list[Any], prompt: int = 256, new_tokens: int = 16, repeats: int = 3) -> list[Speed]:
+    """Measure several models turn by turn, so that a machine whose speed drifts treats them alike."""
+    vocabulary = min(VOCABULARY_USED, *(m.get_input_embeddings().weight.shape[0] for m in models))
+    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
+    rounds: list[list[tuple[float, float]]] = [[] for _ in models]
+    for turn in range(repeats + 1):
+        for times, model in zip(rounds, models, strict=True):
+            result = _one_round(model, ids, new_tokens)
+            if turn:
+                times.append(result)
+    return [
+        Speed(
+            prompt / statistics.median(t[0] for t in times),
+            new_tokens / statistics.median(t[1] for t in times),
+            prompt,
+            new_tokens,
+        )
+        for times in rounds
+    ]
+
+
+def _one_round(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    device = next(model.parameters()).device
+    with evaluating(model):
+        output, prefill = _timed(lambda: model(input_ids=ids.to(device), use_cache=True, logits_to_keep=1), device)
+
+        def decode() -> None:
+            token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            for _ in range(new_tokens):
+                step = model(input_ids=token, past_key_values=cache, use_cache=True)
+                token, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
+
+        return prefill, _timed(decode, device)[1]
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    _synchronise(device)
+    start = time.perf_counter()
+    result = work()
+    _synchronise(device)
+    return result, time.perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

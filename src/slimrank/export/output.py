@@ -1,0 +1,122 @@
+"""The output folder: all or nothing, and never a file of someone else's deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slimrank.errors import OutputError
+from slimrank.run import disk_error, write_text
+
+MANIFEST = "slimrank.json"
+REPORTS = ("report.json", "report.md")
+_MARK = ".slimrank-partial"
+
+
+class OutputFolder:
+    """Where a compressed model is written.
+
+    Args:
+        path: the folder to make.
+        overwrite: replace what slimrank wrote there before; other files stay.
+
+    Raises:
+        OutputError: the folder exists and may not be replaced.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        self.path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._old = path.with_name(path.name + ".old")
+        if path.is_file():
+            raise OutputError(f"'{path}' is a file.", "give a folder that does not exist yet")
+        if path.is_dir() and any(path.iterdir()):
+            if not overwrite:
+                raise OutputError(f"the output folder '{path}' exists.", "--overwrite, or another --out")
+            if not (path / MANIFEST).is_file():
+                raise OutputError(
+                    f"'{path}' was not written by slimrank (it has no {MANIFEST}), so it is not overwritten.",
+                    "choose another --out",
+                )
+        if self._partial.exists() and not (self._partial / _MARK).is_file():
+            raise OutputError(f"'{self._partial}' is in the way.", "move it elsewhere")
+        if self._old.exists():
+            raise OutputError(f"'{self._old}' is in the way.", "move it elsewhere; it may hold files of yours")
+
+    def need_space(self, needed: int) -> None:
+        """Make sure that the disk has room.
+
+        Raises:
+            OutputError: it has not.
+        """
+        home = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        free = shutil.disk_usage(home).free
+        if free < needed:
+            raise OutputError(
+                f"the disk of '{self.path}' has {free / 1e9:.2f} GB free; about {needed / 1e9:.2f} GB are needed.",
+                "free some space or choose another --out",
+            )
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A temporary folder to write into; it becomes the output folder when the context ends without an error.
+
+        Raises:
+            OutputError: the disk is full or cannot be written; nothing is left behind.
+        """
+        try:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+            (self._partial / _MARK).touch()
+            yield self._partial
+            (self._partial / _MARK).unlink()
+            self._publish()
+        except OSError as error:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise error if isinstance(error, OutputError) else disk_error(error, self.path) from error
+
+    def _publish(self) -> None:
+        if not self.path.exists():
+            self._partial.rename(self.path)
+            return
+        self.path.rename(self._old)
+        self._partial.rename(self.path)
+        for name in _written_by_us(self._old):
+            (self._old / name).unlink(missing_ok=True)
+        for foreign in list(self._old.iterdir()):
+            if (self.path / foreign.name).exists():
+                raise OutputError(f"'{foreign}' was not written by slimrank and was kept there.", "look at it and move it")
+            foreign.rename(self.path / foreign.name)
+        self._old.rmdir()
+
+
+def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
+    """Write slimrank.json: the provenance, and name, size and sha256 of every file that slimrank wrote."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != _MARK and path.name not in REPORTS
+    }
+    content = {**provenance, "files": files, "reports": list(REPORTS)}
+    write_text(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+
+def _written_by_us(folder: Path) -> list[str]:
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return []
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    return [MANIFEST, *content["files"], *content["reports"]]
+
+
+def _sha256(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            total.update(chunk)
+    return total.hexdigest()

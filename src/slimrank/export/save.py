@@ -1,0 +1,76 @@
+"""Put factors into a model, and write the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from slimrank.errors import OutputError
+from slimrank.export.configuration_slimrank import mark_compressed
+from slimrank.layers import LowRankLinear
+
+
+def replace_linear(model: nn.Module, paths: tuple[str, ...], A: Tensor, B: Tensor) -> None:
+    """Replace a linear layer (and those tied to it) by its factors, cast once to the dtype of its weight.
+
+    Args:
+        model: changed in place.
+        paths: module path of the layer, then of its ties.
+        A: rank x in.
+        B: out x rank.
+    """
+    weight = model.get_submodule(paths[0]).weight
+    a, b = (factor.to(weight.device, weight.dtype).contiguous() for factor in (A, B))  # type: ignore[call-overload]
+    trainable = weight.requires_grad
+    first: LowRankLinear | None = None
+    for path in paths:
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        old = parent.get_submodule(name)
+        bias = None if old.bias is None else old.bias.detach()  # type: ignore[operator]
+        layer = LowRankLinear.from_factors(a, b, bias).requires_grad_(bool(trainable)).train(old.training)
+        if first is None:
+            first = layer
+        else:
+            layer.A.weight, layer.B.weight = first.A.weight, first.B.weight
+        setattr(parent, name, layer)
+
+
+def mark_model(model: Any) -> None:
+    """Make the model's configuration say which layers are compressed, so that `save_pretrained` just works."""
+    layers = {
+        path: {
+            "rank": layer.rank,
+            "in": layer.in_features,
+            "out": layer.out_features,
+            "bias": layer.bias is not None,
+        }
+        for path, layer in model.named_modules()
+        if isinstance(layer, LowRankLinear)
+    }
+    mark_compressed(model.config, layers)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, max_shard_size: str) -> None:
+    """Write weights, configuration, code and tokenizer into an existing folder.
+
+    Raises:
+        OutputError: the disk is full or cannot be written.
+    """
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"the model cannot be written to '{folder}': {error}",
+            "free some disk space or choose another --out; running the same command again resumes",
+        ) from error
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all weight files in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,0 +1,129 @@
+"""The texts of a run: read before any long work, tokenised once the model is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from slimrank.calibration.sampling import sample_windows
+from slimrank.calibration.sources import read_source
+from slimrank.calibration.windows import (
+    bos_of,
+    count_windows,
+    draw_windows,
+    leading_windows,
+    tokenise,
+    tokens_digest,
+)
+from slimrank.errors import DataError, RecipeError
+from slimrank.progress import Progress
+from slimrank.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token windows of a run; None where a text is not needed."""
+
+    calibration: Tensor | None = None
+    evaluation: Tensor | None = None
+    bos: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def calibration_tokens(self) -> int:
+        """Tokens of calibration."""
+        return 0 if self.calibration is None else self.calibration.numel()
+
+    @property
+    def evaluation_tokens(self) -> int:
+        """Tokens of one evaluation."""
+        return 0 if self.evaluation is None else self.evaluation.numel()
+
+    @property
+    def evaluation_windows(self) -> int:
+        """Windows of one evaluation."""
+        return 0 if self.evaluation is None else len(self.evaluation)
+
+    @property
+    def calibration_digest(self) -> str | None:
+        """sha256 of the calibration windows."""
+        return None if self.calibration is None else tokens_digest(self.calibration)
+
+    @property
+    def evaluation_digest(self) -> str | None:
+        """sha256 of the evaluation windows."""
+        return None if self.evaluation is None else tokens_digest(self.evaluation)
+
+
+@dataclass(frozen=True)
+class RawTexts:
+    """The texts as read; `calibration` is None for text that the model samples, or none at all."""
+
+    recipe: Recipe
+    calibrates: bool
+    calibration: str | None
+    evaluation: str | None
+
+    def tokenised(self, model: Any, tokenizer: Any, progress: Progress) -> Texts:
+        """Token windows.
+
+        Raises:
+            DataError: too little text.
+            RecipeError: no tokenizer, or windows longer than the model's context.
+        """
+        if not self.calibrates and self.evaluation is None:
+            return Texts()
+        if tokenizer is None:
+            raise RecipeError("a tokenizer is needed to read text.", "compress(model, tokenizer, ...), or evaluation=None")
+        check_context(model, self.recipe.seq_len)
+        bos = bos_of(tokenizer)
+        notes: list[str] = []
+        evaluation = None
+        if self.evaluation is not None:
+            evaluation = self._evaluation(tokenise(self.evaluation, tokenizer), bos, notes)
+        calibration = self._calibration(model, tokenizer, bos, progress) if self.calibrates else None
+        return Texts(calibration, evaluation, bos is not None, notes)
+
+    def _calibration(self, model: Any, tokenizer: Any, bos: int | None, progress: Progress) -> Tensor:
+        recipe = self.recipe
+        if self.calibration is None:
+            return sample_windows(model, tokenizer, recipe.samples, recipe.seq_len, recipe.seed, progress)
+        tokens = tokenise(self.calibration, tokenizer)
+        return draw_windows(tokens, recipe.samples, recipe.seq_len, recipe.seed, bos)
+
+    def _evaluation(self, tokens: Tensor, bos: int | None, notes: list[str]) -> Tensor:
+        recipe = self.recipe
+        available = count_windows(tokens, recipe.seq_len, bos)
+        if available < recipe.windows:
+            notes.append(f"evaluation text holds {available} windows of {recipe.seq_len}, not {recipe.windows}")
+        return leading_windows(tokens, max(1, min(available, recipe.windows)), recipe.seq_len, bos)
+
+
+def prepare_texts(recipe: Recipe, calibrates: bool) -> RawTexts:
+    """Read the texts of a recipe.
+
+    Raises:
+        DataError: a missing, unreadable or empty source.
+    """
+    if recipe.evaluation == "self":
+        raise DataError("a model is not evaluated on text that it sampled itself.", "--eval-text FILE")
+    own = recipe.calibration == "self" or not calibrates
+    return RawTexts(
+        recipe,
+        calibrates,
+        None if own else read_source(recipe.calibration, "calibration"),
+        None if recipe.evaluation is None else read_source(recipe.evaluation, "evaluation"),
+    )
+
+
+def check_context(model: Any, seq_len: int) -> None:
+    """Make sure that windows are not longer than what the model was made for.
+
+    Raises:
+        RecipeError: they are.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and 0 < context < seq_len:
+        raise RecipeError(f"seq_len {seq_len} is more than the model's context of {context} tokens.", f"--seq-len {context}")

@@ -1,0 +1,108 @@
+"""The recipe: everything a compression is made of. The same object stands behind YAML, flags and Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from slimrank.errors import RecipeError, nearest
+
+BUDGETS = ("keep_ratio", "keep_total", "max_bytes", "plan")
+
+
+class Recipe(BaseModel):
+    """What to do, validated. Unknown keys are errors; see each field's description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keep_ratio: float | None = Field(
+        None, gt=0, le=1, description="Fraction of the compressible weights' parameters to KEEP (0.8 keeps 80 %)."
+    )
+    keep_total: float | None = Field(
+        None, gt=0, le=1, description="Fraction of the whole model's parameters to keep, instead of keep_ratio."
+    )
+    max_bytes: int | None = Field(
+        None, gt=0, description="Largest size of all weights on disk in bytes, instead of keep_ratio."
+    )
+    plan: str | None = Field(None, description="A rank plan (JSON) to use, instead of a budget and an allocation.")
+    method: str = Field("svd_llm", description="Decomposition method (see: slimrank methods).")
+    allocation: str = Field("uniform", description="Rank allocation (see: slimrank methods).")
+    rank_multiple: int = Field(1, ge=1, description="Ranks are multiples of this (8 or 16 suit GPUs).")
+    targets: tuple[str, ...] = Field((), description="Compress only layers that match one of these patterns.")
+    ignore: tuple[str, ...] = Field((), description="Leave layers alone that match one of these patterns.")
+    calibration: str = Field(
+        "demo", description="Calibration text: a file or folder, hub:ID[:CONFIG[:SPLIT]], demo, or self."
+    )
+    samples: int = Field(128, ge=1, description="Calibration windows.")
+    seq_len: int = Field(512, ge=2, description="Tokens per window, in calibration and evaluation.")
+    batch_size: int = Field(8, ge=1, description="Windows that run through a block at a time.")
+    seed: int = Field(0, ge=0, description="Seed of the calibration windows (and of `self` text).")
+    device: str = Field("auto", description="Where to compute: auto, cpu, cuda, mps, ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Stored dtype of the model; auto is that of the checkpoint."
+    )
+    resident: bool = Field(
+        False, description="Keep the whole model on the device while calibrating, instead of one block at a time."
+    )
+    evaluation: str | None = Field(
+        "demo", description="Text to measure perplexity on, before and after; null measures nothing."
+    )
+    windows: int = Field(16, ge=1, description="Evaluation windows.")
+    max_shard_size: str = Field("5GB", pattern=r"^\d+(KB|MB|GB)$", description="Largest weight file to write.")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give only one of {' and '.join(given)}")
+        return self
+
+    def need_budget(self) -> None:
+        """Make sure that the recipe says how small the model should get.
+
+        Raises:
+            RecipeError: it does not.
+        """
+        if all(getattr(self, name) is None for name in BUDGETS):
+            raise RecipeError("nothing says how small the model should get.", "--keep 0.8 keeps 80 % of its linears")
+
+    @classmethod
+    def make(cls, options: dict[str, Any]) -> Recipe:
+        """A recipe out of options.
+
+        Raises:
+            RecipeError: an unknown option (the nearest known name is in the hint), or a value out of range.
+        """
+        for name in options:
+            if name not in cls.model_fields:
+                raise RecipeError(f"there is no option '{name}'.", nearest(name, cls.model_fields))
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            message = first["msg"].removeprefix("Value error, ")
+            got = f", got {first['input']!r}" if field else ""
+            about = cls.model_fields[field].description if field in cls.model_fields else "slimrank compress --help"
+            raise RecipeError(f"{field + ': ' if field else ''}{message}{got}", about or "") from error
+
+    @classmethod
+    def read(cls, path: str | Path) -> dict[str, Any]:
+        """The options in a YAML file, their names checked.
+
+        Raises:
+            RecipeError: no such file, not YAML, not a mapping, or an unknown option.
+        """
+        try:
+            options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"the recipe '{path}' cannot be read: {error.strerror}.", "give a YAML file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe '{path}' is not YAML: {error}", "keys are the options, one a line") from error
+        if not isinstance(options, dict):
+            raise RecipeError(f"the recipe '{path}' holds no options.", "one 'option: value' a line")
+        cls.make(options)
+        return options

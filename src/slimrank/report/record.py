@@ -1,0 +1,106 @@
+"""The record of a run: what was asked, what was done, what came of it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from slimrank._version import __version__
+from slimrank.allocate.plan import RankPlan
+from slimrank.models.targets import TargetSet
+from slimrank.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that the record is made of."""
+
+    recipe: Recipe
+    targets: TargetSet
+    plan: RankPlan
+    errors: dict[str, dict[str, Any]]
+    notes: list[str]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    seconds: dict[str, float]
+    identity: dict[str, Any]
+    dtype: str
+    device: str
+
+
+def build_record(facts: Facts) -> dict[str, Any]:
+    """The content of report.json."""
+    return {
+        "size": _size(facts),
+        "before": facts.before,
+        "after": facts.after,
+        "coverage": _coverage(facts.targets),
+        "targets": _targets(facts),
+        "notes": facts.notes,
+        "seconds": facts.seconds,
+        "provenance": _provenance(facts),
+    }
+
+
+def _size(facts: Facts) -> dict[str, Any]:
+    total, dense = facts.targets.coverage.total, facts.plan.dense_parameters
+    after = total - dense + facts.plan.parameters
+    itemsize = getattr(torch, facts.dtype).itemsize
+    return {
+        "keep_ratio": facts.plan.keep_ratio,
+        "keep_total": after / total,
+        "removed_ratio": 1 - facts.plan.keep_ratio,
+        "linears_before": dense,
+        "linears_after": facts.plan.parameters,
+        "parameters_before": total,
+        "parameters_after": after,
+        "bytes_before": total * itemsize,
+        "bytes_after": after * itemsize,
+    }
+
+
+def _coverage(targets: TargetSet) -> dict[str, Any]:
+    coverage = targets.coverage
+    return {
+        "total": coverage.total,
+        "targets": coverage.targets,
+        "of_matrices": coverage.of_matrices,
+        "left_out": dict(sorted(coverage.left_out.items(), key=lambda item: -item[1])),
+    }
+
+
+def _targets(facts: Facts) -> list[dict[str, Any]]:
+    rows = []
+    for target in facts.targets:
+        planned = facts.plan.targets[target.path]
+        rows.append(
+            {
+                "path": target.path,
+                "kind": target.kind,
+                "block": target.block,
+                "shape": list(target.shape),
+                "rank": planned.rank,
+                "parameters_before": target.parameters,
+                "parameters_after": planned.parameters,
+                **facts.errors[target.path],
+            }
+        )
+    return rows
+
+
+def _provenance(facts: Facts) -> dict[str, Any]:
+    packages = ("torch", "transformers", "safetensors", "accelerate")
+    return {
+        "slimrank": __version__,
+        "recipe": facts.recipe.model_dump(),
+        "inputs": facts.identity,
+        "dtype": facts.dtype,
+        "device": facts.device,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }

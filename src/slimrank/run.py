@@ -1,0 +1,136 @@
+"""The run directory: what a compression has finished, so that an interrupted one goes on where it was.
+
+Everything lies under a key made of all that the content depends on (weights, tokens, method, device, code
+schema). safetensors and JSON only, each file written under a temporary name and then renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slimrank.errors import OutputError, RunError
+
+SCHEMA = 1  # raise it when the content of stored files changes meaning
+
+
+def content_key(parts: dict[str, Any]) -> str:
+    """A short hash of everything in `parts`."""
+    text = json.dumps({"schema": SCHEMA, **parts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Run:
+    """A run directory.
+
+    Args:
+        folder: made if absent.
+        identity: what the run is about (model and text digests, ...).
+
+    Raises:
+        RunError: the folder was made for something else, or is not a run directory.
+        OutputError: it cannot be made.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        manifest = folder / "run.json"
+        try:
+            if manifest.is_file():
+                _check_identity(folder, json.loads(manifest.read_text(encoding="utf-8")), identity)
+            else:
+                if folder.exists() and any(folder.iterdir()):
+                    raise RunError(f"'{folder}' exists and is no run directory of slimrank.", "choose another folder")
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(manifest, json.dumps(identity, indent=1) + "\n")
+        except (OSError, json.JSONDecodeError) as error:
+            raise OutputError(f"the run directory '{folder}' cannot be used: {error}", "choose another folder") from error
+
+    def stage(self, parts: dict[str, Any]) -> Stage:
+        """The stored results of one stage, under the key of everything that they depend on."""
+        return Stage(self.folder / "store" / content_key(parts))
+
+
+class Stage:
+    """Named tensors and records of one stage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, folder) from error
+
+    def has(self, name: str) -> bool:
+        """Whether the tensors `name` are stored."""
+        return (self.folder / f"{name}.safetensors").is_file()
+
+    def save(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+        """Store tensors and a JSON record.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+        """
+        path = self.folder / f"{name}.safetensors"
+        partial = path.with_suffix(".partial")
+        try:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, {"about": json.dumps(about or {})})
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise disk_error(error, path) from error
+
+    def load(self, name: str, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the record stored as `name`.
+
+        Raises:
+            RunError: the file is absent or damaged.
+        """
+        path = self.folder / f"{name}.safetensors"
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                about = json.loads(file.metadata()["about"])
+                return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"'{path}' cannot be read: {error}", "delete the run directory and start again") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+
+
+def disk_error(error: Exception, path: Path) -> OutputError:
+    """The error to raise when writing `path` failed."""
+    return OutputError(
+        f"'{path}' cannot be written: {error}",
+        "free some disk space or choose another folder; running the same command again resumes",
+    )
+
+
+def _check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    differing = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+    if differing:
+        shown = "; ".join(f"{key}: {_short(found.get(key))}, now {_short(wanted.get(key))}" for key in differing)
+        raise RunError(
+            f"the run directory '{folder}' was made by other inputs ({shown}).",
+            "choose another --run-dir or --out, or delete that folder to start afresh",
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "..."
