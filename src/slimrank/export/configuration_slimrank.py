@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "slimrank"
 FORMAT = 1
@@ -105,6 +104,12 @@ def compressed_config_class(base_model_type: str) -> Any:
     Raises:
         ValueError: this version of transformers does not know the architecture.
     """
+    # Inside the function: slimrank registers this very module as soon as the auto classes are imported.
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from .modeling_slimrank import SlimRankForCausalLM
+
     if base_model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"the model was compressed from the architecture '{base_model_type}', which this version of transformers "
@@ -113,9 +118,6 @@ def compressed_config_class(base_model_type: str) -> Any:
     native = CONFIG_MAPPING[base_model_type]
     mixed = type(f"Compressed{native.__name__}", (CompressedConfig, native), {"__module__": __name__})
     # The class exists only now, so AutoModel is told only now where such configurations lead.
-    from .modeling_slimrank import SlimRankForCausalLM
-    from transformers import AutoModelForCausalLM
-
     AutoModelForCausalLM.register(mixed, SlimRankForCausalLM, exist_ok=True)
     return mixed
 
