@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from slimrank.errors import RecipeError, nearest
 
+PRESETS = Path(__file__).parent / "recipes"
 BUDGETS = ("keep_ratio", "keep_total", "max_bytes", "plan")
 
 
@@ -88,6 +89,18 @@ class Recipe(BaseModel):
             got = f", got {first['input']!r}" if field else ""
             about = cls.model_fields[field].description if field in cls.model_fields else "slimrank compress --help"
             raise RecipeError(f"{field + ': ' if field else ''}{message}{got}", about or "") from error
+
+    @classmethod
+    def preset(cls, name: str) -> dict[str, Any]:
+        """The options of a shipped recipe.
+
+        Raises:
+            RecipeError: there is none of that name.
+        """
+        known = {path.name.removesuffix(".yaml"): path for path in PRESETS.glob("*.yaml")}
+        if name not in known:
+            raise RecipeError(f"there is no preset '{name}'.", nearest(name, known))
+        return cls.read(known[name])
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ R^-1 for the same result). Factors are nested: those of rank r are a prefix of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -84,6 +84,9 @@ def solve(weight: Tensor, column: Tensor | None = None) -> Spectrum:
     """
     w = weight.to(torch.float64)
     c = None if column is None else column.to(w)
+    if c is not None and float(c.trace()) == 0:
+        plain = solve(weight)
+        return replace(plain, notes=(*plain.notes, "the gram is zero (no tokens, or dead inputs): plain SVD instead"))
     m, n = w.shape
     return _solve_out(w, c) if m <= n else _solve_in(w, c)
 

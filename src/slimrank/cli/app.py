@@ -1,0 +1,67 @@
+"""The `slimrank` command: its subcommands, and how errors end it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from slimrank._version import __version__
+from slimrank.cli import benchmark, compress, demo, evaluate, methods, plan
+from slimrank.errors import SlimrankError
+
+app = typer.Typer(
+    name="slimrank",
+    help="""Make large language models smaller and faster by low-rank factorisation.
+
+Begin with [bold]slimrank demo[/bold] (a small real model, no account needed), look ahead with
+[bold]slimrank plan MODEL --keep 0.8[/bold], then [bold]slimrank compress MODEL --keep 0.8 --out smaller[/bold].
+
+MODEL is a hub id, a local folder, a GGUF file, or the word demo.""",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (compress.compress, plan.plan, evaluate.evaluate, benchmark.benchmark, methods.methods, demo.demo):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with 0, 1 (a slimrank error), 2 (wrong usage) or 130 (interrupted)."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(given)
+    except SlimrankError as error:
+        _show_error(error, "--json" in given)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt as error:
+        typer.secho("\ninterrupted; the same command again resumes", err=True)
+        raise SystemExit(130) from error
+
+
+def _show_error(error: SlimrankError, as_json: bool) -> None:
+    if as_json:
+        record: dict[str, Any] = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
+        typer.echo(json.dumps({"error": record}))
+        return
+    typer.secho(f"error: {error.message}", fg="red", err=True)
+    if error.hint:
+        typer.secho(f"  try: {error.hint}", err=True)

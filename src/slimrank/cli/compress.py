@@ -1,0 +1,101 @@
+"""slimrank compress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slimrank.cli import options as o
+from slimrank.cli.console import ConsoleProgress, print_json, print_table, print_text, say_quietly
+
+
+def compress(
+    model: o.Model,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the compressed model to.", show_default=False)],
+    keep: o.Keep = None,
+    keep_total: o.KeepTotal = None,
+    max_bytes: o.MaxBytes = None,
+    plan: o.PlanFile = None,
+    preset: o.Preset = None,
+    recipe: o.RecipeFile = None,
+    method: o.Method = None,
+    allocation: o.Allocation = None,
+    rank_multiple: o.RankMultiple = None,
+    target: o.Targets = None,
+    ignore: o.Ignore = None,
+    calibration: o.Calibration = None,
+    samples: o.Samples = None,
+    seq_len: o.SeqLen = None,
+    batch_size: o.BatchSize = None,
+    seed: o.Seed = None,
+    eval_text: o.EvalText = None,
+    no_eval: o.NoEval = False,
+    windows: o.Windows = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    resident: o.Resident = False,
+    max_shard_size: o.MaxShardSize = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Keep spectra here, to compress again at another budget without calibrating.  \\[default: OUT.run, removed at the end]"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what slimrank wrote to --out before.")] = False,
+    json: o.Json = False,
+) -> None:
+    """Compress a model and write it to a folder, with a report.
+
+    The folder loads with AutoModelForCausalLM.from_pretrained, after `import slimrank` or with trust_remote_code=True.
+    An interrupted run resumes when the same command is given again.
+
+    Example: slimrank compress demo --keep 0.8 --calibration my-text.txt --out smaller
+    """
+    chosen = o.recipe_options(
+        preset,
+        recipe,
+        {
+            "keep_ratio": keep, "keep_total": keep_total, "max_bytes": max_bytes, "plan": plan,
+            "method": method, "allocation": allocation, "rank_multiple": rank_multiple,
+            "targets": target, "ignore": ignore, "calibration": calibration, "samples": samples,
+            "seq_len": seq_len, "batch_size": batch_size, "seed": seed, "evaluation": eval_text,
+            "windows": windows, "device": device, "dtype": dtype, "resident": resident,
+            "max_shard_size": max_shard_size,
+        },
+        no_eval,
+    )  # fmt: skip
+    report = run_compress(model, out, chosen, run_dir, overwrite)
+    print_json(report) if json else show_report(report, out)
+
+
+def run_compress(
+    model: str, out: Path, chosen: dict[str, Any], run_dir: Path | None, overwrite: bool
+) -> dict[str, Any]:
+    """Compress with progress on the screen; gives back the report."""
+    from slimrank.pipeline import compress as library_compress
+    from slimrank.recipe import Recipe
+
+    made = Recipe.make(chosen)
+    made.need_budget()
+    say_quietly()
+    with ConsoleProgress() as progress:
+        result = library_compress(
+            model, recipe=made, out=out, run_dir=run_dir, overwrite=overwrite, progress=progress
+        )
+    return result.report
+
+
+def show_report(report: dict[str, Any], out: Path) -> None:
+    """The headline of a report, and where the rest is."""
+    from slimrank.report.render import comparison, percent
+
+    size = report["size"]
+    kept = f"kept {percent(size['keep_ratio'])} of the linears, {percent(size['keep_total'])} of the model"
+    print_table(kept, ("", "before", "after", "ratio"), comparison(report))
+    if report["before"]:
+        print_text(f"\n{report['before']['sample']['prompt']} ...")
+        for name in ("before", "after"):
+            print_text(f"  {name}: {' '.join(report[name]['sample']['text'].split())}")
+    if report["notes"]:
+        print_text(f"\n{len(report['notes'])} things were skipped, clamped or unusual: see report.md")
+    print_text(f"\nwritten to {out}: the model, report.md, report.json, plan.json")

@@ -1,0 +1,124 @@
+"""What the user sees while a job runs, and after it. Progress goes to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from slimrank.progress import Progress as LibraryProgress
+
+LINE_EVERY = 10.0  # seconds between lines where no bar can be drawn
+
+
+def say_quietly() -> None:
+    """Keep the progress bars and advice of other libraries off the screen."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+class ConsoleProgress(LibraryProgress):
+    """One bar for the whole job with the time left; plain lines where standard error is no terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.costs: dict[str, float] = {}
+        self.done_cost = 0.0
+        self.current, self.steps, self.done = "", 1, 0
+        self.start = self.last_line = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ConsoleProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def plan(self, costs: dict[str, float]) -> None:
+        """See `slimrank.progress`."""
+        self.costs, self.start = costs, time.monotonic()
+        self.note(f"this will take about {duration(sum(costs.values()))}")
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("starting", total=1.0, left="")
+            self._bar.start()
+
+    def stage(self, name: str, steps: int) -> None:
+        """See `slimrank.progress`."""
+        self._leave_stage()
+        self.current, self.steps, self.done = name, max(1, steps), 0
+        self._show(force=True)
+
+    def step(self, done: int = 1) -> None:
+        """See `slimrank.progress`."""
+        self.done = min(self.steps, self.done + done)
+        self._show()
+
+    def note(self, message: str) -> None:
+        """See `slimrank.progress`."""
+        self.console.print(message, highlight=False, markup=False)
+
+    def _leave_stage(self) -> None:
+        names = list(self.costs)
+        if self.current in names:
+            self.done_cost = sum(self.costs[n] for n in names[: names.index(self.current) + 1])
+
+    def fraction(self) -> float:
+        """How much of the predicted cost of the job is done."""
+        total = sum(self.costs.values())
+        if not total:
+            return self.done / self.steps
+        here = self.costs.get(self.current, 0.0)
+        return min(1.0, (self.done_cost + here * self.done / self.steps) / total)
+
+    def _left(self) -> str:
+        fraction, elapsed = self.fraction(), time.monotonic() - self.start
+        if fraction < 0.02 or elapsed < 2:
+            return ""
+        return f"about {duration(elapsed * (1 - fraction) / fraction)} left"
+
+    def _show(self, force: bool = False) -> None:
+        text = f"{self.current} {self.done}/{self.steps}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.fraction(), description=text, left=self._left())
+        elif force or time.monotonic() - self.last_line > LINE_EVERY:
+            self.last_line = time.monotonic()
+            self.console.print(f"  {text}  {self._left()}".rstrip(), highlight=False, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """40 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def print_json(record: Any) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json.dumps(record, indent=1, default=str))
+
+
+def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table on standard output; the first column is text, the others are numbers."""
+    table = Table(title=title or None, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def print_text(text: str) -> None:
+    """Plain text on standard output."""
+    typer.echo(text)

@@ -1,0 +1,101 @@
+"""slimrank plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slimrank.cli import options as o
+from slimrank.cli.console import ConsoleProgress, duration, print_json, print_table, print_text, say_quietly
+
+
+def plan(
+    model: o.Model,
+    keep: o.Keep = None,
+    keep_total: o.KeepTotal = None,
+    max_bytes: o.MaxBytes = None,
+    plan: o.PlanFile = None,
+    preset: o.Preset = None,
+    recipe: o.RecipeFile = None,
+    method: o.Method = None,
+    allocation: o.Allocation = None,
+    rank_multiple: o.RankMultiple = None,
+    target: o.Targets = None,
+    ignore: o.Ignore = None,
+    samples: o.Samples = None,
+    seq_len: o.SeqLen = None,
+    batch_size: o.BatchSize = None,
+    windows: o.Windows = None,
+    no_eval: o.NoEval = False,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    resident: o.Resident = False,
+    save: Annotated[Path | None, typer.Option(help="Write the rank plan here, for compress --plan.")] = None,
+    json: o.Json = False,
+) -> None:
+    """Show what compress would do: sizes, ranks, time, memory, layers left out. Loads no weights.
+
+    Example: slimrank plan demo --keep 0.8 --save plan.json
+    """
+    from slimrank.preview import preview
+
+    chosen = o.recipe_options(
+        preset,
+        recipe,
+        {
+            "keep_ratio": keep, "keep_total": keep_total, "max_bytes": max_bytes, "plan": plan,
+            "method": method, "allocation": allocation, "rank_multiple": rank_multiple,
+            "targets": target, "ignore": ignore, "samples": samples, "seq_len": seq_len,
+            "batch_size": batch_size, "windows": windows, "device": device, "dtype": dtype, "resident": resident,
+        },
+        no_eval,
+    )  # fmt: skip
+    say_quietly()
+    with ConsoleProgress() as progress:
+        record = preview(model, progress=progress, **chosen)
+    made = record.pop("plan")
+    if save is not None:
+        made.save(save)
+    if json:
+        print_json({**record, "plan": made.model_dump()})
+    else:
+        _show(model, record, save)
+
+
+def _show(model: str, record: dict[str, Any], save: Path | None) -> None:
+    from slimrank.report.render import megabytes, millions, percent
+
+    size, coverage = record["size"], record["coverage"]
+    print_table(
+        f"{model}: would keep {percent(size['keep_ratio'])} of the linears, {percent(size['keep_total'])} of the model",
+        ("", "before", "after"),
+        [
+            ("parameters of the model", millions(size["parameters_before"]), millions(size["parameters_after"])),
+            ("size on disk", megabytes(size["bytes_before"]), megabytes(size["bytes_after"])),
+        ],
+    )
+    print_table(
+        "ranks",
+        ("layers", "how many", "shape", "rank", "parameters after"),
+        [
+            (row["name"], str(row["count"]), "{} x {}".format(*row["shape"]), _ranks(row["ranks"]), millions(row["parameters"]))
+            for row in record["kinds"]
+        ],
+    )
+    rows = [("compressed", millions(coverage["targets"]), percent(coverage["targets"] / coverage["total"]))]
+    for reason, count in sorted(coverage["left_out"].items(), key=lambda item: -item[1]):
+        rows.append((f"not: {reason}", millions(count), percent(count / coverage["total"])))
+    print_table(f"covers {percent(coverage['of_matrices'])} of the decoder's weight matrices", ("", "parameters", "of the model"), rows)
+    stages = ", ".join(f"{name} {duration(s)}" for name, s in record["seconds"].items() if s >= 0.5)
+    print_text(f"time: about {duration(sum(record['seconds'].values()))} ({stages})")
+    print_text(f"memory: about {record['peak_memory'] / 1e9:.1f} GB")
+    if save is not None:
+        print_text(f"plan written to {save}")
+
+
+def _ranks(ranks: list[Any]) -> str:
+    numbers = sorted(r for r in ranks if r != "dense")
+    parts = [f"{numbers[0]} .. {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])] if numbers else []
+    return ", ".join(parts + (["dense"] if "dense" in ranks else []))

@@ -1,0 +1,125 @@
+"""Evaluate models by name: perplexity on texts, speed, memory, a sample. What `slimrank evaluate` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from slimrank.calibration.sources import read_source
+from slimrank.calibration.windows import bos_of, count_windows, leading_windows, tokenise, tokens_digest
+from slimrank.errors import DataError
+from slimrank.evaluate.memory import peak_memory
+from slimrank.evaluate.perplexity import perplexity
+from slimrank.evaluate.sample import PROMPT, sample_text
+from slimrank.evaluate.speed import measure_speed, measure_speeds
+from slimrank.inputs import check_context
+from slimrank.models.load import load
+from slimrank.models.placement import placed, resolve_device
+from slimrank.models.structure import parameters_of
+from slimrank.progress import Progress
+
+
+def evaluate(
+    model: str | Path,
+    texts: Sequence[str] = ("demo",),
+    windows: int | None = None,
+    seq_len: int = 512,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity on each text, speed, a sample and peak memory of a saved model.
+
+    Args:
+        model: hub id, local folder, GGUF file, or "demo".
+        texts: sources (see `calibration.sources`).
+        windows: first windows of each text; None takes all.
+        seq_len: tokens per window.
+        device: where to compute.
+        dtype: dtype to load the model in.
+        progress: told what happens.
+
+    Returns:
+        A record; with one text its perplexity stands under "perplexity", with several each text's stands under
+        "texts" and "perplexity" is that of the first.
+
+    Raises:
+        SlimrankError: an unreadable text, an unknown model, non-finite logits.
+    """
+    progress = progress or Progress()
+    place = resolve_device(device)
+    sources = {source: read_source(source, "evaluation") for source in texts}
+    loaded, tokenizer = load(model, dtype, progress)
+    check_context(loaded, seq_len)
+    bos = bos_of(tokenizer)
+    cut = {source: _windows(source, text, tokenizer, windows, seq_len, bos) for source, text in sources.items()}
+    with placed([loaded], place, upcast=False):
+        measured = {}
+        for source, ids in cut.items():
+            progress.stage(f"perplexity of {source}", len(ids))
+            measured[source] = {**asdict(perplexity(loaded, ids, bos is not None, progress)), "tokens_sha256": tokens_digest(ids)}
+        speed = measure_speed(loaded)
+        text = sample_text(loaded, tokenizer)
+    first = next(iter(measured.values()))
+    return {
+        "model": str(model),
+        "perplexity": first["perplexity"],
+        "texts": measured,
+        "speed": asdict(speed),
+        "sample": {"prompt": PROMPT, "text": text},
+        "peak_memory": peak_memory(),
+        "parameters": parameters_of(loaded),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(place),
+    }
+
+
+def benchmark(
+    model: str | Path,
+    against: str | Path,
+    prompt: int = 256,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Speed and size of a model against another, measured turn by turn in one process.
+
+    Returns:
+        A record with "model", "against" (each: speed, parameters, bytes) and "ratios" (model over against).
+    """
+    place = resolve_device(device)
+    loaded = [load(spec, dtype, progress)[0] for spec in (model, against)]
+    if progress:
+        progress.note(f"measuring both turn by turn, {repeats} rounds of {prompt} + {new_tokens} tokens")
+    with placed(loaded, place, upcast=False):
+        speeds = measure_speeds(loaded, prompt, new_tokens, repeats)
+    sides = [
+        {
+            **asdict(speed),
+            "name": str(name),
+            "parameters": parameters_of(m),
+            "bytes": sum(p.numel() * p.element_size() for p in m.parameters()),
+            "dtype": str(m.dtype).removeprefix("torch."),
+        }
+        for name, m, speed in zip((model, against), loaded, speeds, strict=True)
+    ]
+    keys = ("prefill", "decode", "parameters", "bytes")
+    return {
+        "model": sides[0],
+        "against": sides[1],
+        "ratios": {key: sides[0][key] / sides[1][key] for key in keys},
+        "device": str(place),
+        "peak_memory": peak_memory(),
+    }
+
+
+def _windows(source: str, text: str, tokenizer: Any, windows: int | None, seq_len: int, bos: int | None) -> Any:
+    tokens = tokenise(text, tokenizer)
+    try:
+        return leading_windows(tokens, windows or max(1, count_windows(tokens, seq_len, bos)), seq_len, bos)
+    except DataError as error:
+        raise DataError(f"'{source}': {error.message}", error.hint) from error

@@ -1,0 +1,96 @@
+"""What a compression would do: sizes, ranks, memory, time and what is left out. No weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from slimrank.allocate.budget import budget_in_parameters
+from slimrank.allocate.plan import RankPlan
+from slimrank.allocate.registry import get_allocator
+from slimrank.decompose.registry import get_decomposer
+from slimrank.estimate import Workload, measure_machine, peak_bytes, stage_seconds
+from slimrank.inputs import check_context
+from slimrank.models.load import skeleton, stored_dtype
+from slimrank.models.placement import resolve_device
+from slimrank.models.structure import parameters_of
+from slimrank.models.targets import find_targets
+from slimrank.progress import Progress
+from slimrank.recipe import Recipe
+
+
+def preview(
+    model: str | Path, recipe: Recipe | None = None, progress: Progress | None = None, **options: Any
+) -> dict[str, Any]:
+    """What `compress` would do with the same arguments.
+
+    Returns:
+        A record with "plan" (as `RankPlan`), "size", "coverage", "kinds" (one row for each layer name),
+        "seconds" (by stage) and "peak_memory" (bytes). Seconds and memory are estimates.
+
+    Raises:
+        SlimrankError: whatever `compress` would refuse for the same model and budget.
+    """
+    made = Recipe.make({**(recipe.model_dump(exclude_unset=True) if recipe else {}), **options})
+    made.need_budget()
+    device = resolve_device(made.device)
+    bones = skeleton(model, progress)
+    check_context(bones, made.seq_len)
+    targets = find_targets(bones, made.targets, made.ignore)
+    coverage = targets.coverage
+    itemsize = stored_dtype(bones).itemsize if made.dtype == "auto" else {"float32": 4}.get(made.dtype, 2)
+    shapes = {t.path: t.shape for t in targets}
+    if made.plan is not None:
+        plan = RankPlan.load(made.plan)
+        plan.check(shapes)
+    else:
+        budget = budget_in_parameters(
+            coverage.targets, coverage.total, itemsize, made.keep_ratio, made.keep_total, made.max_bytes
+        )
+        allocator = get_allocator(made.allocation)
+        plan = RankPlan.build(allocator.allocate(shapes, budget, made.rank_multiple), shapes, allocator.id, budget)
+    calibrates = "gram" in get_decomposer(made.method).needs
+    head = bones.get_output_embeddings()
+    work = Workload(
+        targets=targets.targets,
+        matrices=coverage.matrices,
+        head=parameters_of(head) if head is not None else 0,
+        calibration_tokens=made.samples * made.seq_len if calibrates else 0,
+        evaluation_tokens=made.windows * made.seq_len if made.evaluation else 0,
+    )
+    after = coverage.total - coverage.targets + plan.parameters
+    memory = peak_bytes(
+        work, coverage.total, targets.targets[0].shape[1], itemsize,
+        made.batch_size * made.seq_len, made.resident, upcast=device.type == "cpu",
+    )  # fmt: skip
+    return {
+        "plan": plan,
+        "size": {
+            "keep_ratio": plan.keep_ratio,
+            "keep_total": after / coverage.total,
+            "parameters_before": coverage.total,
+            "parameters_after": after,
+            "bytes_before": coverage.total * itemsize,
+            "bytes_after": after * itemsize,
+        },
+        "coverage": {**asdict(coverage), "of_matrices": coverage.of_matrices},
+        "kinds": _kinds(plan),
+        "seconds": stage_seconds(work, measure_machine(device)),
+        "peak_memory": memory,
+    }
+
+
+def _kinds(plan: RankPlan) -> list[dict[str, Any]]:
+    """One row per layer name and shape: how many, and the range of their ranks."""
+    rows: dict[tuple[str, tuple[int, int]], dict[str, Any]] = {}
+    for path, target in plan.targets.items():
+        name = path.rpartition(".")[2]
+        row = rows.setdefault(
+            (name, target.shape), {"name": name, "shape": list(target.shape), "count": 0, "ranks": [], "parameters": 0}
+        )
+        row["count"] += 1
+        row["parameters"] += target.parameters
+        if target.rank not in row["ranks"]:
+            row["ranks"].append(target.rank)
+    return list(rows.values())

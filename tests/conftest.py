@@ -1,0 +1,27 @@
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+from helpers import byte_tokenizer, save_tiny, text
+
+
+@pytest.fixture
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(text(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_folder(tmp_path):
+    return save_tiny(tmp_path / "tiny")
