@@ -14,7 +14,7 @@ from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.perplexity import perplexity
 from slimrank.evaluate.sample import PROMPT, sample_text
 from slimrank.evaluate.speed import measure_speed, measure_speeds
-from slimrank.inputs import check_context
+from slimrank.inputs import window_length
 from slimrank.models.load import load
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.structure import parameters_of
@@ -25,7 +25,7 @@ def evaluate(
     model: str | Path,
     texts: Sequence[str] = ("demo",),
     windows: int | None = None,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress | None = None,
@@ -36,7 +36,7 @@ def evaluate(
         model: hub id, local folder, GGUF file, or "demo".
         texts: sources (see `calibration.sources`).
         windows: first windows of each text; None takes all.
-        seq_len: tokens per window.
+        seq_len: tokens per window; None takes 512 or the model's context.
         device: where to compute.
         dtype: dtype to load the model in.
         progress: told what happens.
@@ -52,9 +52,9 @@ def evaluate(
     place = resolve_device(device)
     sources = {source: read_source(source, "evaluation") for source in texts}
     loaded, tokenizer = load(model, dtype, progress)
-    check_context(loaded, seq_len)
+    length = window_length(loaded, seq_len)
     bos = bos_of(tokenizer)
-    cut = {source: _windows(source, text, tokenizer, windows, seq_len, bos) for source, text in sources.items()}
+    cut = {source: _windows(source, text, tokenizer, windows, length, bos) for source, text in sources.items()}
     with placed([loaded], place, upcast=False):
         measured = {}
         for source, ids in cut.items():

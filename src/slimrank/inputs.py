@@ -18,8 +18,12 @@ from slimrank.calibration.windows import (
     tokens_digest,
 )
 from slimrank.errors import DataError, RecipeError
+from slimrank.models.structure import context_of
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
+
+
+DEFAULT_SEQ_LEN = 512
 
 
 @dataclass(frozen=True)
@@ -77,28 +81,28 @@ class RawTexts:
             return Texts()
         if tokenizer is None:
             raise RecipeError("a tokenizer is needed to read text.", "compress(model, tokenizer, ...), or evaluation=None")
-        check_context(model, self.recipe.seq_len)
+        seq_len = window_length(model, self.recipe.seq_len)
         bos = bos_of(tokenizer)
         notes: list[str] = []
         evaluation = None
         if self.evaluation is not None:
-            evaluation = self._evaluation(tokenise(self.evaluation, tokenizer), bos, notes)
-        calibration = self._calibration(model, tokenizer, bos, progress) if self.calibrates else None
+            evaluation = self._evaluation(tokenise(self.evaluation, tokenizer), seq_len, bos, notes)
+        calibration = self._calibration(model, tokenizer, seq_len, bos, progress) if self.calibrates else None
         return Texts(calibration, evaluation, bos is not None, notes)
 
-    def _calibration(self, model: Any, tokenizer: Any, bos: int | None, progress: Progress) -> Tensor:
-        recipe = self.recipe
+    def _calibration(
+        self, model: Any, tokenizer: Any, seq_len: int, bos: int | None, progress: Progress
+    ) -> Tensor:
+        samples, seed = self.recipe.samples, self.recipe.seed
         if self.calibration is None:
-            return sample_windows(model, tokenizer, recipe.samples, recipe.seq_len, recipe.seed, progress)
-        tokens = tokenise(self.calibration, tokenizer)
-        return draw_windows(tokens, recipe.samples, recipe.seq_len, recipe.seed, bos)
+            return sample_windows(model, tokenizer, samples, seq_len, seed, progress)
+        return draw_windows(tokenise(self.calibration, tokenizer), samples, seq_len, seed, bos)
 
-    def _evaluation(self, tokens: Tensor, bos: int | None, notes: list[str]) -> Tensor:
-        recipe = self.recipe
-        available = count_windows(tokens, recipe.seq_len, bos)
-        if available < recipe.windows:
-            notes.append(f"evaluation text holds {available} windows of {recipe.seq_len}, not {recipe.windows}")
-        return leading_windows(tokens, max(1, min(available, recipe.windows)), recipe.seq_len, bos)
+    def _evaluation(self, tokens: Tensor, seq_len: int, bos: int | None, notes: list[str]) -> Tensor:
+        wanted, available = self.recipe.windows, count_windows(tokens, seq_len, bos)
+        if available < wanted:
+            notes.append(f"the evaluation text holds {available} windows of {seq_len}, not {wanted}")
+        return leading_windows(tokens, max(1, min(available, wanted)), seq_len, bos)
 
 
 def prepare_texts(recipe: Recipe, calibrates: bool) -> RawTexts:
@@ -118,12 +122,15 @@ def prepare_texts(recipe: Recipe, calibrates: bool) -> RawTexts:
     )
 
 
-def check_context(model: Any, seq_len: int) -> None:
-    """Make sure that windows are not longer than what the model was made for.
+def window_length(model: Any, wanted: int | None) -> int:
+    """Tokens per window: what was asked for, else 512 or the model's context, whichever is less.
 
     Raises:
-        RecipeError: they are.
+        RecipeError: more was asked for than the model was made for.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(context, int) and 0 < context < seq_len:
-        raise RecipeError(f"seq_len {seq_len} is more than the model's context of {context} tokens.", f"--seq-len {context}")
+    context = context_of(model)
+    if wanted is None:
+        return min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
+    if context is not None and context < wanted:
+        raise RecipeError(f"seq_len {wanted} is more than the model's context of {context} tokens.", f"--seq-len {context}")
+    return wanted

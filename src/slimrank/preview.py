@@ -11,7 +11,7 @@ from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.registry import get_allocator
 from slimrank.decompose.registry import get_decomposer
 from slimrank.estimate import Workload, measure_machine, peak_bytes, stage_seconds
-from slimrank.inputs import check_context
+from slimrank.inputs import window_length
 from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
 from slimrank.models.structure import parameters_of
@@ -36,7 +36,7 @@ def preview(
     made.need_budget()
     device = resolve_device(made.device)
     bones = skeleton(model, progress)
-    check_context(bones, made.seq_len)
+    seq_len = window_length(bones, made.seq_len)
     targets = find_targets(bones, made.targets, made.ignore)
     coverage = targets.coverage
     itemsize = stored_dtype(bones).itemsize if made.dtype == "auto" else {"float32": 4}.get(made.dtype, 2)
@@ -56,13 +56,13 @@ def preview(
         targets=targets.targets,
         matrices=coverage.matrices,
         head=parameters_of(head) if head is not None else 0,
-        calibration_tokens=made.samples * made.seq_len if calibrates else 0,
-        evaluation_tokens=made.windows * made.seq_len if made.evaluation else 0,
+        calibration_tokens=made.samples * seq_len if calibrates else 0,
+        evaluation_tokens=made.windows * seq_len if made.evaluation else 0,
     )
     after = coverage.total - coverage.targets + plan.parameters
     memory = peak_bytes(
         work, coverage.total, targets.targets[0].shape[1], itemsize,
-        made.batch_size * made.seq_len, made.resident, upcast=device.type == "cpu",
+        made.batch_size * seq_len, made.resident, upcast=device.type == "cpu",
     )  # fmt: skip
     return {
         "plan": plan,

@@ -34,11 +34,13 @@ class Recipe(BaseModel):
     rank_multiple: int = Field(1, ge=1, description="Ranks are multiples of this (8 or 16 suit GPUs).")
     targets: tuple[str, ...] = Field((), description="Compress only layers that match one of these patterns.")
     ignore: tuple[str, ...] = Field((), description="Leave layers alone that match one of these patterns.")
-    calibration: str = Field(
-        "demo", description="Calibration text: a file or folder, hub:ID[:CONFIG[:SPLIT]], demo, or self."
+    calibration: str | tuple[str, ...] = Field(
+        "demo", description="Calibration text: a file or folder, hub:ID[:CONFIG[:SPLIT]], demo, self, or a list of texts."
     )
     samples: int = Field(128, ge=1, description="Calibration windows.")
-    seq_len: int = Field(512, ge=2, description="Tokens per window, in calibration and evaluation.")
+    seq_len: int | None = Field(
+        None, ge=2, description="Tokens per window, in calibration and evaluation; 512 or the model's context."
+    )
     batch_size: int = Field(8, ge=1, description="Windows that run through a block at a time.")
     seed: int = Field(0, ge=0, description="Seed of the calibration windows (and of `self` text).")
     device: str = Field("auto", description="Where to compute: auto, cpu, cuda, mps, ...")
@@ -60,6 +62,13 @@ class Recipe(BaseModel):
         if len(given) > 1:
             raise ValueError(f"give only one of {' and '.join(given)}")
         return self
+
+    def described(self) -> dict[str, Any]:
+        """The recipe for a report; texts given as a list are counted, not repeated."""
+        fields = self.model_dump()
+        if not isinstance(self.calibration, str):
+            fields["calibration"] = f"{len(self.calibration)} documents given as a list"
+        return fields
 
     def need_budget(self) -> None:
         """Make sure that the recipe says how small the model should get.

@@ -17,7 +17,10 @@ def evaluate(
         typer.Option(help="Text to measure perplexity on (as for compress --calibration); repeatable.  \\[default: demo]"),
     ] = None,
     windows: Annotated[int | None, typer.Option(help="First windows of each text.  \\[default: all]", min=1)] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window; seq-len - 1 of them are predicted.", min=2)] = 512,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens per window; seq-len - 1 of them are predicted.  \\[default: 512]", min=2),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     json: o.Json = False,

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from slimrank.evaluate.mode import evaluating
+from slimrank.models.structure import context_of
 
+UNLIMITED = 2**31
 VOCABULARY_USED = 1000  # random prompts draw from the first ids, which every vocabulary has
 
 
@@ -40,7 +42,13 @@ def measure_speed(model: Any, prompt: int = 256, new_tokens: int = 16, repeats: 
 
 
 def measure_speeds(models: list[Any], prompt: int = 256, new_tokens: int = 16, repeats: int = 3) -> list[Speed]:
-    """Measure several models turn by turn, so that a machine whose speed drifts treats them alike."""
+    """Measure several models turn by turn, so that a machine whose speed drifts treats them alike.
+
+    Prompt and new tokens are shortened to what the smallest context of the models holds.
+    """
+    context = min(context_of(m) or UNLIMITED for m in models)
+    new_tokens = min(new_tokens, context // 2)
+    prompt = min(prompt, context - new_tokens)
     vocabulary = min(VOCABULARY_USED, *(m.get_input_embeddings().weight.shape[0] for m in models))
     ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     rounds: list[list[tuple[float, float]]] = [[] for _ in models]

@@ -41,26 +41,42 @@ class SlimRankConfig(PreTrainedConfig):
         Raises:
             ValueError: the file was written by a newer slimrank, or lacks what slimrank writes.
         """
-        about = config_dict.get("slimrank")
-        if not isinstance(about, dict) or "base_config" not in config_dict:
-            raise ValueError("config.json says model_type 'slimrank' but lacks 'slimrank' or 'base_config'")
-        if about["format"] > FORMAT:
-            raise ValueError(
-                f"the model was saved in slimrank format {about['format']}; this slimrank reads up to {FORMAT}: "
-                "upgrade slimrank"
-            )
-        native = compressed_config_class(about["base_model_type"])
-        return native.from_dict({**config_dict["base_config"], "slimrank": about, "auto_map": AUTO_MAP}, **kwargs)
+        flat = flatten(config_dict)
+        native = compressed_config_class(flat["slimrank"]["base_model_type"])
+        return native.from_dict(flat, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Nothing to do: a compressed model always writes its own code files."""
 
 
+def flatten(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the native configuration, and those of slimrank, out of config.json.
+
+    Raises:
+        ValueError: the file was written by a newer slimrank, or lacks what slimrank writes.
+    """
+    about = config_dict.get("slimrank")
+    if not isinstance(about, dict) or "base_config" not in config_dict:
+        raise ValueError("config.json says model_type 'slimrank' but lacks 'slimrank' or 'base_config'")
+    if about["format"] > FORMAT:
+        raise ValueError(
+            f"the model was saved in slimrank format {about['format']}; this slimrank reads up to {FORMAT}: "
+            "upgrade slimrank"
+        )
+    return {**config_dict["base_config"], "slimrank": about, "auto_map": AUTO_MAP}
+
+
 class CompressedConfig:
-    """Mixed into the native configuration class: writes config.json the way this file describes."""
+    """Mixed into the native configuration class: reads and writes config.json the way this file describes."""
 
     slimrank: dict[str, Any]
+
+    @classmethod
+    def get_config_dict(cls, path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json (for code that asks the class of a loaded configuration, as PEFT does)."""
+        config_dict, rest = super().get_config_dict(path, **kwargs)  # type: ignore[misc]
+        return (flatten(config_dict) if "base_config" in config_dict else config_dict), rest
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write config.json in the slimrank format."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from slimrank.errors import ModelError
@@ -10,6 +12,12 @@ from slimrank.errors import ModelError
 def parameters_of(module: nn.Module) -> int:
     """Parameters of a module, tied ones once."""
     return sum(p.numel() for p in module.parameters())
+
+
+def context_of(model: Any) -> int | None:
+    """Tokens that a model was made to see at once, where its configuration says so."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context if isinstance(context, int) and context > 1 else None
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -96,7 +96,7 @@ def _provenance(facts: Facts) -> dict[str, Any]:
     packages = ("torch", "transformers", "safetensors", "accelerate")
     return {
         "slimrank": __version__,
-        "recipe": facts.recipe.model_dump(),
+        "recipe": facts.recipe.described(),
         "inputs": facts.identity,
         "dtype": facts.dtype,
         "device": facts.device,

@@ -1,0 +1,213 @@
+"""A saved model loads with slimrank imported, with remote code, and with neither fails clearly."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from helpers import CONFIGS, VOCABULARY, byte_tokenizer, tiny_model
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import slimrank
+from slimrank.layers import LowRankLinear
+
+IDS = torch.randint(VOCABULARY - 3, (2, 12), generator=torch.Generator().manual_seed(0))
+NAMES = list(CONFIGS)
+
+
+def compressed(name="llama", **changes):
+    model = tiny_model(name, **changes)
+    slimrank.compress(model, byte_tokenizer(), keep_ratio=0.6, method="svd", evaluation=None, seq_len=16)
+    return model
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    model = compressed()
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    torch.save(logits(model), folder / "expected.pt")
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip_is_exact_and_native(name, tmp_path):
+    model = compressed(name)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is type(tiny_model(name))
+    assert not any(info.values())
+    assert torch.equal(logits(loaded), logits(model))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert loaded.config.model_type == model.config.model_type == CONFIGS[name]().model_type
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_original_weight_is_in_the_file(name, tmp_path):
+    original = {n for n, _ in tiny_model(name).named_parameters()}
+    model = compressed(name)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    layers = {n for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    assert layers
+    for path in layers:
+        assert f"{path}.weight" in original
+        assert f"{path}.weight" not in stored
+        assert {f"{path}.A.weight", f"{path}.B.weight"} <= set(stored)
+    parameters = sum(p.numel() for p in model.parameters())
+    if name != "qwen3_moe":  # transformers stores expert banks under other names
+        assert sum(t.numel() for t in stored.values()) == parameters
+
+
+def test_resaving_generation_and_dtype(saved, tmp_path):
+    first = AutoModelForCausalLM.from_pretrained(saved)
+    first.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), torch.load(saved / "expected.pt"))
+    a, b = (m.generate(IDS, max_new_tokens=5, do_sample=False) for m in (first, again))
+    assert torch.equal(a, b)
+    assert a.shape == (2, 17)
+    half = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    placed = AutoModelForCausalLM.from_pretrained(saved, device_map="auto")
+    assert torch.equal(logits(placed).cpu(), logits(first))
+
+
+def test_ties_survive(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_lora_on_the_factors(saved, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(saved)
+    model = get_peft_model(base, LoraConfig(target_modules=["A", "B"], r=2, init_lora_weights=False))
+    adapted = logits(model)
+    assert not torch.equal(adapted, torch.load(saved / "expected.pt"))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved), tmp_path / "adapter")
+    torch.testing.assert_close(logits(fresh), adapted)
+    merged = fresh.merge_and_unload()
+    torch.testing.assert_close(logits(merged), adapted, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
+
+
+def test_configurations_copy_and_pickle(saved):
+    config = AutoConfig.from_pretrained(saved)
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert type(copied) is type(config)
+        assert copied.slimrank == config.slimrank
+        assert copied.hidden_size == 32
+    empty = AutoModelForCausalLM.from_config(config)
+    assert isinstance(empty.model.layers[0].mlp.up_proj, LowRankLinear)
+
+
+def test_damaged_and_foreign_checkpoints(saved, tmp_path):
+    content = json.loads((saved / "config.json").read_text())
+    for change, message in [
+        (lambda c: c.pop("base_config"), "lacks 'slimrank' or 'base_config'"),
+        (lambda c: c["slimrank"].update(format=99), "upgrade slimrank"),
+        (lambda c: c["slimrank"].update(base_model_type="unheard_of"), "upgrade transformers"),
+        (lambda c: c["slimrank"]["layers"].update({"model.nowhere": {}}), "not in LlamaForCausalLM"),
+    ]:
+        changed = copy.deepcopy(content)
+        change(changed)
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+        with pytest.raises(ValueError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def python(code, *arguments):
+    """Run code in a process where slimrank cannot be imported."""
+    block = """
+        import importlib.abc, os, sys
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        class Block(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name.partition(".")[0] == "slimrank":
+                    raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, Block())
+    """
+    program = textwrap.dedent(block) + textwrap.dedent(code)
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+
+
+def test_remote_code_without_slimrank(saved, tmp_path):
+    result = python(
+        """
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        folder, again = sys.argv[1:]
+        ids, expected = torch.arange(12)[None], torch.load(folder + "/expected.pt")
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(256, (2, 12), generator=generator)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, expected)
+        assert type(model).__module__.startswith("transformers.models.llama")
+        model.generate(ids, max_new_tokens=2)
+        model.save_pretrained(again)
+        model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, expected)
+        assert not [name for name in sys.modules if name.partition(".")[0] == "slimrank"]
+        """,
+        saved, tmp_path / "again",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), torch.load(saved / "expected.pt"))
+
+
+@pytest.mark.parametrize(
+    "class_name, message",
+    [
+        ("AutoModelForCausalLM", "trust_remote_code=True"),
+        ("LlamaForCausalLM", "compressed by slimrank"),
+        ("GPT2LMHeadModel", "compressed by slimrank"),
+    ],
+)
+def test_without_slimrank_and_without_trust_it_fails_clearly(saved, class_name, message):
+    result = python(
+        f"""
+        import transformers
+        try:
+            transformers.{class_name}.from_pretrained(sys.argv[1])
+        except Exception as error:
+            print(error)
+        else:
+            sys.exit("it loaded")
+        """,
+        saved,
+    )
+    assert result.returncode == 0, result.stderr
+    assert message in result.stdout
+
+
+def test_the_tokenizer_loads_anywhere(saved):
+    result = python("from transformers import AutoTokenizer; print(len(AutoTokenizer.from_pretrained(sys.argv[1])))", saved)
+    assert result.stdout.split()[-1] == str(len(AutoTokenizer.from_pretrained(saved)))
+
+
+@pytest.mark.parametrize("order", ["import slimrank; import transformers", "import transformers; import slimrank"])
+def test_importing_slimrank_registers_the_loader(saved, order):
+    code = f"{order}; import sys; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(saved)], check=True, capture_output=True)

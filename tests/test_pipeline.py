@@ -1,0 +1,369 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CONFIGS, VOCABULARY, byte_tokenizer, save_tiny, text, tiny_model
+from transformers import AutoModelForCausalLM
+
+import slimrank
+from slimrank.calibration.windows import draw_windows, tokenise
+from slimrank.errors import (
+    BudgetError,
+    DataError,
+    ModelError,
+    NonFiniteError,
+    OutputError,
+    PlanError,
+    RecipeError,
+    RunError,
+)
+from slimrank.layers import LowRankLinear
+
+SMALL = {"samples": 4, "seq_len": 24, "batch_size": 2, "windows": 2}
+
+
+def options(text_file, **changes):
+    return {"keep_ratio": 0.6, "calibration": str(text_file), "evaluation": None, **SMALL, **changes}
+
+
+def files_of(folder):
+    """Every file but the reports, which hold measured times."""
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if not p.name.startswith("report.")}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_layout_end_to_end(name, tmp_path, text_file):
+    folder = save_tiny(tmp_path / "model", name)
+    result = slimrank.compress(folder, out=tmp_path / "out", **options(text_file, evaluation=str(text_file)))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, result.model(input_ids=ids).logits)
+    assert result.plan.keep_ratio <= 0.6
+    assert result.plan.parameters == sum(
+        m.A.weight.numel() + m.B.weight.numel() for m in loaded.modules() if isinstance(m, LowRankLinear)
+    )
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["after"]["perplexity"]["perplexity"] > 1
+    size = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
+    assert size == report["size"]["bytes_after"]
+    planned = sum(p.numel() for p in result.model.parameters()) * 4
+    assert 0 <= size - planned < 16384  # the header of a safetensors file
+    assert "rank" in (tmp_path / "out" / "report.md").read_text()
+    assert not (tmp_path / "out.run").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+def test_layer_outputs_equal_an_independent_svd_llm(name, text_file):
+    """Whitening, full SVD and the explicit inverse, on inputs gathered by plain hooks, in float64."""
+    dense, model = tiny_model(name), tiny_model(name)
+    result = slimrank.compress(model, byte_tokenizer(), **options(text_file, samples=16))
+    ids = draw_windows(tokenise(text_file.read_text(), byte_tokenizer()), 16, 24, seed=0)
+    for row in result.report["targets"]:
+        layer, inputs = dense.get_submodule(row["path"]), []
+        handle = layer.register_forward_pre_hook(lambda m, a, inputs=inputs: inputs.append(a[0].flatten(0, 1)))
+        with torch.no_grad():
+            dense(input_ids=ids)
+        handle.remove()
+        x = torch.cat(inputs).double().T
+        w = layer.weight.detach().double()
+        w = w if row["kind"] == "linear" else w.T
+        values, q = torch.linalg.eigh(x @ x.T)
+        s = q * values.clamp(min=1e-10 * float(values[-1])).sqrt()
+        u, sigma, vt = torch.linalg.svd(w @ s, full_matrices=False)
+        r = row["rank"]
+        reference = u[:, :r] * sigma[:r] @ vt[:r] @ torch.linalg.inv(s)
+        ours = model.get_submodule(row["path"]).weight.detach().double()
+        reference_output, our_output = reference @ x, ours @ x
+        assert float((our_output - reference_output).norm() / reference_output.norm()) < 1e-3
+        expected = float(sigma[r:].square().sum().sqrt() / sigma.square().sum().sqrt())
+        assert row["relative_error"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_shared_inputs_are_reported_as_groups(text_file):
+    result = slimrank.compress(tiny_model(), byte_tokenizer(), **options(text_file))
+    groups = {row["path"].split(".", 3)[3]: row["group"].split(".", 3)[3] for row in result.report["targets"][:7]}
+    assert groups["self_attn.v_proj"] == "self_attn.q_proj"
+    assert groups["mlp.up_proj"] == groups["mlp.gate_proj"] == "mlp.gate_proj"
+
+
+def test_streaming_and_resident_give_the_same_bytes(tmp_path, text_file):
+    save_tiny(tmp_path / "model")
+    for resident in (True, False):
+        out = tmp_path / f"out-{resident}"
+        slimrank.compress(tmp_path / "model", out=out, **options(text_file, resident=resident))
+    a, b = files_of(tmp_path / "out-True"), files_of(tmp_path / "out-False")
+    assert a["model.safetensors"] == b["model.safetensors"]
+
+
+def test_same_command_same_bytes_other_seed_other_bytes(tmp_path, text_file):
+    save_tiny(tmp_path / "model")
+    folders = [tmp_path / f"out{i}" for i in range(3)]
+    for folder, seed in zip(folders, (0, 0, 1), strict=True):
+        slimrank.compress(tmp_path / "model", out=folder, **options(text_file, seed=seed))
+    first, second, third = map(files_of, folders)
+    assert first == second
+    assert first["model.safetensors"] != third["model.safetensors"]
+
+
+def test_no_global_random_state_is_touched(text_file):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    slimrank.compress(tiny_model(), byte_tokenizer(), **options(text_file, calibration="self", evaluation=str(text_file)))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_stored_dtype(tmp_path, text_file, dtype):
+    save_tiny(tmp_path / "model")
+    result = slimrank.compress(tmp_path / "model", out=tmp_path / "out", **options(text_file, dtype=dtype))
+    assert {p.dtype for p in result.model.parameters()} == {getattr(torch, dtype)}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == getattr(torch, dtype)
+
+
+def test_a_loaded_model_is_changed_in_place_and_saves_like_any_other(tmp_path, text_file):
+    model = tiny_model()
+    result = slimrank.compress(model, byte_tokenizer(), **options(text_file))
+    assert result.model is model
+    assert result.out is None
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_text_as_a_list_needs_no_file():
+    documents = [text(200, seed=i) for i in range(5)]
+    result = slimrank.compress(
+        tiny_model(), byte_tokenizer(), keep_ratio=0.5, calibration=documents, evaluation=None, **SMALL
+    )
+    assert result.report["provenance"]["recipe"]["calibration"] == "5 documents given as a list"
+
+
+def test_keeping_everything_changes_nothing(text_file):
+    model, dense = tiny_model(), tiny_model()
+    result = slimrank.compress(model, byte_tokenizer(), **options(text_file, keep_ratio=1.0))
+    assert result.plan.factored() == {}
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, dense(input_ids=ids).logits)
+
+
+def test_a_plan_may_be_edited_and_passed_back(tmp_path, text_file):
+    plan = slimrank.preview(save_tiny(tmp_path / "model"), keep_ratio=0.5)["plan"]
+    plan.save(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    content["targets"]["model.layers.0.mlp.up_proj"]["rank"] = "dense"
+    content["targets"]["model.layers.1.mlp.up_proj"]["rank"] = 3
+    content["budget"] = None
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    chosen = options(text_file, plan=str(tmp_path / "plan.json"))
+    del chosen["keep_ratio"]
+    model = slimrank.compress(tmp_path / "model", **chosen).model
+    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    assert model.model.layers[1].mlp.up_proj.rank == 3
+
+
+def test_other_budgets(tmp_path, text_file):
+    folder = save_tiny(tmp_path / "model")
+    for budget in ({"keep_total": 0.8}, {"max_bytes": 90_000}):
+        chosen = {**options(text_file, **budget)}
+        del chosen["keep_ratio"]
+        result = slimrank.compress(folder, **chosen)
+        total = sum(p.numel() for p in result.model.parameters())
+        if "keep_total" in budget:
+            assert 0.75 < total / sum(p.numel() for p in tiny_model().parameters()) <= 0.8
+        else:
+            assert 85_000 < 4 * total <= 90_000
+
+
+# interruption --------------------------------------------------------------------------------------------------
+
+KILLED = """
+    import os, signal, sys
+    import slimrank
+    from slimrank.progress import Progress
+
+    class Killer(Progress):
+        def stage(self, name, steps):
+            self.name, self.count = name, 0
+            self.step(0)
+        def step(self, done=1):
+            self.count += done
+            if [self.name, str(self.count)] == sys.argv[4:]:
+                os.kill(os.getpid(), signal.SIGKILL)
+        def note(self, message):
+            print(message)
+
+    model, text, out = sys.argv[1:4]
+    slimrank.compress(model, out=out, progress=Killer(), keep_ratio=0.6, calibration=text, evaluation=text,
+                      samples=4, seq_len=24, batch_size=2, windows=2)
+"""
+
+
+def compress_in_a_process(*arguments):
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+@pytest.mark.parametrize(
+    "stage, step, resumes",
+    [
+        ("calibrate and decompose", 0, ""),
+        ("calibrate and decompose", 2, "resuming at block 2 of 3"),
+        ("cut factors", 1, "resuming at block 3 of 3"),
+        ("write", 0, "resuming at block 3 of 3"),
+    ],
+)
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path, text_file, stage, step, resumes):
+    model = save_tiny(tmp_path / "model")
+    assert compress_in_a_process(model, text_file, tmp_path / "straight").returncode == 0
+    killed = compress_in_a_process(model, text_file, tmp_path / "out", stage, step)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    again = compress_in_a_process(model, text_file, tmp_path / "out")
+    assert again.returncode == 0, again.stderr
+    assert resumes in again.stdout
+    straight, resumed = files_of(tmp_path / "straight"), files_of(tmp_path / "out")
+    assert straight == resumed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "straight", "text.txt"]
+
+
+def test_a_kept_run_directory_serves_another_budget(tmp_path, text_file, monkeypatch):
+    folder = save_tiny(tmp_path / "model")
+    slimrank.compress(folder, run_dir=tmp_path / "run", **options(text_file))
+    monkeypatch.setattr("slimrank.models.blocks.BlockRunner.step", None)  # would fail if it calibrated again
+    again = slimrank.compress(folder, run_dir=tmp_path / "run", **options(text_file, keep_ratio=0.3))
+    monkeypatch.undo()
+    fresh = slimrank.compress(folder, **options(text_file, keep_ratio=0.3))
+    for a, b in zip(again.model.parameters(), fresh.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_directory_made_by_other_inputs_is_refused(tmp_path, text_file):
+    folder = save_tiny(tmp_path / "model")
+    slimrank.compress(folder, run_dir=tmp_path / "run", **options(text_file))
+    with pytest.raises(RunError, match=r"made by other inputs \(calibration: "):
+        slimrank.compress(folder, run_dir=tmp_path / "run", **options(text_file, seed=1))
+    other = save_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(RunError, match=r"\(model: "):
+        slimrank.compress(other, run_dir=tmp_path / "run", **options(text_file))
+    with pytest.raises(RunError, match="is no run directory"):
+        slimrank.compress(folder, run_dir=folder, **options(text_file))
+
+
+# bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"keep_ratio": 0}, RecipeError, "keep_ratio: Input should be greater than 0, got 0"),
+        ({"keep_ratio": 1.2}, RecipeError, "less than or equal to 1"),
+        ({"keep_ratio": None}, RecipeError, "nothing says how small"),
+        ({"keep_total": 0.5}, RecipeError, "give only one of keep_ratio and keep_total"),
+        ({"keep_ratoi": 0.5}, RecipeError, "did you mean 'keep_ratio'"),
+        ({"keep_ratio": 0.001}, BudgetError, "rank 1 alone takes"),
+        ({"keep_ratio": None, "keep_total": 0.01}, BudgetError, "already take"),
+        ({"method": "svdllm"}, RecipeError, "did you mean 'svd_llm'"),
+        ({"calibration": "no-such.txt"}, DataError, "does not exist"),
+        ({"seq_len": 2000}, RecipeError, "more than the model's context of 128"),
+        ({"device": "quantum"}, RecipeError, "not a device"),
+        ({"evaluation": "self"}, DataError, "sampled itself"),
+        ({"ignore": ["q_porj"]}, RecipeError, "matches no linear"),
+        ({"plan": "none.json", "keep_ratio": None}, PlanError, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_bad_options_fail_before_any_work(tiny_folder, tmp_path, text_file, change, error, message, monkeypatch):
+    monkeypatch.setattr("slimrank.models.blocks.BlockRunner.step", None)
+    with pytest.raises(error, match=message):
+        slimrank.compress(tiny_folder, out=tmp_path / "out", **options(text_file, **change))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_too_short_text(tiny_folder, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    with pytest.raises(DataError, match="the text has 9 tokens"):
+        slimrank.compress(tiny_folder, **options(short))
+
+
+def test_models_that_cannot_be_compressed(text_file):
+    with pytest.raises(ModelError, match="no list of decoder blocks"):
+        slimrank.compress(torch.nn.Sequential(torch.nn.Linear(4, 4)), byte_tokenizer(), **options(text_file))
+    with pytest.raises(RecipeError, match="a tokenizer is needed"):
+        slimrank.compress(tiny_model(), **options(text_file))
+
+
+def test_nan_weights_and_activations_name_the_layer(text_file):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[2].mlp.gate_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"layers\.2\.mlp\.gate_proj"):
+        slimrank.compress(model, byte_tokenizer(), **options(text_file))
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e38)
+    with pytest.raises(NonFiniteError, match=r"layers\.1"):
+        slimrank.compress(model, byte_tokenizer(), **options(text_file))
+
+
+def test_disk_full_while_writing_can_be_resumed(tiny_folder, tmp_path, text_file, monkeypatch):
+    from transformers import PreTrainedModel
+
+    def full(self, folder, **_):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        with pytest.raises(OutputError, match="No space left"):
+            slimrank.compress(tiny_folder, out=tmp_path / "out", **options(text_file))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+    monkeypatch.setattr("slimrank.models.blocks.BlockRunner.step", None)  # calibration is not done again
+    slimrank.compress(tiny_folder, out=tmp_path / "out", **options(text_file))
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 1000
+
+
+def test_disk_full_while_calibrating(tiny_folder, tmp_path, text_file, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("slimrank.run.save_file", full)
+    with pytest.raises(OutputError, match="No space left"):
+        slimrank.compress(tiny_folder, out=tmp_path / "out", **options(text_file))
+
+
+def test_an_existing_output_is_refused_before_any_work(tiny_folder, tmp_path, text_file, monkeypatch):
+    slimrank.compress(tiny_folder, out=tmp_path / "out", **options(text_file))
+    before = files_of(tmp_path / "out")
+    with pytest.raises(OutputError, match="--overwrite"):
+        slimrank.compress("/no/model", out=tmp_path / "out", **options(text_file))
+    assert files_of(tmp_path / "out") == before
+    slimrank.compress(tiny_folder, out=tmp_path / "out", overwrite=True, **options(text_file, keep_ratio=0.3))
+    assert files_of(tmp_path / "out") != before
+
+
+def test_the_report_says_what_was_unusual(text_file):
+    """Fewer tokens than channels: the Gram is singular, and the report says so."""
+    result = slimrank.compress(tiny_model(), byte_tokenizer(), **options(text_file, samples=1, seq_len=8, batch_size=1))
+    assert any("rank-deficient" in note for note in result.report["notes"])
+
+
+def test_preview_agrees_with_what_is_done(tiny_folder, text_file):
+    seen = slimrank.preview(tiny_folder, keep_ratio=0.6)
+    done = slimrank.compress(tiny_folder, **options(text_file))
+    assert seen["plan"] == done.plan
+    assert seen["size"]["parameters_after"] == sum(p.numel() for p in done.model.parameters())
+    assert seen["peak_memory"] > seen["size"]["bytes_before"]
+    assert VOCABULARY * 32 < seen["coverage"]["total"]
