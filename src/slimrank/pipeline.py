@@ -27,9 +27,10 @@ from slimrank.linalg.lowrank import Spectrum
 from slimrank.measure import measure
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.load import digest, load, stored_dtype
+from slimrank.models.paging import page_out
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.structure import parameters_of
-from slimrank.models.targets import TargetSet, find_targets, weight_of
+from slimrank.models.targets import Target, TargetSet, find_targets, weight_of
 from slimrank.calibration.statistics import StatisticsCollector
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
@@ -161,6 +162,7 @@ class _Job:
         self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore)
         self.plan = self._checked(given) if given else self._allocate()
         self.digest = digest(model)
+        page_out(model)
         self.texts: Texts = texts.tokenised(model, tokenizer, self.progress)
         self.notes += self.texts.notes
 
@@ -250,10 +252,12 @@ class _Job:
                 self._start(runner, stage, first)
             for index in range(first, len(runner)):
                 self._decompose_block(runner, stage, index)
+                page_out(runner.blocks[index])
                 self.progress.step()
 
     def _start(self, runner: BlockRunner, stage: Stage, first: int) -> None:
         runner.embed(_batches(self.texts.calibration, self.recipe.batch_size))
+        page_out(self.model)
         if first and runner.batches:
             stored, _ = stage.load("hidden", str(self.device) if self.recipe.resident else "cpu")
             runner.hidden = [stored[str(b)] for b in range(len(runner.batches))]
@@ -279,23 +283,31 @@ class _Job:
 
     def cut(self, stage: Stage) -> tuple[dict[str, dict[str, Any]], list[str]]:
         """Factors at the planned ranks in the place of the weights; per target its error and group, and notes."""
-        ranks, results, notes = self.plan.factored(), {}, []
+        results: dict[str, dict[str, Any]] = {}
+        notes: list[str] = []
         blocks = sorted({t.block for t in self.targets})
         with self.timed("cut factors", len(blocks)):
             for index in blocks:
                 tensors, about = stage.load(f"block-{index:04d}", str(self.device))
                 for target in self.targets.in_block(index):
                     spectrum = _stored_spectrum(target.path, tensors, about)
-                    rank = ranks.get(target.path)
-                    error = spectrum.relative_error(rank) if rank else 0.0
+                    error = self._cut_target(target, spectrum)
                     results[target.path] = {"relative_error": error, "group": about[target.path]["group"]}
                     notes += [f"{target.path}: {note}" for note in spectrum.notes]
-                    if rank:
-                        weight = weight_of(self.model.get_submodule(target.path)).to(self.device)
-                        replace_linear(self.model, (target.path, *target.ties), *spectrum.factors(weight, rank))
                 self.progress.step()
         mark_model(self.model)
         return results, notes
+
+    def _cut_target(self, target: Target, spectrum: Spectrum) -> float:
+        """Replace one weight by its factors; gives back the relative error (0 for one that stays dense)."""
+        rank = self.plan.targets[target.path].rank
+        if rank == "dense":
+            return 0.0
+        layer = self.model.get_submodule(target.path)
+        factors = spectrum.factors(weight_of(layer).to(self.device), rank)
+        page_out(layer)
+        replace_linear(self.model, (target.path, *target.ties), *factors)
+        return spectrum.relative_error(rank)
 
 
 class _Grams:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.errors import NonFiniteError
-from slimrank.linalg.symmetric import add_upper_gram, mirror_upper
+from slimrank.linalg.symmetric import mirror_upper, upper_gram
 
 CHUNK = 8192  # tokens summed in float32 before they are added to the float64 accumulator
 
@@ -41,7 +41,7 @@ class InputStatistics:
 
     @property
     def gram(self) -> Tensor:
-        """Sum of x x^T (n x n, float64), symmetric."""
+        """Sum of x x^T (n x n, float64), symmetric: the accumulator itself, not a copy."""
         return mirror_upper(self.upper)
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -56,9 +56,7 @@ class InputStatistics:
             rows = rows[mask.reshape(-1).to(rows.device, torch.bool)]
         for chunk in rows.split(CHUNK):
             wide = chunk if chunk.dtype == torch.float64 else chunk.float()
-            partial = torch.zeros_like(self.upper, dtype=wide.dtype)
-            add_upper_gram(partial, wide)
-            self.upper += partial
+            self.upper += upper_gram(wide, torch.zeros_like(self.upper, dtype=wide.dtype))
             self.total += wide.sum(dim=0)
         self.count += len(rows)
 

@@ -18,38 +18,45 @@ def _panels(n: int) -> range:
     return range(0, n, width)
 
 
-def add_upper_gram(accumulator: Tensor, rows: Tensor) -> None:
-    """Add rows^T rows (n x n, from tokens x n) to the upper block triangle of `accumulator`, in place."""
-    n = rows.shape[1]
-    starts = _panels(n)
+def upper_gram(rows: Tensor, out: Tensor) -> Tensor:
+    """Write rows^T rows (n x n, from tokens x n) into the block upper triangle of `out`; the rest is left alone."""
+    starts = _panels(rows.shape[1])
     for i in starts:
-        left = rows[:, i : i + starts.step]
-        accumulator[i : i + starts.step, i:].addmm_(left.t(), rows[:, i:])
+        end = i + starts.step
+        out[i:end, i:].addmm_(rows[:, i:end].t(), rows[:, i:], beta=0)
+    return out
 
 
 def mirror_upper(matrix: Tensor) -> Tensor:
-    """The full symmetric matrix of which the upper triangle of `matrix` is given."""
-    return torch.triu(matrix) + torch.triu(matrix, 1).t()
+    """Fill the block lower triangle of a matrix in place from what `upper_gram` has written above it."""
+    starts = _panels(len(matrix))
+    for i in starts:
+        end = i + starts.step
+        matrix[end:, i:end] = matrix[i:end, end:].t()
+        corner = matrix[i:end, i:end]
+        corner.copy_(torch.triu(corner) + torch.triu(corner, 1).t())
+    return matrix
 
 
 def gram(rows: Tensor) -> Tensor:
     """rows^T rows (n x n, from tokens x n), exactly symmetric."""
-    upper = rows.new_zeros(rows.shape[1], rows.shape[1])
-    add_upper_gram(upper, rows)
-    return mirror_upper(upper)
+    n = rows.shape[1]
+    return mirror_upper(upper_gram(rows, rows.new_empty(n, n)))
 
 
 def congruence(w: Tensor, c: Tensor) -> Tensor:
     """w c w^T (m x m) for w (m x n) and a symmetric c (n x n), exactly symmetric.
 
-    With c = t + t^T, t upper triangular: w c w^T = p + p^T, p = (w t) w^T; w t skips the zero panels.
+    With c = t + t^T, t upper triangular: w c w^T = p + p^T, p = (w t) w^T; w t skips the zero panels of t.
     """
-    t = torch.triu(c)
-    t.diagonal().mul_(0.5)
     wt = torch.empty_like(w)
-    starts = _panels(c.shape[0])
+    starts = _panels(len(c))
     for i in starts:
         end = i + starts.step
-        torch.mm(w[:, :end], t[:end, i:end], out=wt[:, i:end])
+        corner = torch.triu(c[i:end, i:end])
+        corner.diagonal().mul_(0.5)
+        torch.mm(w[:, i:end], corner, out=wt[:, i:end])
+        if i:
+            wt[:, i:end].addmm_(w[:, :i], c[:i, i:end])
     p = wt @ w.t()
     return p + p.t()
