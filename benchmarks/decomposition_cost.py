@@ -69,7 +69,9 @@ def main():
         thin = seconds(lambda w, c: reference(w, c, False), items)
         rounds.append({"ours_s": ours, "cholesky_full_svd_s": full, "cholesky_thin_svd_s": thin})
     worst = max(
-        float((solve(w, c).values - (exact := torch.linalg.svdvals(w.double() @ psd_root(c)[0]))).abs().max() / exact[0])
+        float(
+            (solve(w, c).values - (exact := torch.linalg.svdvals(w.double() @ psd_root(c)[0]))).abs().max() / exact[0]
+        )
         for w, c in items[:14]
     )
     print(

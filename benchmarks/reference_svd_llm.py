@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import platform
+import sys
 import tempfile
 
 import torch
@@ -98,9 +99,14 @@ def main():
             )  # fmt: skip
             row["slimrank"] = slimrank.perplexity(result.model, test).perplexity
             row["ratio"] = row["slimrank"] / row["reference"]
-            print(row, flush=True, file=__import__("sys").stderr)
-    print(json.dumps({"benchmark": "svd_llm against an independent float64 reference", "rows": rows,
-                      "torch": torch.__version__, "machine": platform.processor() or platform.machine()}, indent=1))  # fmt: skip
+            print(row, flush=True, file=sys.stderr)
+    record = {
+        "benchmark": "svd_llm against an independent float64 reference",
+        "rows": rows,
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+    }
+    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Workload:
 
 def measure_machine(device: torch.device) -> Machine:
     """A fraction of a second of matrix products on the device."""
-    rates = []
+    rates: list[float] = []
     for dtype in (torch.float32, torch.float64):
         if device.type == "mps" and dtype == torch.float64:
             rates.append(rates[0] / 8)
@@ -56,7 +56,7 @@ def measure_machine(device: torch.device) -> Machine:
 def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
     """Predicted seconds of each stage, in order."""
     evaluate = 2 * work.evaluation_tokens * (work.matrices + work.head) / machine.float32
-    calibrate = 2 * work.calibration_tokens * work.matrices
+    calibrate = 2.0 * work.calibration_tokens * work.matrices
     if work.calibration_tokens:
         calibrate += 2 * GRAM_SHARE * work.calibration_tokens * sum(n * n for n in group_widths(work.targets))
     decompose = sum(_solve_flops(*t.shape) for t in work.targets)
@@ -103,7 +103,7 @@ def group_widths(targets: Iterable[Target]) -> list[int]:
     """
     seen: dict[tuple[str, int], int] = {}
     for target in targets:
-        m, n = target.shape
+        n = target.shape[1]
         seen.setdefault((target.path.rpartition(".")[0], n), n)
     return list(seen.values())
 

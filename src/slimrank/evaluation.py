@@ -59,7 +59,10 @@ def evaluate(
         measured = {}
         for source, ids in cut.items():
             progress.stage(f"perplexity of {source}", len(ids))
-            measured[source] = {**asdict(perplexity(loaded, ids, bos is not None, progress)), "tokens_sha256": tokens_digest(ids)}
+            measured[source] = {
+                **asdict(perplexity(loaded, ids, bos is not None, progress)),
+                "tokens_sha256": tokens_digest(ids),
+            }
         speed = measure_speed(loaded)
         text = sample_text(loaded, tokenizer)
     first = next(iter(measured.values()))

@@ -22,7 +22,6 @@ from slimrank.models.structure import context_of
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 
-
 DEFAULT_SEQ_LEN = 512
 
 
@@ -80,7 +79,9 @@ class RawTexts:
         if not self.calibrates and self.evaluation is None:
             return Texts()
         if tokenizer is None:
-            raise RecipeError("a tokenizer is needed to read text.", "compress(model, tokenizer, ...), or evaluation=None")
+            raise RecipeError(
+                "a tokenizer is needed to read text.", "compress(model, tokenizer, ...), or evaluation=None"
+            )
         seq_len = window_length(model, self.recipe.seq_len)
         bos = bos_of(tokenizer)
         notes: list[str] = []
@@ -90,9 +91,7 @@ class RawTexts:
         calibration = self._calibration(model, tokenizer, seq_len, bos, progress) if self.calibrates else None
         return Texts(calibration, evaluation, bos is not None, notes)
 
-    def _calibration(
-        self, model: Any, tokenizer: Any, seq_len: int, bos: int | None, progress: Progress
-    ) -> Tensor:
+    def _calibration(self, model: Any, tokenizer: Any, seq_len: int, bos: int | None, progress: Progress) -> Tensor:
         samples, seed = self.recipe.samples, self.recipe.seed
         if self.calibration is None:
             return sample_windows(model, tokenizer, samples, seq_len, seed, progress)
@@ -132,5 +131,7 @@ def window_length(model: Any, wanted: int | None) -> int:
     if wanted is None:
         return min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
     if context is not None and context < wanted:
-        raise RecipeError(f"seq_len {wanted} is more than the model's context of {context} tokens.", f"--seq-len {context}")
+        raise RecipeError(
+            f"seq_len {wanted} is more than the model's context of {context} tokens.", f"--seq-len {context}"
+        )
     return wanted

@@ -17,6 +17,7 @@ from torch import Tensor
 from slimrank.allocate.budget import budget_in_parameters
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.registry import get_allocator
+from slimrank.calibration.statistics import StatisticsCollector
 from slimrank.decompose.registry import Decomposer, get_decomposer
 from slimrank.errors import RecipeError
 from slimrank.estimate import Workload, measure_machine, stage_seconds
@@ -31,7 +32,6 @@ from slimrank.models.paging import page_out
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.structure import parameters_of
 from slimrank.models.targets import Target, TargetSet, find_targets, weight_of
-from slimrank.calibration.statistics import StatisticsCollector
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.report.record import Facts, build_record
@@ -127,8 +127,8 @@ def _run_folder(out: str | Path | None, run_dir: str | Path | None) -> Iterator[
     if run_dir is not None:
         yield Path(run_dir)
     elif out is None:
-        with tempfile.TemporaryDirectory(prefix="slimrank-") as folder:
-            yield Path(folder)
+        with tempfile.TemporaryDirectory(prefix="slimrank-") as temporary:
+            yield Path(temporary)
     else:
         folder = Path(out).with_name(Path(out).name + ".run")
         yield folder
@@ -194,8 +194,18 @@ class _Job:
     def spectra_key(self) -> dict[str, Any]:
         """Everything that the spectra depend on."""
         recipe = self.recipe
-        key = {**self.identity(), "method": self.method.id, "device": self.device.type, "batch": recipe.batch_size}
-        return {**key, "resident": recipe.resident, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        key = {
+            **self.identity(),
+            "method": self.method.id,
+            "device": self.device.type,
+            "batch": recipe.batch_size,
+        }
+        return {
+            **key,
+            "resident": recipe.resident,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
 
     def predicted_bytes(self) -> int:
         """Bytes of the weights to be written."""

@@ -87,7 +87,8 @@ def _kinds(plan: RankPlan) -> list[dict[str, Any]]:
     for path, target in plan.targets.items():
         name = path.rpartition(".")[2]
         row = rows.setdefault(
-            (name, target.shape), {"name": name, "shape": list(target.shape), "count": 0, "ranks": [], "parameters": 0}
+            (name, target.shape),
+            {"name": name, "shape": list(target.shape), "count": 0, "ranks": [], "parameters": 0},
         )
         row["count"] += 1
         row["parameters"] += target.parameters

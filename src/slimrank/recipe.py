@@ -20,10 +20,16 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     keep_ratio: float | None = Field(
-        None, gt=0, le=1, description="Fraction of the compressible weights' parameters to KEEP (0.8 keeps 80 %)."
+        None,
+        gt=0,
+        le=1,
+        description="Fraction of the compressible weights' parameters to KEEP (0.8 keeps 80 %).",
     )
     keep_total: float | None = Field(
-        None, gt=0, le=1, description="Fraction of the whole model's parameters to keep, instead of keep_ratio."
+        None,
+        gt=0,
+        le=1,
+        description="Fraction of the whole model's parameters to keep, instead of keep_ratio.",
     )
     max_bytes: int | None = Field(
         None, gt=0, description="Largest size of all weights on disk in bytes, instead of keep_ratio."
@@ -35,11 +41,14 @@ class Recipe(BaseModel):
     targets: tuple[str, ...] = Field((), description="Compress only layers that match one of these patterns.")
     ignore: tuple[str, ...] = Field((), description="Leave layers alone that match one of these patterns.")
     calibration: str | tuple[str, ...] = Field(
-        "demo", description="Calibration text: a file or folder, hub:ID[:CONFIG[:SPLIT]], demo, self, or a list of texts."
+        "demo",
+        description="Calibration text: a file or folder, hub:ID[:CONFIG[:SPLIT]], demo, self, or a list of texts.",
     )
     samples: int = Field(128, ge=1, description="Calibration windows.")
     seq_len: int | None = Field(
-        None, ge=2, description="Tokens per window, in calibration and evaluation; 512 or the model's context."
+        None,
+        ge=2,
+        description="Tokens per window, in calibration and evaluation; 512 or the model's context.",
     )
     batch_size: int = Field(8, ge=1, description="Windows that run through a block at a time.")
     seed: int = Field(0, ge=0, description="Seed of the calibration windows (and of `self` text).")
@@ -48,7 +57,8 @@ class Recipe(BaseModel):
         "auto", description="Stored dtype of the model; auto is that of the checkpoint."
     )
     resident: bool = Field(
-        False, description="Keep the whole model on the device while calibrating, instead of one block at a time."
+        False,
+        description="Keep the whole model on the device while calibrating, instead of one block at a time.",
     )
     evaluation: str | None = Field(
         "demo", description="Text to measure perplexity on, before and after; null measures nothing."
@@ -123,7 +133,9 @@ class Recipe(BaseModel):
         except OSError as error:
             raise RecipeError(f"the recipe '{path}' cannot be read: {error.strerror}.", "give a YAML file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the recipe '{path}' is not YAML: {error}", "keys are the options, one a line") from error
+            raise RecipeError(
+                f"the recipe '{path}' is not YAML: {error}", "keys are the options, one a line"
+            ) from error
         if not isinstance(options, dict):
             raise RecipeError(f"the recipe '{path}' holds no options.", "one 'option: value' a line")
         cls.make(options)

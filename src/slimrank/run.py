@@ -51,7 +51,9 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(manifest, json.dumps(identity, indent=1) + "\n")
         except (OSError, json.JSONDecodeError) as error:
-            raise OutputError(f"the run directory '{folder}' cannot be used: {error}", "choose another folder") from error
+            raise OutputError(
+                f"the run directory '{folder}' cannot be used: {error}", "choose another folder"
+            ) from error
 
     def stage(self, parts: dict[str, Any]) -> Stage:
         """The stored results of one stage, under the key of everything that they depend on."""

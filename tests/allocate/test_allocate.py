@@ -109,7 +109,10 @@ def test_plans_that_do_not_fit(change, message):
         edited(change).check(SHAPES)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"targets": {"a": {"rank": 1.5, "shape": [2, 2]}}}', '{"extra": 1, "targets": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"targets": {"a": {"rank": 1.5, "shape": [2, 2]}}}', '{"extra": 1, "targets": {}}'],
+)
 def test_files_that_are_no_plan(tmp_path, content):
     (tmp_path / "p.json").write_text(content)
     with pytest.raises(PlanError, match="is no rank plan"):

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from helpers import VOCABULARY, tiny_model
 from torch import nn
 
+from helpers import VOCABULARY, tiny_model
 from slimrank.calibration.statistics import CHUNK, InputStatistics, StatisticsCollector, group_sizes
 from slimrank.errors import NonFiniteError
 from slimrank.models.blocks import Batch, BlockRunner

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from helpers import byte_tokenizer, tiny_model
 
+from helpers import byte_tokenizer, tiny_model
 from slimrank.calibration.sampling import sample_windows
 from slimrank.calibration.windows import (
     bos_of,

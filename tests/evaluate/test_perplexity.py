@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from helpers import VOCABULARY, byte_tokenizer, tiny_model
 
+from helpers import VOCABULARY, byte_tokenizer, tiny_model
 from slimrank.errors import DataError, NonFiniteError
 from slimrank.evaluate import perplexity as module
 from slimrank.evaluate.memory import peak_memory

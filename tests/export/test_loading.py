@@ -9,11 +9,11 @@ import textwrap
 
 import pytest
 import torch
-from helpers import CONFIGS, VOCABULARY, byte_tokenizer, tiny_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import slimrank
+from helpers import CONFIGS, VOCABULARY, byte_tokenizer, tiny_model
 from slimrank.layers import LowRankLinear
 
 IDS = torch.randint(VOCABULARY - 3, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -146,7 +146,10 @@ def python(code, *arguments):
     """
     program = textwrap.dedent(block) + textwrap.dedent(code)
     return subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -174,7 +177,9 @@ def test_remote_code_without_slimrank(saved, tmp_path):
         saved, tmp_path / "again",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), torch.load(saved / "expected.pt"))
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), torch.load(saved / "expected.pt")
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +208,10 @@ def test_without_slimrank_and_without_trust_it_fails_clearly(saved, class_name, 
 
 
 def test_the_tokenizer_loads_anywhere(saved):
-    result = python("from transformers import AutoTokenizer; print(len(AutoTokenizer.from_pretrained(sys.argv[1])))", saved)
+    result = python(
+        "from transformers import AutoTokenizer; print(len(AutoTokenizer.from_pretrained(sys.argv[1])))",
+        saved,
+    )
     assert result.stdout.split()[-1] == str(len(AutoTokenizer.from_pretrained(saved)))
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from helpers import CONFIGS, VOCABULARY, tiny_model
 
+from helpers import CONFIGS, VOCABULARY, tiny_model
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.placement import placed, resolve_device
@@ -84,9 +84,7 @@ def test_arguments_are_stored_once():
     runner = BlockRunner(tiny_model(), CPU, upcast=True, resident=False)
     with runner.session():
         runner.embed(batches())
-    stored = {
-        t.data_ptr() for calls in runner._calls for call in calls for t in call.kwargs["position_embeddings"]
-    }
+    stored = {t.data_ptr() for calls in runner._calls for call in calls for t in call.kwargs["position_embeddings"]}
     assert len(stored) == 2
 
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from helpers import save_tiny, tiny_model
 
+from helpers import save_tiny, tiny_model
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.load import digest, load, skeleton, stored_dtype
 
@@ -32,7 +32,7 @@ def test_a_missing_path(spec):
 
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(ModelError, match="no config.json"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         load(tmp_path)
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from helpers import CONFIGS, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from helpers import CONFIGS, tiny_model
 from slimrank.errors import ModelError, RecipeError
 from slimrank.layers import LowRankLinear
 from slimrank.models.structure import find_blocks, parameters_of

@@ -82,7 +82,9 @@ class RankPlan(BaseModel):
             if path not in shapes:
                 raise PlanError(f"the plan names '{path}', which is no target of the model.", nearest(path, shapes))
             if target.shape != tuple(shapes[path]):
-                raise PlanError(f"'{path}' is {target.shape} in the plan and {tuple(shapes[path])} in the model.", _MAKE)
+                raise PlanError(
+                    f"'{path}' is {target.shape} in the plan and {tuple(shapes[path])} in the model.", _MAKE
+                )
             if target.rank != "dense" and not 1 <= target.rank <= min(target.shape):
                 raise PlanError(f"rank {target.rank} of '{path}' is outside 1..{min(target.shape)}.", 'or "dense"')
         missing = [path for path in shapes if path not in self.targets]
@@ -108,11 +110,15 @@ class RankPlan(BaseModel):
         try:
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise PlanError(f"the plan '{path}' cannot be read: {error.strerror}.", "slimrank plan MODEL --save FILE") from error
+            raise PlanError(
+                f"the plan '{path}' cannot be read: {error.strerror}.", "slimrank plan MODEL --save FILE"
+            ) from error
         except (ValidationError, UnicodeDecodeError) as error:
             first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise PlanError(f"'{path}' is no rank plan: {where}: {first['msg']}.", "slimrank plan MODEL --save FILE") from error
+            raise PlanError(
+                f"'{path}' is no rank plan: {where}: {first['msg']}.", "slimrank plan MODEL --save FILE"
+            ) from error
 
 
 _MAKE = "make a plan for this very model: slimrank plan MODEL --save FILE"

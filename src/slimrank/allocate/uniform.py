@@ -35,7 +35,6 @@ def uniform(shapes: Shapes, budget: int, rank_multiple: int = 1) -> Mapping[str,
             raise BudgetError(
                 f"'{path}' ({m} x {n}) may store {share:,} parameters; rank {rank_multiple} alone takes "
                 f"{pair_cost(m, n, rank_multiple):,}.",
-                f"a keep_ratio of at least {least:.4f}"
-                + (", or a smaller rank_multiple" if rank_multiple > 1 else ""),
+                f"a keep_ratio of at least {least:.4f}" + (", or a smaller rank_multiple" if rank_multiple > 1 else ""),
             )
     return ranks

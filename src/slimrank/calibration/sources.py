@@ -81,7 +81,9 @@ def _jsonl(path: Path) -> list[str]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"line {number} of '{path}' is not JSON: {error.msg}.", "one JSON object per line") from error
+                raise DataError(
+                    f"line {number} of '{path}' is not JSON: {error.msg}.", "one JSON object per line"
+                ) from error
             documents.append(_row_text(row, f"line {number} of '{path}'"))
     return documents
 
@@ -106,12 +108,17 @@ def _hub(source: str) -> list[str]:
         raise MissingExtraError("datasets", "data", f"the data set '{source}'") from error
     name, config, split, *rest = [*source.removeprefix("hub:").split(":"), "", "", ""][:4]
     if not name or any(rest):
-        raise DataError(f"'{source}' is no data set.", "hub:ID[:CONFIG[:SPLIT]], e.g. hub:Salesforce/wikitext:wikitext-2-raw-v1:train")
+        raise DataError(
+            f"'{source}' is no data set.",
+            "hub:ID[:CONFIG[:SPLIT]], e.g. hub:Salesforce/wikitext:wikitext-2-raw-v1:train",
+        )
     try:
         data = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # the library raises many unrelated classes
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"the data set '{source}' cannot be loaded: {reason}", "check the id and the network") from error
+        raise DataError(
+            f"the data set '{source}' cannot be loaded: {reason}", "check the id and the network"
+        ) from error
     column = _text_column(data.column_names, f"'{source}'")
     return [_string(value, f"'{source}'") for value in data[column]]
 
@@ -120,7 +127,9 @@ def _row_text(row: Any, where: str) -> str:
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
-        raise DataError(f"{where} is neither a string nor an object.", "one JSON object per line, its text under 'text'")
+        raise DataError(
+            f"{where} is neither a string nor an object.", "one JSON object per line, its text under 'text'"
+        )
     return _string(row[_text_column(list(row), where)], where)
 
 
@@ -128,7 +137,10 @@ def _text_column(names: Sequence[str], where: str) -> str:
     for name in TEXT_COLUMNS:
         if name in names:
             return name
-    raise DataError(f"{where} has no text column: {', '.join(map(str, names))}.", f"name it one of {', '.join(TEXT_COLUMNS)}")
+    raise DataError(
+        f"{where} has no text column: {', '.join(map(str, names))}.",
+        f"name it one of {', '.join(TEXT_COLUMNS)}",
+    )
 
 
 def _string(value: Any, where: str) -> str:

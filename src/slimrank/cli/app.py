@@ -25,7 +25,14 @@ MODEL is a hub id, a local folder, a GGUF file, or the word demo.""",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (compress.compress, plan.plan, evaluate.evaluate, benchmark.benchmark, methods.methods, demo.demo):
+for command in (
+    compress.compress,
+    plan.plan,
+    evaluate.evaluate,
+    benchmark.benchmark,
+    methods.methods,
+    demo.demo,
+):
     app.command()(command)
 
 

@@ -36,12 +36,29 @@ def benchmark(
         return
     ours, theirs, ratios = record["model"], record["against"], record["ratios"]
     rows = [
-        ("prefill, tokens/s", f"{theirs['prefill']:.0f}", f"{ours['prefill']:.0f}", f"x {ratios['prefill']:.2f}"),
+        (
+            "prefill, tokens/s",
+            f"{theirs['prefill']:.0f}",
+            f"{ours['prefill']:.0f}",
+            f"x {ratios['prefill']:.2f}",
+        ),
         ("decode, tokens/s", f"{theirs['decode']:.1f}", f"{ours['decode']:.1f}", f"x {ratios['decode']:.2f}"),
-        ("parameters", f"{theirs['parameters'] / 1e6:,.1f} M", f"{ours['parameters'] / 1e6:,.1f} M", f"x {ratios['parameters']:.3f}"),
-        ("weights in memory", f"{theirs['bytes'] / 1e6:,.1f} MB", f"{ours['bytes'] / 1e6:,.1f} MB", f"x {ratios['bytes']:.3f}"),
+        (
+            "parameters",
+            f"{theirs['parameters'] / 1e6:,.1f} M",
+            f"{ours['parameters'] / 1e6:,.1f} M",
+            f"x {ratios['parameters']:.3f}",
+        ),
+        (
+            "weights in memory",
+            f"{theirs['bytes'] / 1e6:,.1f} MB",
+            f"{ours['bytes'] / 1e6:,.1f} MB",
+            f"x {ratios['bytes']:.3f}",
+        ),
     ]
     print_table("", ("", against, model, "ratio"), rows)
-    print_text(f"batch 1, {prompt} + {new_tokens} tokens, median of {repeats} rounds, {ours['dtype']} on {record['device']}")
+    print_text(
+        f"batch 1, {prompt} + {new_tokens} tokens, median of {repeats} rounds, {ours['dtype']} on {record['device']}"
+    )
     if ratios["decode"] < 1:
         print_text("slower than the model it is compared with: low-rank layers pay on wide layers and low ranks")

@@ -39,9 +39,14 @@ def compress(
     max_shard_size: o.MaxShardSize = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(help="Keep spectra here, to compress again at another budget without calibrating.  \\[default: OUT.run, removed at the end]"),
+        typer.Option(
+            help="Keep spectra here, to compress again at another budget without calibrating.  "
+            "\\[default: OUT.run, removed at the end]"
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what slimrank wrote to --out before.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what slimrank wrote to --out before.")
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Compress a model and write it to a folder, with a report.
@@ -79,9 +84,7 @@ def run_compress(
     made.need_budget()
     say_quietly()
     with ConsoleProgress() as progress:
-        result = library_compress(
-            model, recipe=made, out=out, run_dir=run_dir, overwrite=overwrite, progress=progress
-        )
+        result = library_compress(model, recipe=made, out=out, run_dir=run_dir, overwrite=overwrite, progress=progress)
     return result.report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -109,7 +110,7 @@ def print_json(record: Any) -> None:
     typer.echo(json.dumps(record, indent=1, default=str))
 
 
-def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A table on standard output; the first column is text, the others are numbers."""
     table = Table(title=title or None, title_justify="left")
     for i, column in enumerate(columns):

@@ -14,7 +14,9 @@ def evaluate(
     model: o.Model,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text to measure perplexity on (as for compress --calibration); repeatable.  \\[default: demo]"),
+        typer.Option(
+            help="Text to measure perplexity on (as for compress --calibration); repeatable.  \\[default: demo]"
+        ),
     ] = None,
     windows: Annotated[int | None, typer.Option(help="First windows of each text.  \\[default: all]", min=1)] = None,
     seq_len: Annotated[
@@ -45,6 +47,9 @@ def evaluate(
     ]
     print_table("", ("text", "perplexity", "windows", "seq-len", "predictions"), rows)
     speed = record["speed"]
-    print_text(f"speed: prefill {speed['prefill']:.0f} tokens/s, decode {speed['decode']:.1f} tokens/s ({record['device']}, {record['dtype']})")
+    print_text(
+        f"speed: prefill {speed['prefill']:.0f} tokens/s, decode {speed['decode']:.1f} tokens/s "
+        f"({record['device']}, {record['dtype']})"
+    )
     print_text(f"peak memory of this process: {record['peak_memory'] / 1e9:.2f} GB")
     print_text(f"{record['sample']['prompt']} ... {' '.join(record['sample']['text'].split())}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from slimrank.cli import options as o
 from slimrank.cli.console import print_json, print_table
 
@@ -24,7 +26,7 @@ def methods(json: o.Json = False) -> None:
         print_table(option, ("id", "what it does", "needs", "source"), [_row(row) for row in rows])
 
 
-def _row(row: dict[str, object]) -> tuple[str, ...]:
+def _row(row: Mapping[str, object]) -> tuple[str, ...]:
     needs = row["needs"]
     shown = ", ".join(map(str, needs)) if isinstance(needs, list) and needs else "nothing"
     return str(row["id"]), str(row["title"]), shown, str(row["paper"])

@@ -14,14 +14,17 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on standar
 
 Keep = Annotated[
     float | None,
-    typer.Option("--keep", help="Fraction of the linears' parameters to KEEP: 0.8 keeps 80 %.", rich_help_panel=_BUDGET),
+    typer.Option(
+        "--keep", help="Fraction of the linears' parameters to KEEP: 0.8 keeps 80 %.", rich_help_panel=_BUDGET
+    ),
 ]
 KeepTotal = Annotated[
     float | None,
     typer.Option("--keep-total", help="Fraction of the whole model's parameters to keep.", rich_help_panel=_BUDGET),
 ]
 MaxBytes = Annotated[
-    int | None, typer.Option("--max-bytes", help="Largest size of all weights, in bytes.", rich_help_panel=_BUDGET)
+    int | None,
+    typer.Option("--max-bytes", help="Largest size of all weights, in bytes.", rich_help_panel=_BUDGET),
 ]
 PlanFile = Annotated[
     str | None,
@@ -37,11 +40,19 @@ Preset = Annotated[
 ]
 Method = Annotated[
     str | None,
-    typer.Option("--method", help="Decomposition method: see 'slimrank methods'.  \\[default: svd_llm]", rich_help_panel=_WHAT),
+    typer.Option(
+        "--method",
+        help="Decomposition method: see 'slimrank methods'.  \\[default: svd_llm]",
+        rich_help_panel=_WHAT,
+    ),
 ]
 Allocation = Annotated[
     str | None,
-    typer.Option("--allocation", help="Rank allocation: see 'slimrank methods'.  \\[default: uniform]", rich_help_panel=_WHAT),
+    typer.Option(
+        "--allocation",
+        help="Rank allocation: see 'slimrank methods'.  \\[default: uniform]",
+        rich_help_panel=_WHAT,
+    ),
 ]
 RankMultiple = Annotated[
     int | None,
@@ -49,7 +60,11 @@ RankMultiple = Annotated[
 ]
 Targets = Annotated[
     list[str] | None,
-    typer.Option("--target", help="Compress only layers like this ('*.mlp.*', 'q_proj', 're:...'); repeatable.", rich_help_panel=_WHAT),
+    typer.Option(
+        "--target",
+        help="Compress only layers like this ('*.mlp.*', 'q_proj', 're:...'); repeatable.",
+        rich_help_panel=_WHAT,
+    ),
 ]
 Ignore = Annotated[
     list[str] | None,
@@ -65,7 +80,8 @@ Calibration = Annotated[
     ),
 ]
 Samples = Annotated[
-    int | None, typer.Option("--samples", help="Calibration windows.  \\[default: 128]", rich_help_panel=_DATA)
+    int | None,
+    typer.Option("--samples", help="Calibration windows.  \\[default: 128]", rich_help_panel=_DATA),
 ]
 SeqLen = Annotated[
     int | None, typer.Option("--seq-len", help="Tokens per window.  \\[default: 512]", rich_help_panel=_DATA)
@@ -78,24 +94,29 @@ EvalText = Annotated[
     str | None,
     typer.Option("--eval-text", help="Text to measure perplexity on.  \\[default: demo]", rich_help_panel=_DATA),
 ]
-NoEval = Annotated[
-    bool, typer.Option("--no-eval", help="Measure nothing before and after.", rich_help_panel=_DATA)
-]
+NoEval = Annotated[bool, typer.Option("--no-eval", help="Measure nothing before and after.", rich_help_panel=_DATA)]
 Windows = Annotated[
     int | None, typer.Option("--windows", help="Evaluation windows.  \\[default: 16]", rich_help_panel=_DATA)
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda, mps, ...  \\[default: auto]", rich_help_panel=_WHERE)
+    str | None,
+    typer.Option("--device", help="auto, cpu, cuda, mps, ...  \\[default: auto]", rich_help_panel=_WHERE),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        "--dtype", help="Stored dtype: auto, float32, bfloat16, float16.  \\[default: auto]", rich_help_panel=_WHERE
+        "--dtype",
+        help="Stored dtype: auto, float32, bfloat16, float16.  \\[default: auto]",
+        rich_help_panel=_WHERE,
     ),
 ]
 Resident = Annotated[
     bool,
-    typer.Option("--resident", help="Keep the whole model on the device, not one block at a time.", rich_help_panel=_WHERE),
+    typer.Option(
+        "--resident",
+        help="Keep the whole model on the device, not one block at a time.",
+        rich_help_panel=_WHERE,
+    ),
 ]
 MaxShardSize = Annotated[
     str | None,

@@ -72,7 +72,11 @@ def _show(model: str, record: dict[str, Any], save: Path | None) -> None:
         f"{model}: would keep {percent(size['keep_ratio'])} of the linears, {percent(size['keep_total'])} of the model",
         ("", "before", "after"),
         [
-            ("parameters of the model", millions(size["parameters_before"]), millions(size["parameters_after"])),
+            (
+                "parameters of the model",
+                millions(size["parameters_before"]),
+                millions(size["parameters_after"]),
+            ),
             ("size on disk", megabytes(size["bytes_before"]), megabytes(size["bytes_after"])),
         ],
     )
@@ -80,14 +84,24 @@ def _show(model: str, record: dict[str, Any], save: Path | None) -> None:
         "ranks",
         ("layers", "how many", "shape", "rank", "parameters after"),
         [
-            (row["name"], str(row["count"]), "{} x {}".format(*row["shape"]), _ranks(row["ranks"]), millions(row["parameters"]))
+            (
+                row["name"],
+                str(row["count"]),
+                "{} x {}".format(*row["shape"]),
+                _ranks(row["ranks"]),
+                millions(row["parameters"]),
+            )
             for row in record["kinds"]
         ],
     )
     rows = [("compressed", millions(coverage["targets"]), percent(coverage["targets"] / coverage["total"]))]
     for reason, count in sorted(coverage["left_out"].items(), key=lambda item: -item[1]):
         rows.append((f"not: {reason}", millions(count), percent(count / coverage["total"])))
-    print_table(f"covers {percent(coverage['of_matrices'])} of the decoder's weight matrices", ("", "parameters", "of the model"), rows)
+    print_table(
+        f"covers {percent(coverage['of_matrices'])} of the decoder's weight matrices",
+        ("", "parameters", "of the model"),
+        rows,
+    )
     stages = ", ".join(f"{name} {duration(s)}" for name, s in record["seconds"].items() if s >= 0.5)
     print_text(f"time: about {duration(sum(record['seconds'].values()))} ({stages})")
     print_text(f"memory: about {record['peak_memory'] / 1e9:.1f} GB")

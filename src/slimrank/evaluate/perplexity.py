@@ -38,9 +38,7 @@ class Perplexity:
     nll: tuple[float, ...]
 
 
-def perplexity(
-    model: Any, windows: Tensor, bos: bool = False, progress: Progress | None = None
-) -> Perplexity:
+def perplexity(model: Any, windows: Tensor, bos: bool = False, progress: Progress | None = None) -> Perplexity:
     """Perplexity of a model on windows of tokens (windows x seq_len), where the model is.
 
     Log-probabilities in float32, sums in float64; every window counts alike.
@@ -100,4 +98,3 @@ def first_nonfinite_layer(model: nn.Module, ids: Tensor) -> str:
         for handle in handles:
             handle.remove()
     return found[0] if found else "the logits"
-

@@ -53,11 +53,11 @@ def _native_class(config: Any) -> Any:
 def _class_with_thin_layers(native: Any) -> Any:
     """A subclass of the native class whose constructor puts in the low-rank layers, for the time of loading."""
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         native.__init__(self, config, *args, **kwargs)
         replace_layers(self, config.slimrank["layers"])
 
-    return type(native.__name__, (native,), {"__init__": __init__, "__module__": native.__module__})
+    return type(native.__name__, (native,), {"__init__": init, "__module__": native.__module__})
 
 
 def replace_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:

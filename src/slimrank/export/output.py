@@ -90,7 +90,9 @@ class OutputFolder:
             (self._old / name).unlink(missing_ok=True)
         for foreign in list(self._old.iterdir()):
             if (self.path / foreign.name).exists():
-                raise OutputError(f"'{foreign}' was not written by slimrank and was kept there.", "look at it and move it")
+                raise OutputError(
+                    f"'{foreign}' was not written by slimrank and was kept there.", "look at it and move it"
+                )
             foreign.rename(self.path / foreign.name)
         self._old.rmdir()
 

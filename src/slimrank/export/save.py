@@ -22,8 +22,8 @@ def replace_linear(model: nn.Module, paths: tuple[str, ...], A: Tensor, B: Tenso
         A: rank x in.
         B: out x rank.
     """
-    weight = model.get_submodule(paths[0]).weight
-    a, b = (factor.to(weight.device, weight.dtype).contiguous() for factor in (A, B))  # type: ignore[call-overload]
+    weight = model.get_submodule(paths[0]).get_parameter("weight")
+    a, b = (factor.to(weight.device, weight.dtype).contiguous() for factor in (A, B))
     trainable = weight.requires_grad
     first: LowRankLinear | None = None
     for path in paths:
@@ -31,7 +31,7 @@ def replace_linear(model: nn.Module, paths: tuple[str, ...], A: Tensor, B: Tenso
         parent = model.get_submodule(parent_path)
         old = parent.get_submodule(name)
         bias = None if old.bias is None else old.bias.detach()  # type: ignore[operator]
-        layer = LowRankLinear.from_factors(a, b, bias).requires_grad_(bool(trainable)).train(old.training)
+        layer = LowRankLinear.from_factors(a, b, bias).requires_grad_(trainable).train(old.training)
         if first is None:
             first = layer
         else:

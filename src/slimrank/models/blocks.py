@@ -8,7 +8,7 @@ that each block can be called alone with just those arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,14 +149,12 @@ class _Recorder:
     def record(self, model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, list[_Call]]:
         self.calls, self.hidden = [None] * len(self.blocks), None
         mask = batch.attention_mask
-        try:
+        with suppress(_LastBlockReached):
             model(
                 input_ids=batch.input_ids.to(device),
                 attention_mask=None if mask is None else mask.to(device),
                 use_cache=False,
             )
-        except _LastBlockReached:
-            pass
         missing = [i for i, call in enumerate(self.calls) if call is None]
         if missing or self.hidden is None:
             raise ModelError(
@@ -230,9 +228,7 @@ def _pooled(value: Any, pool: list[Tensor]) -> Any:
     if not isinstance(value, Tensor):
         return value
     for known in pool:
-        if known is value or (
-            known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)
-        ):
+        if known is value or (known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)):
             return known
     pool.append(value)
     return value

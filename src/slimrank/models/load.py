@@ -40,7 +40,8 @@ def load(spec: str | Path, dtype: str = "auto", progress: Progress | None = None
     _check_shards(Path(source))
     with _explained(spec):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), output_loading_info=True)
+    model, info = loaded
     _check_complete(info, spec)
     return model, tokenizer
 
@@ -53,7 +54,7 @@ def load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, Any]:
         with _explained(path):
             place: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
             tokenizer = AutoTokenizer.from_pretrained(**place)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 **place,
                 dtype=_dtype("float32" if dtype == "auto" else dtype),
                 quantization_config=GgufConfig(dequantize=True),
@@ -131,7 +132,7 @@ def digest(model: nn.Module) -> str:
         if not bool(torch.isfinite(p).all()):
             raise NonFiniteError(f"NaN or infinity in the weight '{name}'.", "check the checkpoint; load it in float32")
         total.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        total.update(memoryview(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        total.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

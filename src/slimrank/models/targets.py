@@ -202,9 +202,7 @@ def _is_router(out_features: int, parent: nn.Module) -> bool:
     return False
 
 
-def _coverage(
-    model: nn.Module, blocks: nn.ModuleList, found: dict[int, Target], reasons: dict[int, str]
-) -> Coverage:
+def _coverage(model: nn.Module, blocks: nn.ModuleList, found: dict[int, Target], reasons: dict[int, str]) -> Coverage:
     in_blocks = {id(p) for p in blocks.parameters()}
     embeddings = _embedding_ids(model)
     left_out: dict[str, int] = {}

@@ -10,6 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from slimrank.run import write_text
 
+_MEASURED = (
+    ("perplexity", "perplexity", "perplexity", "{:.2f}"),
+    ("prefill, tokens/s", "speed", "prefill", "{:.0f}"),
+    ("decode, tokens/s", "speed", "decode", "{:.1f}"),
+)
+
 
 def write_reports(record: dict[str, Any], folder: Path) -> None:
     """Write report.json and report.md into a folder."""
@@ -20,7 +26,10 @@ def write_reports(record: dict[str, Any], folder: Path) -> None:
 def markdown(record: dict[str, Any]) -> str:
     """The report as Markdown."""
     environment = Environment(
-        loader=PackageLoader("slimrank.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("slimrank.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"millions": millions, "megabytes": megabytes, "percent": percent, "code": code}
     return environment.get_template("report.md.j2").render(r=record, rows=comparison(record))
@@ -35,12 +44,8 @@ def comparison(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         _row("size on disk", size["bytes_before"], size["bytes_after"], megabytes),
     ]
     if before:
-        both = [(before[key], after[key]) for key in ("perplexity", "speed")]
-        rows += [
-            _row("perplexity", *(m["perplexity"] for m in both[0]), "{:.2f}".format),
-            _row("prefill, tokens/s", *(m["prefill"] for m in both[1]), "{:.0f}".format),
-            _row("decode, tokens/s", *(m["decode"] for m in both[1]), "{:.1f}".format),
-        ]
+        for label, part, key, shown in _MEASURED:
+            rows.append(_row(label, before[part][key], after[part][key], shown.format))
     return rows
 
 
