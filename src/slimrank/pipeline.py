@@ -105,8 +105,9 @@ def compress(
         )  # fmt: skip
         record = build_record(facts)
         if output is not None:
-            with job.timed("write", 1), output.writing() as partial:
-                save_model(job.model, job.tokenizer, partial, job.recipe.max_shard_size)
+            with output.writing() as partial:
+                with job.timed("write", 1):
+                    save_model(job.model, job.tokenizer, partial, job.recipe.max_shard_size)
                 record["size"]["bytes_after"] = weight_bytes(partial)
                 job.plan.save(partial / "plan.json")
                 write_manifest(partial, record["provenance"])

@@ -59,9 +59,6 @@ def main(arguments: list[str] | None = None) -> None:
     except SlimrankError as error:
         _show_error(error, "--json" in given)
         raise SystemExit(1) from error
-    except KeyboardInterrupt as error:
-        typer.secho("\ninterrupted; the same command again resumes", err=True)
-        raise SystemExit(130) from error
 
 
 def _show_error(error: SlimrankError, as_json: bool) -> None:

@@ -83,8 +83,14 @@ def run_compress(
     made = Recipe.make(chosen)
     made.need_budget()
     say_quietly()
-    with ConsoleProgress() as progress:
-        result = library_compress(model, recipe=made, out=out, run_dir=run_dir, overwrite=overwrite, progress=progress)
+    try:
+        with ConsoleProgress() as progress:
+            result = library_compress(
+                model, recipe=made, out=out, run_dir=run_dir, overwrite=overwrite, progress=progress
+            )
+    except KeyboardInterrupt as error:
+        typer.secho("\ninterrupted; the same command again resumes", err=True)
+        raise typer.Exit(130) from error
     return result.report
 
 

@@ -1,0 +1,179 @@
+"""The commands as a user types them, in this process (fast) and once as a real one."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import save_tiny
+
+from slimrank.cli import main
+
+SMALL = ["--samples", "4", "--seq-len", "24", "--batch-size", "2", "--windows", "2"]
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return stopped.value.code or 0, captured.out, captured.err
+
+
+def test_compress_evaluate_benchmark(capsys, tiny_folder, text_file, tmp_path):
+    out = tmp_path / "out"
+    code, shown, progress = run(
+        capsys, "compress", tiny_folder, "--keep", 0.6, "--calibration", text_file, "--eval-text", text_file,
+        "--out", out, *SMALL,
+    )  # fmt: skip
+    assert code == 0
+    for words in ("perplexity", "kept", "parameters of the model", "before", "written to"):
+        assert words in shown
+    assert "calibrate and decompose" in progress
+    assert "this will take about" in progress
+
+    code, shown, _ = run(capsys, "evaluate", out, "--text", text_file, "--windows", 3, "--seq-len", 24, "--json")
+    record = json.loads(shown)
+    assert code == 0
+    assert record["perplexity"] == record["texts"][str(text_file)]["perplexity"] > 1
+    assert record["texts"][str(text_file)]["tokens"] == 3 * 23
+
+    _, shown, _ = run(capsys, "evaluate", out, "--text", text_file, "--text", "demo", "--windows", 2, "--seq-len", 24)
+    assert "predictions" in shown
+    assert "tokens/s" in shown
+
+    code, shown, _ = run(
+        capsys, "benchmark", out, "--against", tiny_folder, "--prompt", 8, "--new-tokens", 2, "--repeats", 1, "--json"
+    )
+    record = json.loads(shown)
+    assert record["ratios"]["parameters"] < 1
+    assert record["ratios"]["decode"] > 0
+    _, shown, _ = run(
+        capsys, "benchmark", out, "--against", tiny_folder, "--prompt", 8, "--new-tokens", 2, "--repeats", 1
+    )
+    assert "decode, tokens/s" in shown
+
+
+def test_compress_json_is_the_report(capsys, tiny_folder, text_file, tmp_path):
+    code, shown, _ = run(
+        capsys, "compress", tiny_folder, "--keep", 0.6, "--calibration", text_file, "--no-eval", "--out",
+        tmp_path / "out", "--json", *SMALL,
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(shown) == json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def test_plan_shows_and_saves(capsys, tiny_folder, tmp_path):
+    code, shown, _ = run(capsys, "plan", tiny_folder, "--keep", 0.5, "--save", tmp_path / "p.json")
+    assert code == 0
+    for words in ("q_proj", "embeddings and lm_head", "memory: about", "time: about", "100.0 %"):
+        assert words in shown
+    code, shown, _ = run(capsys, "plan", tiny_folder, "--plan", tmp_path / "p.json", "--json")
+    record = json.loads(shown)
+    assert record["plan"] == json.loads((tmp_path / "p.json").read_text())
+    assert record["size"]["keep_ratio"] <= 0.5
+
+
+def test_flags_win_over_the_recipe_file_and_that_over_the_preset(capsys, tiny_folder, text_file, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"keep_ratio: 0.4\nsamples: 4\nseed: 7\nseq_len: 24\nmethod: svd\ncalibration: {text_file}\n")
+    _, shown, _ = run(
+        capsys, "compress", tiny_folder, "--preset", "fast", "--recipe", recipe, "--keep-total", 0.9, "--seed", 0,
+        "--no-eval", "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    used = json.loads(shown)["provenance"]["recipe"]
+    assert (used["keep_ratio"], used["keep_total"]) == (None, 0.9)
+    assert (used["seed"], used["samples"], used["method"]) == (0, 4, "svd")
+
+
+def test_methods(capsys):
+    _, shown, _ = run(capsys, "methods", "--json")
+    listed = json.loads(shown)
+    assert {"svd", "svd_llm"} <= {m["id"] for m in listed["decompose"]}
+    assert {"uniform"} <= {m["id"] for m in listed["allocate"]}
+    assert all(m["paper"] and m["title"] for kind in listed.values() for m in kind)
+    assert "svd_llm" in run(capsys, "methods")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["compress", "{model}", "--out", "{out}"], "nothing says how small"),
+        (["compress", "{model}", "--keep", "0", "--out", "{out}"], "keep_ratio"),
+        (["compress", "{model}", "--keep", "1.5", "--out", "{out}"], "less than or equal to 1"),
+        (["compress", "{model}", "--keep", "0.8", "--method", "svdllm", "--out", "{out}"], "did you mean"),
+        (["compress", "{model}", "--keep", "0.8", "--preset", "fats", "--out", "{out}"], "did you mean 'fast'"),
+        (["compress", "{model}", "--recipe", "{recipe}", "--out", "{out}"], "did you mean 'keep_ratio'"),
+        (["compress", "/no/model", "--keep", "0.8", "--out", "{out}"], "not a model folder"),
+        (["compress", "{model}", "--keep", "0.8", "--out", "{model}"], "exists"),
+        (["evaluate", "{model}", "--text", "/no/text.txt"], "does not exist"),
+        (["evaluate", "{model}", "--windows", "1000000", "--seq-len", "24"], "need 24,000,000"),
+        (["evaluate", "{model}", "--dtype", "int3"], "dtype"),
+        (["plan", "{model}", "--keep", "0.0001"], "keep_ratio of at least"),
+    ],
+)
+def test_errors_say_what_and_what_to_try(capsys, tiny_folder, tmp_path, arguments, message):
+    (tmp_path / "r.yaml").write_text("keep_ratoi: 0.8\n")
+    filled = [a.format(model=tiny_folder, out=tmp_path / "out", recipe=tmp_path / "r.yaml") for a in arguments]
+    code, shown, error = run(capsys, *filled)
+    assert (code, shown) == (1, "")
+    assert message in error
+    assert "try:" in error
+    assert not (tmp_path / "out").exists()
+    code, shown, _ = run(capsys, *filled, "--json")
+    record = json.loads(shown)["error"]
+    assert code == 1
+    assert message in record["message"] + record["hint"]
+
+
+def test_wrong_usage_ends_with_2(capsys):
+    assert run(capsys, "compress")[0] == 2
+    code, _, error = run(capsys, "compres")
+    assert code == 2
+    assert "compress" in error
+
+
+def test_help_is_quick_and_teaches():
+    subprocess.run([sys.executable, "-m", "slimrank", "--help"], check=True, capture_output=True)  # warm files
+    start = time.perf_counter()
+    shown = subprocess.run(
+        [sys.executable, "-m", "slimrank", "--help"], check=True, capture_output=True, text=True
+    ).stdout
+    assert time.perf_counter() - start < 1.0
+    assert "slimrank demo" in shown
+    assert subprocess.run([sys.executable, "-m", "slimrank", "--version"], check=True, capture_output=True).stdout
+
+
+def test_an_interrupt_ends_with_130(capsys, tiny_folder, monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slimrank.pipeline.compress", interrupted)
+    code, _, error = run(capsys, "compress", tiny_folder, "--keep", 0.8, "--out", tmp_path / "o")
+    assert code == 130
+    assert "resumes" in error
+
+
+def test_progress_tells_the_time_left(monkeypatch):
+    from slimrank.cli import console
+
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    progress = console.ConsoleProgress()
+    progress.plan({"one": 10.0, "two": 30.0})
+    progress.stage("one", 2)
+    now[0] = 5.0
+    progress.step(1)
+    assert progress.fraction() == pytest.approx(0.125)
+    assert progress._left() == "about 35 s left"
+    progress.stage("two", 3)
+    assert progress.fraction() == pytest.approx(0.25)
+    progress.step(3)
+    assert progress.fraction() == 1.0
+
+
+def test_a_model_with_bos_is_evaluated_with_bos(capsys, tmp_path, text_file):
+    folder = save_tiny(tmp_path / "bos", bos=True)
+    _, shown, _ = run(capsys, "evaluate", folder, "--text", text_file, "--windows", 2, "--seq-len", 24, "--json")
+    assert json.loads(shown)["texts"][str(text_file)]["bos"] is True

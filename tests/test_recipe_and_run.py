@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from slimrank.errors import OutputError, RecipeError, RunError
+from slimrank.recipe import PRESETS, Recipe
+from slimrank.run import Run, content_key
+
+
+def test_one_schema_for_yaml_and_python(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("keep_ratio: 0.7\nmethod: svd\nignore: ['*.o_proj']\nevaluation: null\n")
+    recipe = Recipe.make(Recipe.read(path))
+    assert recipe == Recipe(keep_ratio=0.7, method="svd", ignore=("*.o_proj",), evaluation=None)
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    with pytest.raises(Exception, match="frozen"):
+        recipe.seed = 3
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("keep_ratoi: 0.5", "did you mean 'keep_ratio'"),
+        ("keep_ratio: [", "is not YAML"),
+        ("- a", "holds no options"),
+        ("samples: -1", "samples: Input should be greater"),
+        ("dtype: float8", "dtype"),
+        ("max_shard_size: big", "max_shard_size"),
+    ],
+)
+def test_bad_recipes(tmp_path, content, message):
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.read(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.read(tmp_path / "none.yaml")
+
+
+def test_every_preset_is_a_valid_recipe():
+    names = {p.stem for p in PRESETS.glob("*.yaml")}
+    assert names == {"fast", "balanced", "best"}
+    for name in names:
+        Recipe.make({**Recipe.preset(name), "keep_ratio": 0.8}).need_budget()
+    defaults = Recipe()
+    assert all(getattr(defaults, k) == v for k, v in Recipe.preset("balanced").items())
+
+
+def test_every_option_is_described():
+    assert all(field.description for field in Recipe.model_fields.values())
+
+
+def test_key_changes_with_every_part():
+    parts = {"model": "a", "method": "svd", "seed": 0}
+    keys = {content_key(parts)} | {content_key({**parts, k: "x"}) for k in parts}
+    assert len(keys) == 4
+    assert content_key(dict(reversed(parts.items()))) == content_key(parts)
+
+
+def test_store_round_trip_and_damage(tmp_path):
+    stage = Run(tmp_path / "run", {"a": 1}).stage({"method": "svd"})
+    assert not stage.has("x")
+    tensors = {"t": torch.arange(6.0, dtype=torch.float64).reshape(2, 3).t()}
+    stage.save("x", tensors, {"about": [1, "two"]})
+    loaded, about = Run(tmp_path / "run", {"a": 1}).stage({"method": "svd"}).load("x")
+    assert torch.equal(loaded["t"], tensors["t"])
+    assert about == {"about": [1, "two"]}
+    path = next((tmp_path / "run" / "store").rglob("x.safetensors"))
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(RunError, match="cannot be read"):
+        stage.load("x")
+
+
+def test_run_directories_guard_their_inputs(tmp_path):
+    Run(tmp_path / "run", {"model": "a", "text": "b"})
+    with pytest.raises(RunError, match="text: b, now c"):
+        Run(tmp_path / "run", {"model": "a", "text": "c"})
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(OutputError, match="cannot be used"):
+        Run(tmp_path / "run", {})
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        Run(tmp_path / "file" / "run", {})
