@@ -6,8 +6,8 @@ import sys
 import time
 
 import pytest
-from helpers import save_tiny
 
+from helpers import save_tiny
 from slimrank.cli import main
 
 SMALL = ["--samples", "4", "--seq-len", "24", "--batch-size", "2", "--windows", "2"]

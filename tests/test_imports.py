@@ -40,7 +40,7 @@ def room_of(path):
 def imported_rooms(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("slimrank"):
-            yield (node.module.split(".") + ["__init__"])[1]
+            yield [*node.module.split("."), "__init__"][1]
         elif isinstance(node, ast.Import):
             yield from (name.name.split(".")[1] for name in node.names if name.name.startswith("slimrank."))
 

@@ -12,7 +12,7 @@ from slimrank.calibration.windows import bos_of, count_windows, leading_windows,
 from slimrank.errors import DataError
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.perplexity import perplexity
-from slimrank.evaluate.sample import PROMPT, sample_text
+from slimrank.evaluate.sample import sample
 from slimrank.evaluate.speed import measure_speed, measure_speeds
 from slimrank.inputs import window_length
 from slimrank.models.load import load
@@ -64,14 +64,14 @@ def evaluate(
                 "tokens_sha256": tokens_digest(ids),
             }
         speed = measure_speed(loaded)
-        text = sample_text(loaded, tokenizer)
+        text = sample(loaded, tokenizer, next(iter(cut.values()))[0])
     first = next(iter(measured.values()))
     return {
         "model": str(model),
         "perplexity": first["perplexity"],
         "texts": measured,
         "speed": asdict(speed),
-        "sample": {"prompt": PROMPT, "text": text},
+        "sample": text,
         "peak_memory": peak_memory(),
         "parameters": parameters_of(loaded),
         "dtype": str(loaded.dtype).removeprefix("torch."),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.perplexity import perplexity
-from slimrank.evaluate.sample import PROMPT, sample_text
+from slimrank.evaluate.sample import sample
 from slimrank.evaluate.speed import measure_speed
 from slimrank.progress import Progress
 
@@ -21,6 +21,6 @@ def measure(model: Any, tokenizer: Any, windows: Tensor | None, bos: bool, progr
     return {
         "perplexity": asdict(perplexity(model, windows, bos, progress)),
         "speed": asdict(measure_speed(model)),
-        "sample": {"prompt": PROMPT, "text": sample_text(model, tokenizer)},
+        "sample": sample(model, tokenizer, windows[0]),
         "peak_memory": peak_memory(),
     }

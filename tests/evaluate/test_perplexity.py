@@ -8,7 +8,7 @@ from slimrank.errors import DataError, NonFiniteError
 from slimrank.evaluate import perplexity as module
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.perplexity import perplexity
-from slimrank.evaluate.sample import sample_text
+from slimrank.evaluate.sample import sample
 from slimrank.evaluate.speed import measure_speeds
 
 
@@ -67,5 +67,7 @@ def test_nothing_to_predict():
 def test_speed_and_sample_and_memory():
     a, b = measure_speeds([tiny_model(), tiny_model("gpt2")], prompt=16, new_tokens=4, repeats=1)
     assert min(a.prefill, a.decode, b.prefill, b.decode) > 0
-    assert isinstance(sample_text(tiny_model(), byte_tokenizer(), new_tokens=3), str)
+    shown = sample(tiny_model(), byte_tokenizer(), torch.tensor([256, *b"ab"]), new_tokens=3)
+    assert shown["prompt"] == byte_tokenizer().decode(list(b"ab"))
+    assert isinstance(shown["text"], str)
     assert peak_memory() > 50_000_000

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from slimrank.cli import options as o
-from slimrank.cli.console import ConsoleProgress, print_json, print_table, print_text, say_quietly
+from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
 
 
 def compress(
@@ -102,9 +102,9 @@ def show_report(report: dict[str, Any], out: Path) -> None:
     kept = f"kept {percent(size['keep_ratio'])} of the linears, {percent(size['keep_total'])} of the model"
     print_table(kept, ("", "before", "after", "ratio"), comparison(report))
     if report["before"]:
-        print_text(f"\n{report['before']['sample']['prompt']} ...")
+        print_text(f"\n{one_line(report['before']['sample']['prompt'])} ...")
         for name in ("before", "after"):
-            print_text(f"  {name}: {' '.join(report[name]['sample']['text'].split())}")
+            print_text(f"  {name}: {one_line(report[name]['sample']['text'])}")
     if report["notes"]:
         print_text(f"\n{len(report['notes'])} things were skipped, clamped or unusual: see report.md")
     print_text(f"\nwritten to {out}: the model, report.md, report.json, plan.json")

@@ -105,6 +105,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def one_line(text: str) -> str:
+    """Text with every run of white space as one space."""
+    return " ".join(text.split())
+
+
 def print_json(record: Any) -> None:
     """One JSON document on standard output."""
     typer.echo(json.dumps(record, indent=1, default=str))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from slimrank.cli import options as o
-from slimrank.cli.console import ConsoleProgress, print_json, print_table, print_text, say_quietly
+from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
 
 
 def evaluate(
@@ -52,4 +52,4 @@ def evaluate(
         f"({record['device']}, {record['dtype']})"
     )
     print_text(f"peak memory of this process: {record['peak_memory'] / 1e9:.2f} GB")
-    print_text(f"{record['sample']['prompt']} ... {' '.join(record['sample']['text'].split())}")
+    print_text(f"{one_line(record['sample']['prompt'])} ... {one_line(record['sample']['text'])}")

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from slimrank.evaluate.mode import evaluating
 
-PROMPT = "The capital of France is"
+PROMPT_TOKENS = 32
 
 
-def sample_text(model: Any, tokenizer: Any, prompt: str = PROMPT, new_tokens: int = 40) -> str:
+def sample(model: Any, tokenizer: Any, window: Tensor, new_tokens: int = 40) -> dict[str, str]:
+    """The beginning of a window of evaluation text as "prompt", and the model's greedy continuation as "text"."""
+    prompt: str = tokenizer.decode(window[:PROMPT_TOKENS], skip_special_tokens=True).strip()
+    return {"prompt": prompt, "text": continue_text(model, tokenizer, prompt, new_tokens)}
+
+
+def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 40) -> str:
     """Greedy continuation of a prompt, without the prompt."""
     device = next(model.parameters()).device
     inputs = tokenizer(prompt, return_tensors="pt").to(device)

@@ -1,0 +1,95 @@
+"""The real demo model through the command line, in processes as a user starts them."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from slimrank.calibration.sources import read_source
+from slimrank.calibration.windows import leading_windows, tokenise
+
+pytestmark = pytest.mark.demo
+SMALL = ["--samples", "16", "--windows", "4"]
+
+
+def slimrank(*arguments, check=True):
+    return subprocess.run(
+        [sys.executable, "-m", "slimrank", *map(str, arguments)], check=check, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    result = slimrank("compress", "demo", "--keep", 0.9, *SMALL, "--out", folder / "slim", "--json", check=False)
+    assert result.returncode == 0, result.stderr
+    return folder / "slim", json.loads(result.stdout)
+
+
+def test_it_is_smaller_and_still_a_language_model(run):
+    out, report = run
+    size = report["size"]
+    assert size["linears_before"] == 106_168_320
+    assert size["parameters_before"] == 134_515_008
+    assert 0.895 < size["keep_ratio"] <= 0.9
+    on_disk = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    assert on_disk == pytest.approx(4 * size["parameters_after"], rel=0.01)
+    before, after = (report[side]["perplexity"]["perplexity"] for side in ("before", "after"))
+    assert 8 < before < 20
+    assert before < after < 4 * before
+    assert len(report["before"]["sample"]["prompt"]) > 30
+    assert len(report["after"]["sample"]["text"]) > 10
+    assert report["coverage"]["of_matrices"] == 1.0
+    assert len({row["group"] for row in report["targets"]}) == 30 * 4
+
+
+def test_evaluate_gives_the_same_figure_as_the_report_and_as_an_independent_loop(run):
+    out, report = run
+    record = json.loads(slimrank("evaluate", out, "--windows", 4, "--json").stdout)
+    assert record["perplexity"] == pytest.approx(report["after"]["perplexity"]["perplexity"], rel=1e-5)
+    program = """
+import math, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert "slimrank" not in sys.modules
+total = 0.0
+for ids in torch.load(sys.argv[2]):
+    with torch.no_grad():
+        logp = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
+    total -= float(logp.gather(1, ids[1:, None]).mean())
+print(total / 4)
+"""
+    from slimrank.models.load import load
+
+    tokens = tokenise(read_source("demo", "evaluation"), load("demo")[1])
+    torch.save(leading_windows(tokens, 4, 512), out.parent / "windows.pt")
+    shown = subprocess.run(
+        [sys.executable, "-c", program, str(out), str(out.parent / "windows.pt")],
+        check=True, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert math.exp(float(shown.stdout.split()[-1])) == pytest.approx(record["perplexity"], rel=1e-5)
+
+
+def test_svd_llm_beats_svd_by_far(run, tmp_path):
+    _, report = run
+    shown = slimrank(
+        "compress", "demo", "--keep", 0.9, "--method", "svd", *SMALL, "--out", tmp_path / "svd", "--json"
+    ).stdout
+    plain = json.loads(shown)["after"]["perplexity"]["perplexity"]
+    assert report["after"]["perplexity"]["perplexity"] < plain / 10
+
+
+def test_the_demo_needs_no_network_the_second_time():
+    """An index that does not exist: pip could fetch nothing."""
+    environment = {**os.environ, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "slimrank", "plan", "demo", "--keep", "0.8", "--json"],
+        check=True, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    plan = json.loads(result.stdout)["plan"]
+    assert plan["targets"]["model.layers.0.self_attn.q_proj"]["rank"] == 230
+    assert len(plan["targets"]) == 210
