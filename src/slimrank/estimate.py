@@ -11,6 +11,7 @@ import torch
 from slimrank.models.targets import Target
 
 GRAM_SHARE = 0.6  # of a full product, since only the upper panels are computed
+LIBRARIES = 400_000_000  # bytes that a process takes with torch and transformers loaded
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,22 @@ def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
 
 
 def peak_bytes(
-    work: Workload, total: int, width: int, itemsize: int, batch_tokens: int, resident: bool, upcast: bool
+    work: Workload,
+    total: int,
+    width: int,
+    logits: int,
+    itemsize: int,
+    batch_tokens: int,
+    resident: bool,
+    upcast: bool,
 ) -> int:
-    """Predicted peak memory of calibration and decomposition, in bytes.
+    """Predicted peak memory of the process, in bytes.
 
     Args:
         work: what is to be computed.
         total: parameters of the whole model.
         width: hidden size.
+        logits: elements of the logits of one evaluation pass.
         itemsize: bytes per stored parameter.
         batch_tokens: tokens that run through a block at a time.
         resident: the whole model is on the device at once.
@@ -93,7 +102,9 @@ def peak_bytes(
     widest = max(max(t.shape) for t in work.targets)
     grams = sum(12 * n * n for n in group_widths(first)) if work.calibration_tokens else 0
     solving = 8 * 5 * widest * min(widest, max(min(t.shape) for t in work.targets))
-    return total * itemsize + copies + hidden + grams + solving + 6 * batch_tokens * widest * compute
+    calibrating = copies + hidden + grams + solving + 6 * batch_tokens * widest * compute
+    evaluating = 12 * logits if work.evaluation_tokens else 0
+    return LIBRARIES + total * itemsize + max(calibrating, evaluating)
 
 
 def group_widths(targets: Iterable[Target]) -> list[int]:

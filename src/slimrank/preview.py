@@ -11,6 +11,7 @@ from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.registry import get_allocator
 from slimrank.decompose.registry import get_decomposer
 from slimrank.estimate import Workload, measure_machine, peak_bytes, stage_seconds
+from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
 from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
@@ -61,9 +62,15 @@ def preview(
     )
     after = coverage.total - coverage.targets + plan.parameters
     memory = peak_bytes(
-        work, coverage.total, targets.targets[0].shape[1], itemsize,
-        made.batch_size * seq_len, made.resident, upcast=device.type == "cpu",
-    )  # fmt: skip
+        work,
+        total=coverage.total,
+        width=targets.targets[0].shape[1],
+        logits=max(LOGITS_AT_ONCE, seq_len * bones.config.get_text_config().vocab_size),
+        itemsize=itemsize,
+        batch_tokens=made.batch_size * seq_len,
+        resident=made.resident,
+        upcast=device.type == "cpu",
+    )
     return {
         "plan": plan,
         "size": {

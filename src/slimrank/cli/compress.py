@@ -105,6 +105,9 @@ def show_report(report: dict[str, Any], out: Path) -> None:
         print_text(f"\n{one_line(report['before']['sample']['prompt'])} ...")
         for name in ("before", "after"):
             print_text(f"  {name}: {one_line(report[name]['sample']['text'])}")
+    asked = report["provenance"]["recipe"]
+    if report["before"] and asked["evaluation"] == "demo" and asked["calibration"] != "demo":
+        print_text("\nperplexity is on Python's documentation, not on text like yours: give --eval-text FILE")
     if report["notes"]:
         print_text(f"\n{len(report['notes'])} things were skipped, clamped or unusual: see report.md")
     print_text(f"\nwritten to {out}: the model, report.md, report.json, plan.json")

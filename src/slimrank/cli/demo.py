@@ -13,7 +13,7 @@ from slimrank.cli.console import print_json, print_text
 
 NEXT_STEPS = """
 Now your own model:
-  slimrank plan MODEL --keep 0.8                              what it would do, in a second
+  slimrank plan MODEL --keep 0.8                              what it would do, in seconds
   slimrank compress MODEL --keep 0.8 --calibration TEXT --out smaller
   slimrank evaluate smaller --text TEXT
   slimrank benchmark smaller --against MODEL
