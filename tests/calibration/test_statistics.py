@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from helpers import VOCABULARY, tiny_model
-from slimrank.calibration.statistics import CHUNK, InputStatistics, StatisticsCollector, group_sizes
-from slimrank.errors import NonFiniteError
+from slimrank.calibration.statistics import CHUNK, InputStatistics, StatisticsCollector
+from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.targets import find_targets
 
@@ -14,10 +14,11 @@ CPU = torch.device("cpu")
 def collect(model, batches, block=1):
     layers = {t.path: model.get_submodule(t.path) for t in find_targets(model).in_block(block)}
     runner = BlockRunner(model, CPU, upcast=True, resident=False)
-    with runner.session(), StatisticsCollector(layers, CPU) as collector:
+    with runner.session():
         runner.embed(batches)
-        for index in range(block + 1):
-            runner.step(index, lambda batch: collector.begin(batch.attention_mask))
+        with StatisticsCollector(layers, CPU) as collector:
+            for index in range(block + 1):
+                runner.step(index, lambda batch: collector.begin(batch.attention_mask))
     return collector
 
 
@@ -59,8 +60,8 @@ def test_16_bit_inputs_lose_nothing(dtype):
 
 
 def test_shared_inputs_are_one_group():
-    groups = group_sizes(collect(tiny_model(), [Batch(ids(2, 16))]).leaders)
-    names = [[path.split(".")[-1] for path in paths] for paths in groups.values()]
+    leaders = collect(tiny_model(), [Batch(ids(2, 16))]).leaders
+    names = [[p.split(".")[-1] for p in leaders if leaders[p] == leader] for leader in dict.fromkeys(leaders.values())]
     assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
@@ -113,5 +114,27 @@ def test_layers_that_no_token_reached():
     with StatisticsCollector({"used": used, "unused": unused}, CPU) as collector:
         collector.begin(None)
         used(torch.ones(2, 3))
-    assert collector.unused() == ["unused"]
+    assert set(collector.leaders) == {"used"}
     assert not used._forward_pre_hooks
+
+
+def test_a_tensor_changed_in_place_is_another_tensor():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    x = torch.ones(2, 3)
+    with torch.no_grad(), StatisticsCollector({"first": first, "second": second}, CPU) as collector:
+        collector.begin(None)
+        first(x)
+        second(x.add_(1.0))
+    assert float(collector.of("first").gram[0, 0]) == 2.0
+    assert float(collector.of("second").gram[0, 0]) == 8.0
+
+
+def test_groups_that_change_between_batches_are_refused():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    x = torch.ones(2, 3)
+    with StatisticsCollector({"first": first, "second": second}, CPU) as collector:
+        collector.begin(None)
+        first(x), second(x)
+        collector.begin(None)
+        with pytest.raises(ModelError, match="in some batches only"):
+            first(x), second(x.clone())

@@ -99,7 +99,20 @@ def test_nan_in_activations_names_the_block():
 def test_a_block_that_is_never_reached():
     model = tiny_model()
     model.model.config.num_hidden_layers = 2  # the model's own loop stops early
-    with pytest.raises(ModelError, match="never reached"):
+    with pytest.raises(ModelError, match="once each, in order"):
+        streamed(model, batches(), False)
+
+
+@pytest.mark.parametrize("between", ["again", "scaled"])
+def test_models_that_do_more_than_run_their_blocks_in_order(between):
+    model = tiny_model()
+    layers = model.model.layers
+    if between == "again":
+        model.model.layers = torch.nn.ModuleList([*layers, layers[0]])
+        model.model.config.num_hidden_layers = 4
+    else:
+        model.model.layers[1].register_forward_pre_hook(lambda m, a: (a[0] * 2, *a[1:]))
+    with pytest.raises(ModelError, match="nothing in between"):
         streamed(model, batches(), False)
 
 

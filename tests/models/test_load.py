@@ -79,5 +79,25 @@ def test_digest_sees_values_names_and_dtype():
     a, b = tiny_model(seed=0), tiny_model(seed=1)
     assert digest(a) == digest(tiny_model(seed=0)) != digest(b)
     assert digest(a.to(torch.bfloat16)) != digest(tiny_model(seed=0))
+    other = tiny_model(seed=0)
+    other.config.rms_norm_eps = 1e-3
+    assert digest(other) != digest(tiny_model(seed=0))
     with torch.device("meta"), pytest.raises(ModelError, match="not in memory"):
         digest(torch.nn.Linear(2, 2))
+
+
+def test_damaged_weights(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(folder)
+
+
+def test_weights_of_another_configuration(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config["hidden_size"], config["head_dim"] = 16, 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="another configuration"):
+        load(folder)

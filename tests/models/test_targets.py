@@ -102,6 +102,44 @@ def test_routers_are_known_by_their_experts():
     assert found.coverage.left_out["too small to factor"] == 2 * 8
 
 
+class WrappedRouter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = nn.ModuleDict({"layer": nn.Linear(8, 4)})
+        self.input_linear = nn.Linear(8, 12)
+        self.bank = nn.Module()
+        self.bank.weight = nn.Parameter(torch.zeros(4, 8, 8))
+        self.conv1d = nn.Conv1d(12, 12, 4, groups=12)
+
+
+def test_wrapped_routers_and_convolutions():
+    """A router inside a module of its own is one; a linear as wide as a convolution beside it is none."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([WrappedRouter()])
+    found = find_targets(model)
+    assert [t.path for t in found] == ["layers.0.input_linear"]
+    left_out = found.coverage.left_out
+    assert left_out["routers"] == 32
+    assert left_out["convolutions"] == 48
+    assert left_out["expert banks (3-D, not supported yet)"] == 256
+
+
+def test_subclasses_of_linear_count_as_linear():
+    class Own(nn.Linear):
+        pass
+
+    class Extra(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 8)
+            self.scale = nn.Parameter(torch.ones(8))
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.ModuleDict({"own": Own(8, 8), "extra": Extra()})])
+    found = find_targets(model)
+    assert [t.path for t in found] == ["layers.0.own"]
+    assert found.coverage.left_out["linears with parts of their own"] == 64
+
+
 def test_no_decoder_blocks():
     with pytest.raises(ModelError, match="no list of decoder blocks"):
         find_blocks(nn.Sequential(nn.Linear(4, 4)))

@@ -6,14 +6,13 @@ and share one Gram. All statistics are additive over tokens, so shards and batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimrank.errors import NonFiniteError
+from slimrank.errors import ModelError, NonFiniteError
 from slimrank.linalg.symmetric import mirror_upper, upper_gram
 
 CHUNK = 8192  # tokens summed in float32 before they are added to the float64 accumulator
@@ -56,8 +55,9 @@ class InputStatistics:
             rows = rows[mask.reshape(-1).to(rows.device, torch.bool)]
         for chunk in rows.split(CHUNK):
             wide = chunk if chunk.dtype == torch.float64 else chunk.float()
-            self.upper += upper_gram(wide, torch.zeros_like(self.upper, dtype=wide.dtype))
-            self.total += wide.sum(dim=0)
+            partial = upper_gram(wide, wide.new_zeros(self.upper.shape))
+            self.upper += partial.to(self.upper.device)
+            self.total += wide.sum(dim=0).to(self.upper.device)
         self.count += len(rows)
 
     def __add__(self, other: InputStatistics) -> InputStatistics:
@@ -82,7 +82,7 @@ class StatisticsCollector:
 
     def __post_init__(self) -> None:
         self._mask: Tensor | None = None
-        self._seen: list[tuple[Tensor, str]] = []
+        self._seen: list[tuple[Tensor, int, str]] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> StatisticsCollector:
@@ -113,18 +113,18 @@ class StatisticsCollector:
             )
         return found
 
-    def unused(self) -> Sequence[str]:
-        """Layers that no token reached (a branch or expert that never ran)."""
-        return [path for path in self.layers if path not in self.leaders]
-
     def _hook(self, path: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            leader = next((name for known, name in self._seen if _same(known, x)), None)
+            leader = next((name for known, version, name in self._seen if _same(known, version, x)), None)
             if leader is None:
-                self._seen.append((x, path))
+                self._seen.append((x, x._version, path))
                 leader = self._accumulate(path, x)
-            self.leaders.setdefault(path, leader)
+            if self.leaders.setdefault(path, leader) != leader:
+                raise ModelError(
+                    f"the layer '{path}' reads the same tensor as '{leader}' in some batches only.",
+                    f"leave it out: --ignore '{path}'",
+                )
 
         return observe
 
@@ -136,16 +136,14 @@ class StatisticsCollector:
         return path
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same memory with the same content (held references rule out reuse)."""
-    return a is b or (
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+def _same(known: Tensor, version: int, x: Tensor) -> bool:
+    """Whether x is the same memory as a tensor seen before, with the same content.
+
+    The reference held to it rules out that the memory was given to another tensor since, its version that it was
+    changed in place.
+    """
+    return (
+        known.data_ptr() == x.data_ptr()
+        and version == x._version
+        and (known.shape, known.stride(), known.dtype) == (x.shape, x.stride(), x.dtype)
     )
-
-
-def group_sizes(leaders: dict[str, str]) -> dict[str, list[str]]:
-    """Leader -> the layers that read the same tensor, itself first."""
-    groups: dict[str, list[str]] = {}
-    for path, leader in leaders.items():
-        groups.setdefault(leader, []).append(path)
-    return groups

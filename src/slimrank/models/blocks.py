@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.placement import placed
 from slimrank.models.structure import find_blocks
+
+PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class BlockRunner:
             ModelError: a block that is never called, or called without hidden states.
         """
         self.batches, self.hidden, self._calls = list(batches), [], []
+        if self.batches:
+            check_sequential(self.model, self.path, self.blocks, self.batches[0].input_ids[:1, :PROBE_TOKENS])
         outside = _modules_outside(self.model, self.blocks)
         with self._placed(*outside, self.blocks[0]), _Recorder(self.blocks) as recorder:
             for batch in self.batches:
@@ -121,6 +126,36 @@ class BlockRunner:
 
     def _placed(self, *modules: nn.Module) -> Any:
         return placed(() if self.resident else modules, self.device, self.upcast)
+
+
+def check_sequential(model: nn.Module, path: str, blocks: nn.ModuleList, ids: Tensor) -> None:
+    """Make sure, on a few tokens, that the model runs its blocks once each, in order, and does nothing in between.
+
+    Raises:
+        ModelError: it does something else, so that blocks cannot be run one by one.
+    """
+    seen: list[tuple[int, Tensor, Tensor]] = []
+
+    def observe(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen.append((index, args[0] if args else kwargs.get("hidden_states"), _first(output)))
+
+        return hook
+
+    handles = [b.register_forward_hook(observe(i), with_kwargs=True) for i, b in enumerate(blocks)]
+    try:
+        with torch.no_grad():
+            model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = [index for index, _, _ in seen]
+    chained = all(torch.equal(out, into) for (_, _, out), (_, into, _) in pairwise(seen))
+    if order != list(range(len(blocks))) or not chained:
+        raise ModelError(
+            f"{type(model).__name__} does not run the blocks of '{path}' once each, in order, with nothing in between.",
+            "this layout is not supported yet; --method svd needs no calibration and works",
+        )
 
 
 class _Recorder:
@@ -181,8 +216,8 @@ class _Recorder:
         return forward
 
     def _learn_answer(self, output: Any) -> None:
-        self.answers_tuple = isinstance(output, tuple)
-        self.extra = output[1:] if isinstance(output, tuple) else None
+        self.answers_tuple = isinstance(output, (tuple, list))
+        self.extra = tuple(output[1:]) if self.answers_tuple else None
 
 
 def _modules_outside(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
@@ -197,7 +232,7 @@ def _modules_outside(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]
 
 
 def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _share(calls: list[_Call], previous: Sequence[_Call] | None) -> list[_Call]:

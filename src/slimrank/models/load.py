@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -118,22 +119,37 @@ def resolve(spec: str | Path, progress: Progress | None = None) -> str:
 _WHAT_MODEL_MAY_BE = "a hub id (org/name), a folder with config.json, a .gguf file, or the word demo"
 
 
-def digest(model: nn.Module) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of all parameters; checks them on the way.
+def digest(model: Any) -> str:
+    """sha256 over the configuration and the names, dtypes, shapes and bytes of all weights; checks them on the way.
 
     Raises:
         NonFiniteError: NaN or infinity in a parameter.
         ModelError: a parameter that is not in memory.
     """
-    total = hashlib.sha256()
-    for name, p in model.named_parameters():
+    total = hashlib.sha256(_configuration(model).encode())
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if p.is_meta:
             raise ModelError(f"the weight '{name}' is not in memory.", "load the model without disk offload")
-        if not bool(torch.isfinite(p).all()):
+        if isinstance(p, nn.Parameter) and not bool(torch.isfinite(p).all()):
             raise NonFiniteError(f"NaN or infinity in the weight '{name}'.", "check the checkpoint; load it in float32")
         total.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
         total.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def _configuration(model: Any) -> str:
+    """What the configuration says about the computation, whoever saved it and wherever."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return ""
+    aside = ("transformers_version", "_name_or_path", "architectures", "dtype")
+    fields = {k: v for k, v in config.to_dict().items() if k not in aside}
+    return json.dumps([fields, getattr(config, "_attn_implementation", None)], sort_keys=True, default=str)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _dtype(name: str) -> Any:
@@ -167,12 +183,14 @@ def _explained(spec: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"the model '{spec}' cannot be loaded: {reason}", _WHAT_MODEL_MAY_BE) from error
-    except (ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"the model '{spec}' cannot be loaded: {_reason(error)}", _WHAT_MODEL_MAY_BE) from error
+    except (SafetensorError, RuntimeError) as error:
         raise ModelError(
-            f"the model '{spec}' cannot be loaded: {reason}",
-            "it may be no causal language model, need a newer transformers, or code of its own "
-            "(load it yourself and pass the object to slimrank.compress)",
+            f"the model '{spec}' cannot be loaded: {_reason(error)}",
+            "its weight files are damaged or belong to another configuration; download it again",
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"the model '{spec}' cannot be loaded: {_reason(error)}",
+            "it may be no causal language model, or need a newer transformers, or code of its own",
         ) from error

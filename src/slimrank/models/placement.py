@@ -24,9 +24,18 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise RecipeError(f"'{name}' is not a device.", "auto, cpu, cuda, cuda:1, mps, xpu") from error
-    if device.type not in ("cpu", "meta") and (accelerator is None or accelerator.type != device.type):
+    if device.type == "cpu":
+        return device
+    if accelerator is None or accelerator.type != device.type:
         raise RecipeError(f"this machine has no '{device.type}' device.", "use --device cpu or auto")
+    if device.index is not None and device.index >= torch.accelerator.device_count():
+        raise RecipeError(f"this machine has no device '{device}'.", f"--device {device.type}:0")
     return device
+
+
+def solving_device(device: torch.device) -> torch.device:
+    """Where float64 work is done: the device itself, or the CPU where it has no float64 (mps)."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @contextmanager

@@ -16,8 +16,12 @@ def parameters_of(module: nn.Module) -> int:
 
 def context_of(model: Any) -> int | None:
     """Tokens that a model was made to see at once, where its configuration says so."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return context if isinstance(context, int) and context > 1 else None
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length"):
+        context = getattr(config, name, None)
+        if isinstance(context, int) and context > 1:
+            return context
+    return None
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

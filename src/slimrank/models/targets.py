@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from slimrank.errors import ModelError, RecipeError
@@ -117,9 +118,9 @@ def find_targets(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence
     reasons: dict[int, str] = {}
     layers = list(_linear_layers(blocks, blocks_path))
     _check_patterns((*targets, *ignore), [path for _, path, _, _ in layers])
-    for index, path, module, parent in layers:
+    for index, path, module, around in layers:
         key = id(module.weight)
-        reason = _reason_to_leave(path, module, parent, targets, ignore)
+        reason = _reason_to_leave(path, module, around, targets, ignore)
         if reason:
             reasons[key] = reason
         elif key in found:
@@ -160,13 +161,15 @@ def _check_patterns(patterns: Sequence[str], paths: list[str]) -> None:
             )
 
 
-def _linear_layers(blocks: nn.ModuleList, root: str) -> Iterator[tuple[int, str, nn.Module, nn.Module]]:
+def _linear_layers(blocks: nn.ModuleList, root: str) -> Iterator[tuple[int, str, nn.Module, list[nn.Module]]]:
+    """Block index, path, layer, and the modules around it up to the block."""
     for index, block in enumerate(blocks):
         modules = dict(block.named_modules())
         for name, module in modules.items():
             if isinstance(module, (nn.Linear, Conv1D)):
-                parent = modules[name.rpartition(".")[0]] if name else block
-                yield index, f"{root}.{index}.{name}".rstrip("."), module, parent
+                parts = name.split(".")
+                around = [modules[".".join(parts[:i])] for i in range(len(parts))]
+                yield index, f"{root}.{index}.{name}".rstrip("."), module, around
 
 
 def _target(path: str, module: nn.Module, block: int) -> Target:
@@ -176,14 +179,14 @@ def _target(path: str, module: nn.Module, block: int) -> Target:
 
 
 def _reason_to_leave(
-    path: str, module: nn.Module, parent: nn.Module, targets: Sequence[str], ignore: Sequence[str]
+    path: str, module: nn.Module, around: Sequence[nn.Module], targets: Sequence[str], ignore: Sequence[str]
 ) -> str:
     m, n = weight_of(module).shape
-    if type(module) not in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "linears of another class"
     if not module.weight.is_floating_point():  # type: ignore[operator]
         return "quantised linears"
-    if _is_router(m, parent):
+    if {name for name, _ in module.named_parameters()} - {"weight", "bias"} or any(True for _ in module.buffers()):
+        return "linears with parts of their own"
+    if _is_router(m, around):
         return "routers"
     if matches(path, ignore) or (targets and not matches(path, targets)):
         return "left out by pattern"
@@ -192,19 +195,33 @@ def _reason_to_leave(
     return ""
 
 
-def _is_router(out_features: int, parent: nn.Module) -> bool:
-    """A linear that scores experts: its parent holds exactly that many experts beside it."""
+def _is_router(out_features: int, parents: Sequence[nn.Module]) -> bool:
+    """A linear that scores experts: beside it, or beside a module around it, stand exactly that many experts."""
+    return out_features > 1 and any(_holds_experts(parent, out_features) for parent in parents)
+
+
+def _holds_experts(parent: nn.Module, count: int) -> bool:
     for sibling in parent.children():
-        if isinstance(sibling, nn.ModuleList) and len(sibling) == out_features > 1:
+        if isinstance(sibling, nn.ModuleList) and len(sibling) == count:
             return True
-        if any(p.dim() == 3 and len(p) == out_features for p in sibling.parameters(recurse=False)):
+        if any(_is_bank(p) and len(p) == count for p in _own_banks(sibling)):
             return True
     return False
+
+
+def _own_banks(module: nn.Module) -> list[nn.Parameter]:
+    return [] if isinstance(module, _ConvNd) else list(module.parameters(recurse=False))
+
+
+def _is_bank(p: nn.Parameter) -> bool:
+    """A 3-D stack of matrices (a convolution over channels and a time-mix vector have a dimension of 1)."""
+    return p.dim() == 3 and min(p.shape) > 1
 
 
 def _coverage(model: nn.Module, blocks: nn.ModuleList, found: dict[int, Target], reasons: dict[int, str]) -> Coverage:
     in_blocks = {id(p) for p in blocks.parameters()}
     embeddings = _embedding_ids(model)
+    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, _ConvNd)}
     left_out: dict[str, int] = {}
     matrices = covered = 0
     for p in model.parameters():
@@ -212,7 +229,7 @@ def _coverage(model: nn.Module, blocks: nn.ModuleList, found: dict[int, Target],
         if id(p) in found:
             covered += p.numel()
             continue
-        reason = _reason_of(p, reasons, embeddings, id(p) in in_blocks)
+        reason = _reason_of(p, reasons, embeddings, convolutions, id(p) in in_blocks)
         left_out[reason] = left_out.get(reason, 0) + p.numel()
     return Coverage(parameters_of(model), covered, left_out, matrices)
 
@@ -223,13 +240,17 @@ def _embedding_ids(model: nn.Module) -> set[int]:
     return ids | ({id(head.weight)} if head is not None else set())
 
 
-def _reason_of(p: nn.Parameter, reasons: dict[int, str], embeddings: set[int], in_block: bool) -> str:
+def _reason_of(
+    p: nn.Parameter, reasons: dict[int, str], embeddings: set[int], convolutions: set[int], in_block: bool
+) -> str:
     if id(p) in reasons:
         return reasons[id(p)]
     if id(p) in embeddings:
         return "embeddings and lm_head"
-    if p.dim() == 3 and in_block:
+    if _is_bank(p) and in_block and id(p) not in convolutions:
         return "expert banks (3-D, not supported yet)"
+    if id(p) in convolutions:
+        return "convolutions"
     if p.dim() >= 2:
-        return "other matrices in blocks (routers, convolutions)" if in_block else "matrices outside the blocks"
+        return "other matrices in blocks (routers, state-space tables)" if in_block else "matrices outside the blocks"
     return "norms, biases and other vectors"
