@@ -110,7 +110,10 @@ def test_methods(capsys):
         (["evaluate", "{model}", "--text", "/no/text.txt"], "does not exist"),
         (["evaluate", "{model}", "--windows", "1000000", "--seq-len", "24"], "need 24,000,000"),
         (["evaluate", "{model}", "--dtype", "int3"], "dtype"),
+        (["evaluate", "{model}", "--text", "self"], "sampled itself"),
         (["plan", "{model}", "--keep", "0.0001"], "keep_ratio of at least"),
+        (["plan", "{model}", "--keep", "0.5", "--save", "/no/folder/p.json"], "cannot be written"),
+        (["plan", "{model}", "--keep", "0.5", "--out", "{model}", "--overwrite"], "not written by slimrank"),
     ],
 )
 def test_errors_say_what_and_what_to_try(capsys, tiny_folder, tmp_path, arguments, message):

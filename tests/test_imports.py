@@ -17,20 +17,20 @@ ALLOWED = {  # room -> rooms it may know, besides itself and BASE
     "linalg": set(),
     "layers": set(),
     "run": set(),
-    "recipe": set(),
+    "recipe": {"allocate"},
     "decompose": {"linalg"},
     "allocate": {"linalg"},
     "export": {"layers", "run"},
     "models": {"layers", "linalg", "export"},
-    "calibration": {"linalg"},
+    "calibration": {"linalg", "models"},
     "evaluate": {"models"},
     "report": {"run", "recipe", "allocate", "models"},
     "estimate": {"models"},
     "inputs": {"calibration", "models", "recipe"},
-    "measure": {"evaluate"},
+    "planning": {"allocate", "estimate", "models", "recipe"},
     "evaluation": {"calibration", "evaluate", "inputs", "models"},
 }
-ANYTHING = {"cli", "pipeline", "preview", "__init__", "__main__"}
+ANYTHING = {"cli", "pipeline", "dry_run", "__init__", "__main__"}
 
 
 def room_of(path):

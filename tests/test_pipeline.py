@@ -176,15 +176,16 @@ def test_a_plan_may_be_edited_and_passed_back(tmp_path, text_file):
 
 def test_other_budgets(tmp_path, text_file):
     folder = save_tiny(tmp_path / "model")
-    for budget in ({"keep_total": 0.8}, {"max_bytes": 90_000}):
+    for budget in ({"keep_total": 0.8}, {"max_bytes": 95_000}):
         chosen = {**options(text_file, **budget)}
         del chosen["keep_ratio"]
-        result = slimrank.compress(folder, **chosen)
+        result = slimrank.compress(folder, out=tmp_path / next(iter(budget)), **chosen)
         total = sum(p.numel() for p in result.model.parameters())
         if "keep_total" in budget:
             assert 0.75 < total / sum(p.numel() for p in tiny_model().parameters()) <= 0.8
         else:
-            assert 85_000 < 4 * total <= 90_000
+            written = (tmp_path / "max_bytes" / "model.safetensors").stat().st_size
+            assert 85_000 < written <= 95_000
 
 
 # interruption --------------------------------------------------------------------------------------------------
@@ -281,6 +282,8 @@ def test_a_run_directory_made_by_other_inputs_is_refused(tmp_path, text_file):
         ({"device": "quantum"}, RecipeError, "not a device"),
         ({"evaluation": "self"}, DataError, "sampled itself"),
         ({"ignore": ["q_porj"]}, RecipeError, "matches no linear"),
+        ({"ignore": ["re:("]}, RecipeError, "no regular expression"),
+        ({"keep_ratio": None, "max_bytes": 20_000}, BudgetError, "already take"),
         ({"plan": "none.json", "keep_ratio": None}, PlanError, "cannot be read"),
     ],
 )  # fmt: skip
@@ -290,6 +293,95 @@ def test_bad_options_fail_before_any_work(tiny_folder, tmp_path, text_file, chan
         slimrank.compress(tiny_folder, out=tmp_path / "out", **options(text_file, **change))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.run").exists()
+
+
+def test_models_that_could_not_be_loaded_again_are_refused_first(text_file):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class OwnConfig(LlamaConfig):
+        model_type = "own"
+
+    config = OwnConfig(**tiny_model().config.to_dict())
+    with pytest.raises(ModelError, match="could not be loaded again"):
+        slimrank.compress(LlamaForCausalLM(config), byte_tokenizer(), **options(text_file))
+
+
+def test_a_loaded_model_keeps_its_dtype(text_file):
+    with pytest.raises(RecipeError, match="keeps its dtype"):
+        slimrank.compress(tiny_model(), byte_tokenizer(), **options(text_file, dtype="bfloat16"))
+
+
+def test_paths_and_plans_may_be_objects(text_file):
+    first = slimrank.compress(tiny_model(), byte_tokenizer(), **{**options(text_file), "calibration": text_file})
+    chosen = {**options(text_file), "plan": first.plan}
+    del chosen["keep_ratio"]
+    again = slimrank.compress(tiny_model(), byte_tokenizer(), **chosen)
+    assert again.plan == first.plan
+    for a, b in zip(again.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class OneExpertIdle(torch.nn.Module):
+    """An MLP with a second branch that never runs."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.used, self.idle = mlp, torch.nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_a_layer_that_no_token_reaches_is_cut_by_plain_svd_and_noted(text_file):
+    model = tiny_model()
+    model.model.layers[1].mlp = OneExpertIdle(model.model.layers[1].mlp)
+    result = slimrank.compress(model, byte_tokenizer(), **options(text_file))
+    (note,) = [note for note in result.report["notes"] if "no calibration token" in note]
+    assert note.startswith("model.layers.1.mlp.idle")
+    assert isinstance(model.model.layers[1].mlp.idle, LowRankLinear)
+
+
+def test_a_model_in_training_mode_samples_like_one_that_is_not(text_file):
+    runs = []
+    for training in (True, False):
+        model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train(training)
+        runs.append(slimrank.compress(model, byte_tokenizer(), **options(text_file, calibration="self")))
+        assert model.training == training
+    assert runs[0].report["provenance"]["inputs"] == runs[1].report["provenance"]["inputs"]
+
+
+def test_an_error_while_cutting_leaves_a_model_that_says_it_is_compressed(text_file, tmp_path, monkeypatch):
+    import slimrank.pipeline as pipeline
+
+    real, calls = pipeline.replace_linear, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(pipeline, "replace_linear", failing)
+    model = tiny_model()
+    with pytest.raises(KeyboardInterrupt):
+        slimrank.compress(model, byte_tokenizer(), **options(text_file))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_what_others_put_into_the_run_directory_stays(tmp_path, text_file, tiny_folder):
+    (tmp_path / "out.run").mkdir()
+    with pytest.raises(RunError):
+        (tmp_path / "out.run" / "mine.txt").touch()
+        slimrank.compress(tiny_folder, out=tmp_path / "out", **options(text_file))
+    (tmp_path / "out.run" / "mine.txt").unlink()
+    slimrank.compress(tiny_folder, run_dir=tmp_path / "out.run", **options(text_file))
+    (tmp_path / "out.run" / "mine.txt").touch()
+    slimrank.compress(tiny_folder, out=tmp_path / "out", **options(text_file))
+    assert [p.name for p in (tmp_path / "out.run").iterdir()] == ["mine.txt"]
 
 
 def test_too_short_text(tiny_folder, tmp_path):

@@ -18,6 +18,7 @@ from slimrank.export.register import register_lazily
 if TYPE_CHECKING:
     from slimrank.allocate.plan import RankPlan as RankPlan
     from slimrank.decompose.registry import decomposer as decomposer
+    from slimrank.dry_run import preview as preview
     from slimrank.errors import SlimrankError as SlimrankError
     from slimrank.evaluate.perplexity import perplexity as perplexity
     from slimrank.layers.low_rank import LowRankLinear as LowRankLinear
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from slimrank.models.targets import find_targets as find_targets
     from slimrank.pipeline import CompressionResult as CompressionResult
     from slimrank.pipeline import compress as compress
-    from slimrank.preview import preview as preview
     from slimrank.recipe import Recipe as Recipe
 
 _HOME = {
@@ -39,7 +39,7 @@ _HOME = {
     "find_targets": "models.targets",
     "load": "models.load",
     "perplexity": "evaluate.perplexity",
-    "preview": "preview",
+    "preview": "dry_run",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -50,6 +50,8 @@ def evaluate(
     """
     progress = progress or Progress()
     place = resolve_device(device)
+    if "self" in texts:
+        raise DataError("a model is not evaluated on text that it sampled itself.", "--text FILE")
     sources = {source: read_source(source, "evaluation") for source in texts}
     loaded, tokenizer = load(model, dtype, progress)
     length = window_length(loaded, seq_len)

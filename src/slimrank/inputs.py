@@ -18,6 +18,7 @@ from slimrank.calibration.windows import (
     tokens_digest,
 )
 from slimrank.errors import DataError, RecipeError
+from slimrank.models.placement import placed, resolve_device
 from slimrank.models.structure import context_of
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
@@ -94,7 +95,8 @@ class RawTexts:
     def _calibration(self, model: Any, tokenizer: Any, seq_len: int, bos: int | None, progress: Progress) -> Tensor:
         samples, seed = self.recipe.samples, self.recipe.seed
         if self.calibration is None:
-            return sample_windows(model, tokenizer, samples, seq_len, seed, progress)
+            with placed([model], resolve_device(self.recipe.device), upcast=False):
+                return sample_windows(model, tokenizer, samples, seq_len, seed, progress)
         return draw_windows(tokenise(self.calibration, tokenizer), samples, seq_len, seed, bos)
 
     def _evaluation(self, tokens: Tensor, seq_len: int, bos: int | None, notes: list[str]) -> Tensor:

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimrank.allocate.budget import budget_in_parameters
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.registry import get_allocator
 from slimrank.calibration.statistics import StatisticsCollector
 from slimrank.decompose.registry import Decomposer, get_decomposer
 from slimrank.errors import RecipeError
-from slimrank.estimate import Workload, measure_machine, stage_seconds
-from slimrank.export.output import OutputFolder, write_manifest
-from slimrank.export.save import mark_model, replace_linear, save_model, weight_bytes
+from slimrank.estimate import measure_machine, stage_seconds
+from slimrank.evaluate.memory import peak_memory
+from slimrank.evaluate.quality import measure_quality
+from slimrank.evaluate.speed import measure_speed
+from slimrank.export.output import OutputFolder, need_space, write_manifest
+from slimrank.export.save import check_loadable, mark_model, replace_linear, save_model, weight_bytes
 from slimrank.inputs import Texts, prepare_texts
 from slimrank.linalg.lowrank import Spectrum
-from slimrank.measure import measure
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.load import digest, load, stored_dtype
 from slimrank.models.paging import page_out
-from slimrank.models.placement import placed, resolve_device
-from slimrank.models.structure import parameters_of
+from slimrank.models.placement import placed, resolve_device, solving_device
 from slimrank.models.targets import Target, TargetSet, find_targets, weight_of
+from slimrank.planning import make_plan, workload
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.report.record import Facts, build_record
 from slimrank.report.render import write_reports
-from slimrank.run import Run, Stage
+from slimrank.run import Run, Stage, remove_run
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,16 @@ def compress(
     Raises:
         SlimrankError: see `slimrank.errors`; everything that can be checked beforehand is.
     """
-    job = _Job(_recipe(recipe, options), progress or Progress())
+    resumable = out is not None or run_dir is not None
+    job = _Job(_recipe(recipe, options), progress or Progress(), resumable)
     output = OutputFolder(Path(out), overwrite) if out is not None else None
     job.load(model, tokenizer)
     with _run_folder(out, run_dir) as folder:
         run = Run(folder, job.identity())
         job.announce()
+        need_space(folder, job.stored_bytes())
         if output is not None:
-            output.need_space(job.predicted_bytes())
+            need_space(output.path, job.predicted_bytes() + (0 if run_dir else job.stored_bytes()))
         before = job.measure_original(run)
         stage = run.stage(job.spectra_key())
         job.decompose(stage)
@@ -133,17 +135,18 @@ def _run_folder(out: str | Path | None, run_dir: str | Path | None) -> Iterator[
     else:
         folder = Path(out).with_name(Path(out).name + ".run")
         yield folder
-        shutil.rmtree(folder)
+        remove_run(folder)
 
 
 class _Job:
     """The state of one compression, and its stages in order."""
 
-    def __init__(self, recipe: Recipe, progress: Progress) -> None:
-        self.recipe, self.progress = recipe, progress
+    def __init__(self, recipe: Recipe, progress: Progress, resumable: bool) -> None:
+        self.recipe, self.progress, self.resumable = recipe, progress, resumable
         self.method: Decomposer = get_decomposer(recipe.method)
-        self.allocator = get_allocator(recipe.allocation)
+        get_allocator(recipe.allocation)
         self.device = resolve_device(recipe.device)
+        self.solver = solving_device(self.device)
         self.upcast = self.device.type == "cpu"
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
@@ -153,35 +156,23 @@ class _Job:
     def load(self, model: Any, tokenizer: Any) -> None:
         """Load the model, find its targets, make the plan, read the texts: all that may fail, fails here."""
         recipe = self.recipe
-        given = RankPlan.load(recipe.plan) if recipe.plan else None
+        if isinstance(recipe.plan, str):
+            RankPlan.load(recipe.plan)
         texts = prepare_texts(recipe, "gram" in self.method.needs)
         if isinstance(model, (str, Path)):
             self.progress.note(f"loading {model}")
             model, tokenizer = load(model, recipe.dtype, self.progress)
+        elif recipe.dtype != "auto":
+            raise RecipeError("a loaded model keeps its dtype.", "model.to(dtype) before, or give its name or folder")
         self.model, self.tokenizer = model, tokenizer
         self.dtype = stored_dtype(model)
         self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore)
-        self.plan = self._checked(given) if given else self._allocate()
+        check_loadable(model)
+        self.plan = make_plan(recipe, model, self.targets, self.dtype.itemsize)
         self.digest = digest(model)
         page_out(model)
         self.texts: Texts = texts.tokenised(model, tokenizer, self.progress)
         self.notes += self.texts.notes
-
-    def _allocate(self) -> RankPlan:
-        recipe, coverage = self.recipe, self.targets.coverage
-        budget = budget_in_parameters(
-            coverage.targets, coverage.total, self.dtype.itemsize,
-            recipe.keep_ratio, recipe.keep_total, recipe.max_bytes,
-        )  # fmt: skip
-        ranks = self.allocator.allocate(self._shapes(), budget, recipe.rank_multiple)
-        return RankPlan.build(ranks, self._shapes(), self.allocator.id, budget)
-
-    def _checked(self, plan: RankPlan) -> RankPlan:
-        plan.check(self._shapes())
-        return plan
-
-    def _shapes(self) -> dict[str, tuple[int, int]]:
-        return {t.path: t.shape for t in self.targets}
 
     def identity(self) -> dict[str, Any]:
         """What the run is about; a run directory made for anything else is refused."""
@@ -194,16 +185,12 @@ class _Job:
 
     def spectra_key(self) -> dict[str, Any]:
         """Everything that the spectra depend on."""
-        recipe = self.recipe
-        key = {
+        return {
             **self.identity(),
             "method": self.method.id,
             "device": self.device.type,
-            "batch": recipe.batch_size,
-        }
-        return {
-            **key,
-            "resident": recipe.resident,
+            "batch": self.recipe.batch_size,
+            "resident": self.recipe.resident,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
@@ -213,13 +200,15 @@ class _Job:
         coverage = self.targets.coverage
         return (coverage.total - coverage.targets + self.plan.parameters) * self.dtype.itemsize
 
+    def stored_bytes(self) -> int:
+        """About how much the run directory will hold: the bases of all targets, and the hidden states."""
+        width = self.targets.targets[0].shape[1]
+        bases = sum(min(t.shape) ** 2 for t in self.targets)
+        return 4 * (bases + (self.texts.calibration_tokens * width if self.resumable else 0))
+
     def announce(self) -> None:
         """Tell the progress which stages are coming, and how long each may take."""
-        coverage, head = self.targets.coverage, self.model.get_output_embeddings()
-        work = Workload(
-            self.targets.targets, coverage.matrices, parameters_of(head) if head is not None else 0,
-            self.texts.calibration_tokens, self.texts.evaluation_tokens,
-        )  # fmt: skip
+        work = workload(self.model, self.targets, self.texts.calibration_tokens, self.texts.evaluation_tokens)
         self.progress.plan(stage_seconds(work, measure_machine(self.device)))
 
     # stages -------------------------------------------------------------------------------------------------
@@ -234,22 +223,29 @@ class _Job:
 
     def measure_original(self, run: Run) -> dict[str, Any]:
         """Perplexity, speed and a sample of the model as it is; taken from the run where it is known already."""
-        stage = run.stage({**self.identity(), "original": self.texts.evaluation_digest, "device": str(self.device)})
-        if stage.has("original"):
-            return stage.load("original")[1]
+        key = {**self.identity(), "original": self.texts.evaluation_digest, "dtype": str(self.dtype)}
+        stage = run.stage({**key, "device": str(self.device)})
         with self.timed("measure the original", self.texts.evaluation_windows):
-            before = self._measure()
+            known = stage.load("original")[1] if stage.has("original") else {}
+            before = self._measure(known)
         stage.save("original", {}, before)
         return before
 
     def measure_result(self) -> dict[str, Any]:
         """The same for the compressed model."""
         with self.timed("measure the result", self.texts.evaluation_windows):
-            return self._measure()
+            return self._measure({})
 
-    def _measure(self) -> dict[str, Any]:
+    def _measure(self, known: dict[str, Any]) -> dict[str, Any]:
+        """Everything that is not known already; speed is never taken from an earlier session."""
+        if self.texts.evaluation is None:
+            return {}
         with placed([self.model], self.device, upcast=False):
-            return measure(self.model, self.tokenizer, self.texts.evaluation, self.texts.bos, self.progress)
+            speed = asdict(measure_speed(self.model))
+            fresh = known or measure_quality(
+                self.model, self.tokenizer, self.texts.evaluation, self.texts.bos, self.progress
+            )
+        return {**fresh, "speed": speed, "peak_memory": peak_memory()}
 
     def decompose(self, stage: Stage) -> None:
         """Spectra of all targets into the store, block after block; finished blocks are not done again."""
@@ -277,36 +273,48 @@ class _Job:
         targets = self.targets.in_block(index)
         layers = {t.path: self.model.get_submodule(t.path) for t in targets}
         with runner.placed_block(index):
-            collector = StatisticsCollector(layers, self.device)
+            collector = StatisticsCollector(layers, self.solver)
             with collector if runner.batches else nullcontext():
                 runner.step(index, lambda batch: collector.begin(batch.attention_mask))
             grams = _Grams(collector) if runner.batches else None
             tensors: dict[str, Tensor] = {}
             about: dict[str, Any] = {}
             for path, layer in layers.items():
-                spectrum = self.method.solve(weight_of(layer), grams.of(path) if grams else None)
+                spectrum = self._solve(path, weight_of(layer).to(self.solver), grams)
                 tensors[f"{path}.values"] = spectrum.values.cpu()
                 tensors[f"{path}.basis"] = spectrum.basis.to("cpu", torch.float32)
                 group = collector.leaders.get(path, path)
                 about[path] = {"side": spectrum.side, "notes": spectrum.notes, "group": group}
         stage.save(f"block-{index:04d}", tensors, about)
-        stage.save("hidden", {str(b): h for b, h in enumerate(runner.hidden)}, {"next": index + 1})
+        if self.resumable:
+            stage.save("hidden", {str(b): h for b, h in enumerate(runner.hidden)}, {"next": index + 1})
+
+    def _solve(self, path: str, weight: Tensor, grams: _Grams | None) -> Spectrum:
+        if grams is None:
+            return self.method.solve(weight, None)
+        gram = grams.of(path)
+        if gram is not None:
+            return self.method.solve(weight, gram)
+        plain = get_decomposer("svd").solve(weight, None)
+        return replace(plain, notes=(*plain.notes, "no calibration token reached this layer: plain SVD instead"))
 
     def cut(self, stage: Stage) -> tuple[dict[str, dict[str, Any]], list[str]]:
         """Factors at the planned ranks in the place of the weights; per target its error and group, and notes."""
         results: dict[str, dict[str, Any]] = {}
         notes: list[str] = []
         blocks = sorted({t.block for t in self.targets})
-        with self.timed("cut factors", len(blocks)):
-            for index in blocks:
-                tensors, about = stage.load(f"block-{index:04d}", str(self.device))
-                for target in self.targets.in_block(index):
-                    spectrum = _stored_spectrum(target.path, tensors, about)
-                    error = self._cut_target(target, spectrum)
-                    results[target.path] = {"relative_error": error, "group": about[target.path]["group"]}
-                    notes += [f"{target.path}: {note}" for note in spectrum.notes]
-                self.progress.step()
-        mark_model(self.model)
+        try:
+            with self.timed("cut factors", len(blocks)):
+                for index in blocks:
+                    tensors, about = stage.load(f"block-{index:04d}", str(self.solver))
+                    for target in self.targets.in_block(index):
+                        spectrum = _stored_spectrum(target.path, tensors, about)
+                        error = self._cut_target(target, spectrum)
+                        results[target.path] = {"relative_error": error, "group": about[target.path]["group"]}
+                        notes += [f"{target.path}: {note}" for note in spectrum.notes]
+                    self.progress.step()
+        finally:  # a model that is half cut says so too: saved as a native one it would load with random weights
+            mark_model(self.model)
         return results, notes
 
     def _cut_target(self, target: Target, spectrum: Spectrum) -> float:
@@ -315,7 +323,7 @@ class _Job:
         if rank == "dense":
             return 0.0
         layer = self.model.get_submodule(target.path)
-        factors = spectrum.factors(weight_of(layer).to(self.device), rank)
+        factors = spectrum.factors(weight_of(layer).to(self.solver), rank)
         page_out(layer)
         replace_linear(self.model, (target.path, *target.ties), *factors)
         return spectrum.relative_error(rank)
@@ -328,10 +336,11 @@ class _Grams:
         self.collector = collector
         self._known: dict[str, Tensor] = {}
 
-    def of(self, path: str) -> Tensor:
+    def of(self, path: str) -> Tensor | None:
+        """The Gram of what a layer reads; None when no token reached it."""
         leader = self.collector.leaders.get(path)
         if leader is None:
-            raise RecipeError(f"no calibration token reached the layer '{path}'.", f"--ignore '{path}'")
+            return None
         if leader not in self._known:
             self._known[leader] = self.collector.of(path).gram
         return self._known[leader]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from slimrank.allocate.plan import RankPlan
 from slimrank.errors import RecipeError, nearest
 
 PRESETS = Path(__file__).parent / "recipes"
@@ -34,7 +36,9 @@ class Recipe(BaseModel):
     max_bytes: int | None = Field(
         None, gt=0, description="Largest size of all weights on disk in bytes, instead of keep_ratio."
     )
-    plan: str | None = Field(None, description="A rank plan (JSON) to use, instead of a budget and an allocation.")
+    plan: str | RankPlan | None = Field(
+        None, description="A rank plan (or its JSON file) to use, instead of a budget and an allocation."
+    )
     method: str = Field("svd_llm", description="Decomposition method (see: slimrank methods).")
     allocation: str = Field("uniform", description="Rank allocation (see: slimrank methods).")
     rank_multiple: int = Field(1, ge=1, description="Ranks are multiples of this (8 or 16 suit GPUs).")
@@ -65,6 +69,22 @@ class Recipe(BaseModel):
     )
     windows: int = Field(16, ge=1, description="Evaluation windows.")
     max_shard_size: str = Field("5GB", pattern=r"^\d+(KB|MB|GB)$", description="Largest weight file to write.")
+
+    @field_validator("plan", "calibration", "evaluation", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"'{pattern}' is no regular expression: {error}") from error
+        return value
 
     @model_validator(mode="after")
     def _one_budget(self) -> Recipe:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ class Run:
     def stage(self, parts: dict[str, Any]) -> Stage:
         """The stored results of one stage, under the key of everything that they depend on."""
         return Stage(self.folder / "store" / content_key(parts))
+
+
+def remove_run(folder: Path) -> None:
+    """Delete what a run has stored; whatever else lies in the folder stays."""
+    shutil.rmtree(folder / "store", ignore_errors=True)
+    (folder / "run.json").unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 class Stage:

@@ -15,8 +15,8 @@ def test_a_txt_file_is_read_exactly(tmp_path):
 
 def test_jsonl(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"id": 1, "text": "one"}\n\n"two"\n')
-    assert read_source(path, "calibration") == "one\n\ntwo"
+    path.write_text('{"id": 1, "text": "o\u2028ne"}\n\n"two"\r\n', encoding="utf-8")
+    assert read_source(path, "calibration") == "o\u2028ne\n\ntwo"
 
 
 def test_parquet(tmp_path):

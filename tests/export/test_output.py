@@ -1,10 +1,11 @@
 import errno
 import json
+from pathlib import Path
 
 import pytest
 
 from slimrank.errors import OutputError
-from slimrank.export.output import MANIFEST, OutputFolder, write_manifest
+from slimrank.export.output import MANIFEST, OutputFolder, need_space, write_manifest
 
 
 def write(path, content, overwrite=False, **files):
@@ -98,6 +99,17 @@ def test_a_killed_write_is_cleaned_up_by_the_next(tmp_path):
 
 
 def test_space_is_checked_beforehand(tmp_path):
-    OutputFolder(tmp_path / "a" / "b").need_space(1)
+    need_space(tmp_path / "a" / "b", 1)
     with pytest.raises(OutputError, match=r"GB free; about 1000000000\.00 GB are needed"):
-        OutputFolder(tmp_path / "a" / "b").need_space(10**18)
+        need_space(tmp_path / "a" / "b", 10**18)
+
+
+def test_odd_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="no place for a model"):
+        OutputFolder(Path("/"))
+    write(tmp_path / "real", "one")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write(tmp_path / "link", "two", overwrite=True)
+    assert (tmp_path / "real" / "model.safetensors").read_text() == "two"
+    assert (tmp_path / "link").is_symlink()

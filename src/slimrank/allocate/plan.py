@@ -97,8 +97,15 @@ class RankPlan(BaseModel):
             )
 
     def save(self, path: Path) -> None:
-        """Write the plan as JSON."""
-        path.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+        """Write the plan as JSON.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
+        try:
+            path.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"the plan '{path}' cannot be written: {error.strerror}.", "another place") from error
 
     @classmethod
     def load(cls, path: str | Path) -> RankPlan:

@@ -31,7 +31,7 @@ def uniform(shapes: Shapes, budget: int, rank_multiple: int = 1) -> Mapping[str,
         rank = share // (m + n) // rank_multiple * rank_multiple
         ranks[path] = "dense" if share >= m * n else rank
         if rank < 1:
-            least = pair_cost(m, n, rank_multiple) / (m * n)
+            least = max(pair_cost(*shape, rank_multiple) / dense_cost(*shape) for shape in shapes.values())
             raise BudgetError(
                 f"'{path}' ({m} x {n}) may store {share:,} parameters; rank {rank_multiple} alone takes "
                 f"{pair_cost(m, n, rank_multiple):,}.",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from slimrank.errors import DataError, NonFiniteError
+from slimrank.models.mode import evaluating
 from slimrank.progress import Progress
 
 
@@ -32,7 +33,7 @@ def sample_windows(
     generator = torch.Generator().manual_seed(seed)
     windows = torch.full((samples, 1), first, dtype=torch.long)
     cache = None
-    with torch.no_grad():
+    with evaluating(model):
         while windows.shape[1] < seq_len:
             output = model(input_ids=windows[:, -1:].to(device), past_key_values=cache, use_cache=True)
             cache = output.past_key_values

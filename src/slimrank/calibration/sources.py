@@ -76,7 +76,7 @@ def _decode(path: Path) -> str:
 
 def _jsonl(path: Path) -> list[str]:
     documents = []
-    for number, line in enumerate(_decode(path).splitlines(), start=1):
+    for number, line in enumerate(_decode(path).split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)

@@ -58,7 +58,8 @@ def benchmark(
     ]
     print_table("", ("", against, model, "ratio"), rows)
     print_text(
-        f"batch 1, {prompt} + {new_tokens} tokens, median of {repeats} rounds, {ours['dtype']} on {record['device']}"
+        f"batch 1, {ours['prompt']} + {ours['new_tokens']} tokens, median of {repeats} rounds, "
+        f"{ours['dtype']} on {record['device']}"
     )
     if ratios["decode"] < 1:
         print_text("slower than the model it is compared with: low-rank layers pay on wide layers and low ranks")

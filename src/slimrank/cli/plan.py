@@ -24,14 +24,20 @@ def plan(
     rank_multiple: o.RankMultiple = None,
     target: o.Targets = None,
     ignore: o.Ignore = None,
+    calibration: o.Calibration = None,
     samples: o.Samples = None,
     seq_len: o.SeqLen = None,
     batch_size: o.BatchSize = None,
+    seed: o.Seed = None,
+    eval_text: o.EvalText = None,
     windows: o.Windows = None,
     no_eval: o.NoEval = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
     resident: o.Resident = False,
+    max_shard_size: o.MaxShardSize = None,
+    out: Annotated[Path | None, typer.Option(help="Where compress would write; only looked at.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="As for compress; only looked at.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the rank plan here, for compress --plan.")] = None,
     json: o.Json = False,
 ) -> None:
@@ -39,7 +45,8 @@ def plan(
 
     Example: slimrank plan demo --keep 0.8 --save plan.json
     """
-    from slimrank.preview import preview
+    from slimrank.dry_run import preview
+    from slimrank.export.output import OutputFolder
 
     chosen = o.recipe_options(
         preset,
@@ -47,11 +54,15 @@ def plan(
         {
             "keep_ratio": keep, "keep_total": keep_total, "max_bytes": max_bytes, "plan": plan,
             "method": method, "allocation": allocation, "rank_multiple": rank_multiple,
-            "targets": target, "ignore": ignore, "samples": samples, "seq_len": seq_len,
-            "batch_size": batch_size, "windows": windows, "device": device, "dtype": dtype, "resident": resident,
+            "targets": target, "ignore": ignore, "calibration": calibration, "samples": samples,
+            "seq_len": seq_len, "batch_size": batch_size, "seed": seed, "evaluation": eval_text,
+            "windows": windows, "device": device, "dtype": dtype, "resident": resident,
+            "max_shard_size": max_shard_size,
         },
         no_eval,
     )  # fmt: skip
+    if out is not None:
+        OutputFolder(out, overwrite)
     say_quietly()
     with ConsoleProgress() as progress:
         record = preview(model, progress=progress, **chosen)

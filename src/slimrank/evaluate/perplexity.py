@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slimrank.errors import DataError, NonFiniteError
-from slimrank.evaluate.mode import evaluating
+from slimrank.models.mode import evaluating
 from slimrank.progress import Progress
 
 LOGITS_AT_ONCE = 2**25  # elements of the logits of one forward pass

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimrank.evaluate.mode import evaluating
+from slimrank.models.mode import evaluating
 from slimrank.models.structure import context_of
 
 UNLIMITED = 2**31
+CACHES = ("past_key_values", "cache_params")  # of attention and of state-space models
 VOCABULARY_USED = 1000  # random prompts draw from the first ids, which every vocabulary has
 
 
@@ -24,7 +25,7 @@ class Speed:
 
     Attributes:
         prefill: prompt tokens per second.
-        decode: generated tokens per second, with a key-value cache.
+        decode: generated tokens per second, with the model's cache where it has one.
         prompt: tokens of the prompt.
         new_tokens: decoding steps per repetition.
     """
@@ -70,14 +71,21 @@ def measure_speeds(models: list[Any], prompt: int = 256, new_tokens: int = 16, r
 
 def _one_round(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     device = next(model.parameters()).device
+    ids = ids.to(device)
     with evaluating(model):
-        output, prefill = _timed(lambda: model(input_ids=ids.to(device), use_cache=True, logits_to_keep=1), device)
+        output, prefill = _timed(lambda: model(input_ids=ids, use_cache=True), device)
+        cache_name = next((name for name in CACHES if getattr(output, name, None) is not None), None)
 
         def decode() -> None:
-            token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            seen, last = ids, output
             for _ in range(new_tokens):
-                step = model(input_ids=token, past_key_values=cache, use_cache=True)
-                token, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
+                token = last.logits[:, -1:].argmax(-1)
+                if cache_name is None:  # this is how a model without a cache decodes: from the beginning, each time
+                    seen = torch.cat([seen, token], dim=1)
+                    last = model(input_ids=seen)
+                else:
+                    cache = {cache_name: getattr(last, cache_name)}
+                    last = model(input_ids=token, use_cache=True, **cache)
 
         return prefill, _timed(decode, device)[1]
 

@@ -30,6 +30,9 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
+        path = path.expanduser().resolve()
+        if not path.name:
+            raise OutputError(f"'{path}' is no place for a model.", "give a folder that does not exist yet")
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
         self._old = path.with_name(path.name + ".old")
@@ -48,20 +51,6 @@ class OutputFolder:
         if self._old.exists():
             raise OutputError(f"'{self._old}' is in the way.", "move it elsewhere; it may hold files of yours")
 
-    def need_space(self, needed: int) -> None:
-        """Make sure that the disk has room.
-
-        Raises:
-            OutputError: it has not.
-        """
-        home = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
-        free = shutil.disk_usage(home).free
-        if free < needed:
-            raise OutputError(
-                f"the disk of '{self.path}' has {free / 1e9:.2f} GB free; about {needed / 1e9:.2f} GB are needed.",
-                "free some space or choose another --out",
-            )
-
     @contextmanager
     def writing(self) -> Iterator[Path]:
         """A temporary folder to write into; it becomes the output folder when the context ends without an error.
@@ -74,8 +63,8 @@ class OutputFolder:
             self._partial.mkdir(parents=True)
             (self._partial / _MARK).touch()
             yield self._partial
-            (self._partial / _MARK).unlink()
             self._publish()
+            (self.path / _MARK).unlink()
         except OSError as error:
             shutil.rmtree(self._partial, ignore_errors=True)
             raise error if isinstance(error, OutputError) else disk_error(error, self.path) from error
@@ -85,7 +74,11 @@ class OutputFolder:
             self._partial.rename(self.path)
             return
         self.path.rename(self._old)
-        self._partial.rename(self.path)
+        try:
+            self._partial.rename(self.path)
+        except OSError:
+            self._old.rename(self.path)
+            raise
         for name in _written_by_us(self._old):
             (self._old / name).unlink(missing_ok=True)
         for foreign in list(self._old.iterdir()):
@@ -95,6 +88,21 @@ class OutputFolder:
                 )
             foreign.rename(self.path / foreign.name)
         self._old.rmdir()
+
+
+def need_space(path: Path, needed: int) -> None:
+    """Make sure that the disk of `path` has room.
+
+    Raises:
+        OutputError: it has not.
+    """
+    home = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(home).free
+    if free < needed:
+        raise OutputError(
+            f"the disk of '{path}' has {free / 1e9:.2f} GB free; about {needed / 1e9:.2f} GB are needed.",
+            "free some space or choose another folder",
+        )
 
 
 def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:

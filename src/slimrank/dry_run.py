@@ -6,17 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slimrank.allocate.budget import budget_in_parameters
+import torch
+
 from slimrank.allocate.plan import RankPlan
-from slimrank.allocate.registry import get_allocator
 from slimrank.decompose.registry import get_decomposer
-from slimrank.estimate import Workload, measure_machine, peak_bytes, stage_seconds
+from slimrank.estimate import measure_machine, peak_bytes, stage_seconds
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
 from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
-from slimrank.models.structure import parameters_of
 from slimrank.models.targets import find_targets
+from slimrank.planning import make_plan, workload
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 
@@ -40,23 +40,12 @@ def preview(
     seq_len = window_length(bones, made.seq_len)
     targets = find_targets(bones, made.targets, made.ignore)
     coverage = targets.coverage
-    itemsize = stored_dtype(bones).itemsize if made.dtype == "auto" else {"float32": 4}.get(made.dtype, 2)
-    shapes = {t.path: t.shape for t in targets}
-    if made.plan is not None:
-        plan = RankPlan.load(made.plan)
-        plan.check(shapes)
-    else:
-        budget = budget_in_parameters(
-            coverage.targets, coverage.total, itemsize, made.keep_ratio, made.keep_total, made.max_bytes
-        )
-        allocator = get_allocator(made.allocation)
-        plan = RankPlan.build(allocator.allocate(shapes, budget, made.rank_multiple), shapes, allocator.id, budget)
+    itemsize = stored_dtype(bones).itemsize if made.dtype == "auto" else getattr(torch, made.dtype).itemsize
+    plan = make_plan(made, bones, targets, itemsize)
     calibrates = "gram" in get_decomposer(made.method).needs
-    head = bones.get_output_embeddings()
-    work = Workload(
-        targets=targets.targets,
-        matrices=coverage.matrices,
-        head=parameters_of(head) if head is not None else 0,
+    work = workload(
+        bones,
+        targets,
         calibration_tokens=made.samples * seq_len if calibrates else 0,
         evaluation_tokens=made.windows * seq_len if made.evaluation else 0,
     )
