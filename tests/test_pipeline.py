@@ -306,6 +306,26 @@ def test_models_that_could_not_be_loaded_again_are_refused_first(text_file):
         slimrank.compress(LlamaForCausalLM(config), byte_tokenizer(), **options(text_file))
 
 
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_weights_tied_between_layers_stay_tied(text_file, tmp_path, embeddings):
+    model = tiny_model(tie_word_embeddings=embeddings)
+    if not embeddings:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    layers = model.model.layers
+    layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    result = slimrank.compress(model, byte_tokenizer(), **options(text_file))
+    assert any("shared with model.layers.2.mlp.up_proj" in note for note in result.report["notes"])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    first, last = (loaded.model.layers[i].mlp.up_proj for i in (0, 2))
+    assert first.A.weight is last.A.weight
+    assert first.B.weight is last.B.weight
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert sum(p.numel() for p in loaded.parameters()) == result.report["size"]["parameters_after"]
+
+
 def test_a_loaded_model_keeps_its_dtype(text_file):
     with pytest.raises(RecipeError, match="keeps its dtype"):
         slimrank.compress(tiny_model(), byte_tokenizer(), **options(text_file, dtype="bfloat16"))

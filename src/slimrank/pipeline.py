@@ -173,6 +173,9 @@ class _Job:
         page_out(model)
         self.texts: Texts = texts.tokenised(model, tokenizer, self.progress)
         self.notes += self.texts.notes
+        self.notes += [
+            f"{t.path}: shared with {', '.join(t.ties)}; its own inputs count" for t in self.targets if t.ties
+        ]
 
     def identity(self) -> dict[str, Any]:
         """What the run is about; a run directory made for anything else is refused."""

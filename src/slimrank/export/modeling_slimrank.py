@@ -78,3 +78,20 @@ def replace_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
             about["in"], about["out"], about["rank"], about["bias"], device=weight.device, dtype=weight.dtype
         )
         setattr(parent, name, layer)
+    declare_ties(model, layers)
+
+
+def declare_ties(model: Any, layers: dict[str, dict[str, Any]]) -> None:
+    """Tell transformers which factors are one tensor, so that it saves them once and ties them after loading."""
+    ties = {
+        f"{path}.{factor}.weight": f"{about['tie']}.{factor}.weight"
+        for path, about in layers.items()
+        if "tie" in about
+        for factor in ("A", "B")
+    }
+    if ties:
+        declared = {
+            k: v for k, v in dict(model._tied_weights_keys or {}).items() if k.removesuffix(".weight") not in layers
+        }
+        model._tied_weights_keys = {**declared, **ties}
+        model.all_tied_weights_keys = {**declared, **ties} if model.config.tie_word_embeddings else ties

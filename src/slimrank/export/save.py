@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from slimrank.errors import ModelError, OutputError
 from slimrank.export.configuration_slimrank import mark_compressed
+from slimrank.export.modeling_slimrank import declare_ties
 from slimrank.layers import LowRankLinear
 
 
@@ -60,17 +61,21 @@ def replace_linear(model: nn.Module, paths: tuple[str, ...], A: Tensor, B: Tenso
 
 def mark_model(model: Any) -> None:
     """Make the model's configuration say which layers are compressed, so that `save_pretrained` just works."""
-    layers = {
-        path: {
-            "rank": layer.rank,
-            "in": layer.in_features,
-            "out": layer.out_features,
-            "bias": layer.bias is not None,
-        }
-        for path, layer in model.named_modules()
-        if isinstance(layer, LowRankLinear)
-    }
+    layers: dict[str, dict[str, Any]] = {}
+    leaders: dict[int, str] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LowRankLinear):
+            layers[path] = {
+                "rank": layer.rank,
+                "in": layer.in_features,
+                "out": layer.out_features,
+                "bias": layer.bias is not None,
+            }
+            leader = leaders.setdefault(id(layer.A.weight), path)
+            if leader != path:
+                layers[path]["tie"] = leader
     mark_compressed(model.config, layers)
+    declare_ties(model, layers)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, max_shard_size: str) -> None:
