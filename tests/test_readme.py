@@ -80,19 +80,19 @@ def test_the_example_of_an_own_method(folder, capsys):
 
     from slimrank.decompose import registry
 
-    known = dict(registry._REGISTRY)
+    known = dict(registry.DECOMPOSERS.entries)
     sys.argv = ["own_method.py", "tiny"]
     try:
         runpy.run_path(str(ROOT / "examples" / "own_method.py"), run_name="__main__")
     finally:
-        registry._REGISTRY.clear()
-        registry._REGISTRY.update(known)
+        registry.DECOMPOSERS.entries.clear()
+        registry.DECOMPOSERS.entries.update(known)
     assert "diagonal" in capsys.readouterr().out
 
 
 def test_every_method_has_a_page():
-    from slimrank.allocate.registry import allocators
-    from slimrank.decompose.registry import decomposers
+    from slimrank.allocate.registry import ALLOCATORS
+    from slimrank.decompose.registry import DECOMPOSERS
 
-    assert {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} == set(decomposers())
-    assert {p.stem for p in (ROOT / "docs" / "allocation").glob("*.md")} == set(allocators())
+    assert {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} == set(DECOMPOSERS.all())
+    assert {p.stem for p in (ROOT / "docs" / "allocation").glob("*.md")} == set(ALLOCATORS.all())

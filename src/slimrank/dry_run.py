@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from slimrank.allocate.plan import RankPlan
-from slimrank.decompose.registry import get_decomposer
+from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.estimate import measure_machine, peak_bytes, stage_seconds
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
@@ -42,7 +42,7 @@ def preview(
     coverage = targets.coverage
     itemsize = stored_dtype(bones).itemsize if made.dtype == "auto" else getattr(torch, made.dtype).itemsize
     plan = make_plan(made, bones, targets, itemsize)
-    calibrates = "gram" in get_decomposer(made.method).needs
+    calibrates = "gram" in DECOMPOSERS.get(made.method).needs
     work = workload(
         bones,
         targets,

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from slimrank.allocate.plan import RankPlan
-from slimrank.allocate.registry import get_allocator
+from slimrank.allocate.registry import ALLOCATORS
 from slimrank.calibration.statistics import StatisticsCollector
-from slimrank.decompose.registry import Decomposer, get_decomposer
+from slimrank.decompose.registry import DECOMPOSERS, Decomposer
 from slimrank.errors import RecipeError
 from slimrank.estimate import measure_machine, stage_seconds
 from slimrank.evaluate.memory import peak_memory
@@ -143,8 +143,8 @@ class _Job:
 
     def __init__(self, recipe: Recipe, progress: Progress, resumable: bool) -> None:
         self.recipe, self.progress, self.resumable = recipe, progress, resumable
-        self.method: Decomposer = get_decomposer(recipe.method)
-        get_allocator(recipe.allocation)
+        self.method: Decomposer = DECOMPOSERS.get(recipe.method)
+        ALLOCATORS.get(recipe.allocation)
         self.device = resolve_device(recipe.device)
         self.solver = solving_device(self.device)
         self.upcast = self.device.type == "cpu"
@@ -298,7 +298,7 @@ class _Job:
         gram = grams.of(path)
         if gram is not None:
             return self.method.solve(weight, gram)
-        plain = get_decomposer("svd").solve(weight, None)
+        plain = DECOMPOSERS.get("svd").solve(weight, None)
         return replace(plain, notes=(*plain.notes, "no calibration token reached this layer: plain SVD instead"))
 
     def cut(self, stage: Stage) -> tuple[dict[str, dict[str, Any]], list[str]]:

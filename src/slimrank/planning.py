@@ -6,7 +6,7 @@ from typing import Any
 
 from slimrank.allocate.budget import budget_in_parameters
 from slimrank.allocate.plan import RankPlan
-from slimrank.allocate.registry import get_allocator
+from slimrank.allocate.registry import ALLOCATORS
 from slimrank.estimate import Workload
 from slimrank.models.structure import parameters_of
 from slimrank.models.targets import TargetSet
@@ -36,7 +36,7 @@ def make_plan(recipe: Recipe, model: Any, targets: TargetSet, itemsize: int) -> 
         recipe.keep_total,
         recipe.max_bytes - headers if recipe.max_bytes is not None else None,
     )
-    allocator = get_allocator(recipe.allocation)
+    allocator = ALLOCATORS.get(recipe.allocation)
     return RankPlan.build(allocator.allocate(shapes, budget, recipe.rank_multiple), shapes, allocator.id, budget)
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from slimrank.allocate.budget import budget_in_parameters
 from slimrank.allocate.plan import RankPlan
-from slimrank.allocate.registry import get_allocator
+from slimrank.allocate.registry import ALLOCATORS
 from slimrank.allocate.uniform import uniform
 from slimrank.errors import BudgetError, PlanError, RecipeError
 from slimrank.linalg.cost import dense_cost, max_pair_rank, pair_cost
@@ -63,7 +63,7 @@ def test_infeasible_budgets_say_what_is_feasible():
     with pytest.raises(BudgetError, match="smaller rank_multiple"):
         uniform(SHAPES, TOTAL // 10, 256)
     with pytest.raises(RecipeError, match="did you mean 'uniform'"):
-        get_allocator("unifrom")
+        ALLOCATORS.get("unifrom")
 
 
 def test_budgets_in_other_units():

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from slimrank.decompose.registry import decomposers, get_decomposer
+from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.errors import RecipeError
 
-METHODS = list(decomposers())
+METHODS = list(DECOMPOSERS.all())
 SHAPES = {"square": (12, 12), "wide": (8, 20), "tall": (20, 8), "row": (1, 9), "column": (9, 1)}
 
 
@@ -19,7 +19,7 @@ def make(shape, dtype=torch.float32, tokens=80, seed=0):
 
 @pytest.fixture(params=METHODS)
 def method(request):
-    return get_decomposer(request.param)
+    return DECOMPOSERS.get(request.param)
 
 
 def solved(method, weight, gram):
@@ -81,4 +81,4 @@ def test_scale_of_the_weight(method, shape):
 
 def test_unknown_methods_name_the_nearest():
     with pytest.raises(RecipeError, match="did you mean 'svd_llm'"):
-        get_decomposer("svd-llm")
+        DECOMPOSERS.get("svd-llm")

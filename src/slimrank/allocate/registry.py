@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from slimrank.allocate.plan import Shapes
-from slimrank.errors import RecipeError, nearest
 from slimrank.linalg.cost import Rank
+from slimrank.registry import Registry
 
 Allocate = Callable[[Shapes, int, int], Mapping[str, Rank]]
 
@@ -31,35 +29,14 @@ class Allocator:
     allocate: Allocate
 
 
-_REGISTRY: dict[str, Allocator] = {}
+ALLOCATORS: Registry[Allocator] = Registry("slimrank.allocate", "rank allocation")
 
 
 def allocator(id: str, title: str, paper: str) -> Callable[[Allocate], Allocate]:
     """Register the decorated function as the allocator `id`."""
 
     def register(allocate: Allocate) -> Allocate:
-        _REGISTRY[id] = Allocator(id, title, paper, allocate)
+        ALLOCATORS.add(Allocator(id, title, paper, allocate))
         return allocate
 
     return register
-
-
-def allocators() -> dict[str, Allocator]:
-    """All allocators by id."""
-    import slimrank.allocate as package
-
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return dict(sorted(_REGISTRY.items()))
-
-
-def get_allocator(id: str) -> Allocator:
-    """The allocator of that id.
-
-    Raises:
-        RecipeError: there is none; the nearest names are in the hint.
-    """
-    known = allocators()
-    if id not in known:
-        raise RecipeError(f"there is no rank allocation '{id}'.", nearest(id, known))
-    return known[id]

@@ -10,14 +10,15 @@ from slimrank.cli.console import print_json, print_table
 
 def methods(json: o.Json = False) -> None:
     """List the decomposition methods and rank allocations, what they need and where they come from."""
-    from slimrank.allocate.registry import allocators
-    from slimrank.decompose.registry import decomposers
+    from slimrank.allocate.registry import ALLOCATORS
+    from slimrank.decompose.registry import DECOMPOSERS
 
     listed = {
         "decompose": [
-            {"id": d.id, "title": d.title, "needs": sorted(d.needs), "paper": d.paper} for d in decomposers().values()
+            {"id": d.id, "title": d.title, "needs": sorted(d.needs), "paper": d.paper}
+            for d in DECOMPOSERS.all().values()
         ],
-        "allocate": [{"id": a.id, "title": a.title, "needs": [], "paper": a.paper} for a in allocators().values()],
+        "allocate": [{"id": a.id, "title": a.title, "needs": [], "paper": a.paper} for a in ALLOCATORS.all().values()],
     }
     if json:
         print_json(listed)

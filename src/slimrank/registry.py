@@ -1,0 +1,55 @@
+"""Methods by id: each registers itself in a file of its own; the files of a package are imported when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Generic, Protocol, TypeVar
+
+from slimrank.errors import RecipeError, nearest
+
+
+class HasId(Protocol):
+    """Anything with an id."""
+
+    @property
+    def id(self) -> str:
+        """Its name in recipes."""
+
+
+T = TypeVar("T", bound=HasId)
+
+
+class Registry(Generic[T]):
+    """The methods of one kind.
+
+    Args:
+        package: dotted name of the package whose modules register methods.
+        kind: what a method of it is called in an error.
+    """
+
+    def __init__(self, package: str, kind: str) -> None:
+        self.package, self.kind = package, kind
+        self.entries: dict[str, T] = {}
+
+    def add(self, entry: T) -> None:
+        """Register a method; one of the same id is replaced."""
+        self.entries[entry.id] = entry
+
+    def all(self) -> dict[str, T]:
+        """All methods by id: those of the package, and those registered from outside."""
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        return dict(sorted(self.entries.items()))
+
+    def get(self, id: str) -> T:
+        """The method of that id.
+
+        Raises:
+            RecipeError: there is none; the nearest names are in the hint.
+        """
+        known = self.all()
+        if id not in known:
+            raise RecipeError(f"there is no {self.kind} '{id}'.", nearest(id, known))
+        return known[id]
