@@ -33,8 +33,7 @@ def preview(
     Raises:
         SlimrankError: whatever `compress` would refuse for the same model and budget.
     """
-    made = Recipe.make({**(recipe.model_dump(exclude_unset=True) if recipe else {}), **options})
-    made.need_budget()
+    made = Recipe.merged(recipe, options)
     device = resolve_device(made.device)
     bones = skeleton(model, progress)
     seq_len = window_length(bones, made.seq_len)

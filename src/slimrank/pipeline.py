@@ -86,10 +86,10 @@ def compress(
         SlimrankError: see `slimrank.errors`; everything that can be checked beforehand is.
     """
     resumable = out is not None or run_dir is not None
-    job = _Job(_recipe(recipe, options), progress or Progress(), resumable)
+    job = _Job(Recipe.merged(recipe, options), progress or Progress(), resumable)
     output = OutputFolder(Path(out), overwrite) if out is not None else None
     job.load(model, tokenizer)
-    with _run_folder(out, run_dir) as folder:
+    with _run_folder(output.path if output else None, run_dir) as folder:
         run = Run(folder, job.identity())
         job.announce()
         need_space(folder, job.stored_bytes())
@@ -117,15 +117,8 @@ def compress(
     return CompressionResult(job.model, job.tokenizer, job.plan, record, output.path if output else None)
 
 
-def _recipe(recipe: Recipe | None, options: dict[str, Any]) -> Recipe:
-    merged = {**(recipe.model_dump(exclude_unset=True) if recipe else {}), **options}
-    made = Recipe.make(merged)
-    made.need_budget()
-    return made
-
-
 @contextmanager
-def _run_folder(out: str | Path | None, run_dir: str | Path | None) -> Iterator[Path]:
+def _run_folder(out: Path | None, run_dir: str | Path | None) -> Iterator[Path]:
     """The run directory; one that nobody asked for is removed when all is done, and kept when it is not."""
     if run_dir is not None:
         yield Path(run_dir)
@@ -133,7 +126,7 @@ def _run_folder(out: str | Path | None, run_dir: str | Path | None) -> Iterator[
         with tempfile.TemporaryDirectory(prefix="slimrank-") as temporary:
             yield Path(temporary)
     else:
-        folder = Path(out).with_name(Path(out).name + ".run")
+        folder = out.with_name(out.name + ".run")
         yield folder
         remove_run(folder)
 

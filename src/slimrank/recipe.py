@@ -130,6 +130,18 @@ class Recipe(BaseModel):
             raise RecipeError(f"{field + ': ' if field else ''}{message}{got}", about or "") from error
 
     @classmethod
+    def merged(cls, recipe: Recipe | None, options: dict[str, Any]) -> Recipe:
+        """A recipe with some of its options replaced, which says how small the model should get.
+
+        Raises:
+            RecipeError: see `make` and `need_budget`.
+        """
+        fields = {name: getattr(recipe, name) for name in recipe.model_fields_set} if recipe else {}
+        made = cls.make({**fields, **options})
+        made.need_budget()
+        return made
+
+    @classmethod
     def preset(cls, name: str) -> dict[str, Any]:
         """The options of a shipped recipe.
 
