@@ -57,6 +57,8 @@ def test_every_layout_end_to_end(name, tmp_path, text_file):
     assert 0 <= size - planned < 16384  # the header of a safetensors file
     assert "rank" in (tmp_path / "out" / "report.md").read_text()
     assert not (tmp_path / "out.run").exists()
+    modes = {p.stat().st_mode for p in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
@@ -148,6 +150,16 @@ def test_text_as_a_list_needs_no_file():
         tiny_model(), byte_tokenizer(), keep_ratio=0.5, calibration=documents, evaluation=None, **SMALL
     )
     assert result.report["provenance"]["recipe"]["calibration"] == "5 documents given as a list"
+
+
+def test_the_report_holds_the_resolved_recipe(text_file):
+    chosen = options(text_file)
+    del chosen["seq_len"]
+    result = slimrank.compress(tiny_model(), byte_tokenizer(), **chosen)
+    provenance = result.report["provenance"]
+    assert provenance["recipe"]["seq_len"] == 128
+    assert provenance["recipe"]["samples"] == 4
+    assert set(provenance["inputs"]) == {"model", "calibration", "targets", "ignore"}
 
 
 def test_keeping_everything_changes_nothing(text_file):

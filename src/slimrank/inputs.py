@@ -65,13 +65,12 @@ class Texts:
 class RawTexts:
     """The texts as read; `calibration` is None for text that the model samples, or none at all."""
 
-    recipe: Recipe
     calibrates: bool
     calibration: str | None
     evaluation: str | None
 
-    def tokenised(self, model: Any, tokenizer: Any, progress: Progress) -> Texts:
-        """Token windows.
+    def tokenised(self, recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Texts:
+        """Token windows, of the length that the recipe says.
 
         Raises:
             DataError: too little text.
@@ -83,27 +82,28 @@ class RawTexts:
             raise RecipeError(
                 "a tokenizer is needed to read text.", "compress(model, tokenizer, ...), or evaluation=None"
             )
-        seq_len = window_length(model, self.recipe.seq_len)
         bos = bos_of(tokenizer)
         notes: list[str] = []
         evaluation = None
         if self.evaluation is not None:
-            evaluation = self._evaluation(tokenise(self.evaluation, tokenizer), seq_len, bos, notes)
-        calibration = self._calibration(model, tokenizer, seq_len, bos, progress) if self.calibrates else None
+            evaluation = _evaluation(recipe, tokenise(self.evaluation, tokenizer), bos, notes)
+        calibration = self._calibration(recipe, model, tokenizer, bos, progress) if self.calibrates else None
         return Texts(calibration, evaluation, bos is not None, notes)
 
-    def _calibration(self, model: Any, tokenizer: Any, seq_len: int, bos: int | None, progress: Progress) -> Tensor:
-        samples, seed = self.recipe.samples, self.recipe.seed
+    def _calibration(self, recipe: Recipe, model: Any, tokenizer: Any, bos: int | None, progress: Progress) -> Tensor:
+        shape = recipe.samples, recipe.seq_len or DEFAULT_SEQ_LEN
         if self.calibration is None:
-            with placed([model], resolve_device(self.recipe.device), upcast=False):
-                return sample_windows(model, tokenizer, samples, seq_len, seed, progress)
-        return draw_windows(tokenise(self.calibration, tokenizer), samples, seq_len, seed, bos)
+            with placed([model], resolve_device(recipe.device), upcast=False):
+                return sample_windows(model, tokenizer, *shape, recipe.seed, progress)
+        return draw_windows(tokenise(self.calibration, tokenizer), *shape, recipe.seed, bos)
 
-    def _evaluation(self, tokens: Tensor, seq_len: int, bos: int | None, notes: list[str]) -> Tensor:
-        wanted, available = self.recipe.windows, count_windows(tokens, seq_len, bos)
-        if available < wanted:
-            notes.append(f"the evaluation text holds {available} windows of {seq_len}, not {wanted}")
-        return leading_windows(tokens, max(1, min(available, wanted)), seq_len, bos)
+
+def _evaluation(recipe: Recipe, tokens: Tensor, bos: int | None, notes: list[str]) -> Tensor:
+    wanted, seq_len = recipe.windows, recipe.seq_len or DEFAULT_SEQ_LEN
+    available = count_windows(tokens, seq_len, bos)
+    if available < wanted:
+        notes.append(f"the evaluation text holds {available} windows of {seq_len}, not {wanted}")
+    return leading_windows(tokens, max(1, min(available, wanted)), seq_len, bos)
 
 
 def prepare_texts(recipe: Recipe, calibrates: bool) -> RawTexts:
@@ -116,7 +116,6 @@ def prepare_texts(recipe: Recipe, calibrates: bool) -> RawTexts:
         raise DataError("a model is not evaluated on text that it sampled itself.", "--eval-text FILE")
     own = recipe.calibration == "self" or not calibrates
     return RawTexts(
-        recipe,
         calibrates,
         None if own else read_source(recipe.calibration, "calibration"),
         None if recipe.evaluation is None else read_source(recipe.evaluation, "evaluation"),

@@ -24,12 +24,13 @@ from slimrank.evaluate.quality import measure_quality
 from slimrank.evaluate.speed import measure_speed
 from slimrank.export.output import OutputFolder, need_space, write_manifest
 from slimrank.export.save import check_loadable, mark_model, replace_linear, save_model, weight_bytes
-from slimrank.inputs import Texts, prepare_texts
+from slimrank.inputs import Texts, prepare_texts, window_length
 from slimrank.linalg.lowrank import Spectrum
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.load import digest, load, stored_dtype
 from slimrank.models.paging import page_out
 from slimrank.models.placement import placed, resolve_device, solving_device
+from slimrank.models.structure import find_blocks
 from slimrank.models.targets import Target, TargetSet, find_targets, weight_of
 from slimrank.planning import make_plan, workload
 from slimrank.progress import Progress
@@ -158,13 +159,15 @@ class _Job:
         elif recipe.dtype != "auto":
             raise RecipeError("a loaded model keeps its dtype.", "model.to(dtype) before, or give its name or folder")
         self.model, self.tokenizer = model, tokenizer
+        find_blocks(model)
+        self.recipe = recipe = recipe.model_copy(update={"seq_len": window_length(model, recipe.seq_len)})
         self.dtype = stored_dtype(model)
         self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore)
         check_loadable(model)
         self.plan = make_plan(recipe, model, self.targets, self.dtype.itemsize)
         self.digest = digest(model)
         page_out(model)
-        self.texts: Texts = texts.tokenised(model, tokenizer, self.progress)
+        self.texts: Texts = texts.tokenised(recipe, model, tokenizer, self.progress)
         self.notes += self.texts.notes
         self.notes += [
             f"{t.path}: shared with {', '.join(t.ties)}; its own inputs count" for t in self.targets if t.ties

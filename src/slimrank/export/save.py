@@ -88,6 +88,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, max_shard_size: str) ->
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):  # written for their owner alone, unlike every other file
+            path.chmod((folder / "config.json").stat().st_mode)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"the model cannot be written to '{folder}': {error}",
