@@ -20,8 +20,10 @@ LINE_EVERY = 10.0  # seconds between lines where no bar can be drawn
 
 def say_quietly() -> None:
     """Keep the progress bars and advice of other libraries off the screen."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -54,8 +54,8 @@ def _row(label: str, before: float, after: float, shown: Any) -> tuple[str, str,
 
 
 def millions(count: int) -> str:
-    """134.5 M."""
-    return f"{count / 1e6:,.1f} M"
+    """134.5 M, or 35.1 k where it is less than a million."""
+    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count / 1e3:,.1f} k"
 
 
 def megabytes(count: int) -> str:
