@@ -38,6 +38,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`; only the awaited module is of interest, and only once."""
         if name != _AWAITED:
             return None
         sys.meta_path.remove(self)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,8 @@ def descending_eigen(matrix: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     Raises:
         torch.linalg.LinAlgError: when the last rung fails too.
     """
-    try:
+    with suppress(torch.linalg.LinAlgError):
         return *_flip(*torch.linalg.eigh(matrix)), ()
-    except torch.linalg.LinAlgError:
-        pass
     host = matrix.cpu()
     try:
         values, vectors = torch.linalg.eigh(host)

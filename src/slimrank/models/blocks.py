@@ -182,6 +182,7 @@ class _Recorder:
                 block.forward = own
 
     def record(self, model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, list[_Call]]:
+        """The hidden states that enter the first block, and what each block was called with."""
         self.calls, self.hidden = [None] * len(self.blocks), None
         mask = batch.attention_mask
         with suppress(_LastBlockReached):
