@@ -27,7 +27,7 @@ def ids(rows, length, seed=0):
 
 
 def test_gram_sum_and_count():
-    x = torch.randn(3, 5, 7, dtype=torch.float64)
+    x = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     stats = InputStatistics.empty(7)
     stats.add(x)
     rows = x.reshape(-1, 7)
@@ -53,7 +53,7 @@ def test_additive_over_chunks_shards_and_order():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_inputs_lose_nothing(dtype):
-    x = torch.randn(200, 6).to(dtype)
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     stats = InputStatistics.empty(6)
     stats.add(x)
     torch.testing.assert_close(stats.gram, x.double().T @ x.double(), rtol=1e-6, atol=1e-5)
