@@ -85,7 +85,8 @@ assert not heavy, heavy
 assert random.getstate() == state
 assert seconds < 0.3, seconds
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_extras_are_optional():

@@ -59,6 +59,13 @@ def test_nan_names_the_layer_that_makes_it():
         perplexity(model, windows())
 
 
+def test_a_perplexity_beyond_any_number():
+    model = tiny_model(tie_word_embeddings=False)
+    model.lm_head.register_forward_hook(lambda m, a, out: out * 1e6)
+    with pytest.raises(NonFiniteError, match="beyond any number"):
+        perplexity(model, windows(1))
+
+
 def test_nothing_to_predict():
     with pytest.raises(DataError):
         perplexity(tiny_model(), windows(2, 1))

@@ -225,4 +225,5 @@ def test_the_tokenizer_loads_anywhere(saved):
 @pytest.mark.parametrize("order", ["import slimrank; import transformers", "import transformers; import slimrank"])
 def test_importing_slimrank_registers_the_loader(saved, order):
     code = f"{order}; import sys; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(saved)], check=True, capture_output=True)
+    result = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -14,6 +14,7 @@ from slimrank.errors import DataError, NonFiniteError
 from slimrank.models.mode import evaluating
 from slimrank.progress import Progress
 
+LARGEST_NLL = 700.0  # exp of more is no float
 LOGITS_AT_ONCE = 2**25  # elements of the logits of one forward pass
 
 
@@ -45,7 +46,8 @@ def perplexity(model: Any, windows: Tensor, bos: bool = False, progress: Progres
 
     Raises:
         DataError: windows of fewer than two tokens.
-        NonFiniteError: NaN or infinity in the logits; names the first layer that makes it.
+        NonFiniteError: NaN or infinity in the logits (names the first layer that makes it), or a perplexity too
+            large to be a number.
     """
     count, seq_len = windows.shape
     if seq_len < 2 or count < 1:
@@ -60,6 +62,11 @@ def perplexity(model: Any, windows: Tensor, bos: bool = False, progress: Progres
             nll += _window_nll(model, ids.to(device), first=len(nll))
             progress.step(len(ids))
     mean = math.fsum(nll) / count
+    if mean > LARGEST_NLL:
+        raise NonFiniteError(
+            f"the perplexity is beyond any number: {mean:.0f} nats a token.",
+            "the model is broken (keep more); compress --no-eval writes it without measuring",
+        )
     return Perplexity(math.exp(mean), count, seq_len, count * (seq_len - 1), bos, tuple(nll))
 
 

