@@ -12,13 +12,15 @@ import pytest
 import slimrank
 
 ROOT = Path(slimrank.__file__).parent
-BASE = {"errors", "progress", "registry", "_version"}
+BASE = {"errors", "progress", "registry", "options", "_version"}
 ALLOWED = {  # room -> rooms it may know, besides itself and BASE
     "linalg": set(),
     "layers": set(),
     "run": set(),
     "recipe": {"allocate"},
-    "decompose": {"linalg"},
+    "statistics": {"layers", "linalg"},
+    "decompose": {"linalg", "statistics"},
+    "refine": {"linalg"},
     "allocate": {"linalg"},
     "export": {"layers", "run"},
     "models": {"layers", "linalg", "export"},
@@ -27,7 +29,7 @@ ALLOWED = {  # room -> rooms it may know, besides itself and BASE
     "report": {"run", "recipe", "allocate", "models"},
     "estimate": {"models"},
     "inputs": {"calibration", "models", "recipe"},
-    "planning": {"allocate", "estimate", "models", "recipe"},
+    "planning": {"allocate", "decompose", "estimate", "models", "recipe", "refine"},
     "evaluation": {"calibration", "evaluate", "inputs", "models"},
 }
 ANYTHING = {"cli", "pipeline", "dry_run", "__init__", "__main__"}

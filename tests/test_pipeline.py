@@ -383,9 +383,9 @@ def test_a_model_in_training_mode_samples_like_one_that_is_not(text_file):
 
 
 def test_an_error_while_cutting_leaves_a_model_that_says_it_is_compressed(text_file, tmp_path, monkeypatch):
-    import slimrank.pipeline as pipeline
+    import slimrank.pipeline.cutting as cutting
 
-    real, calls = pipeline.replace_linear, []
+    real, calls = cutting.replace_linears, []
 
     def failing(*arguments):
         calls.append(1)
@@ -393,7 +393,7 @@ def test_an_error_while_cutting_leaves_a_model_that_says_it_is_compressed(text_f
             raise KeyboardInterrupt
         real(*arguments)
 
-    monkeypatch.setattr(pipeline, "replace_linear", failing)
+    monkeypatch.setattr(cutting, "replace_linears", failing)
     model = tiny_model()
     with pytest.raises(KeyboardInterrupt):
         slimrank.compress(model, byte_tokenizer(), **options(text_file))

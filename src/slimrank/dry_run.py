@@ -16,7 +16,7 @@ from slimrank.inputs import window_length
 from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
 from slimrank.models.targets import find_targets
-from slimrank.planning import make_plan, workload
+from slimrank.planning import configured_refiner, make_plan, units_of, workload
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 
@@ -40,8 +40,10 @@ def preview(
     targets = find_targets(bones, made.targets, made.ignore)
     coverage = targets.coverage
     itemsize = stored_dtype(bones).itemsize if made.dtype == "auto" else getattr(torch, made.dtype).itemsize
-    plan = make_plan(made, bones, targets, itemsize)
-    calibrates = "gram" in DECOMPOSERS.get(made.method).needs
+    method = DECOMPOSERS.get(made.method).configured(made.method_options)
+    refines = configured_refiner(made) is not None
+    plan = make_plan(made, bones, targets, units_of(method, targets), itemsize)
+    calibrates = method.gathering.calibrates or refines
     work = workload(
         bones,
         targets,
@@ -71,7 +73,7 @@ def preview(
         },
         "coverage": {**asdict(coverage), "of_matrices": coverage.of_matrices},
         "kinds": _kinds(plan),
-        "seconds": stage_seconds(work, measure_machine(device)),
+        "seconds": stage_seconds(work, measure_machine(device), method.gathering.backward, refines),
         "peak_memory": memory,
     }
 

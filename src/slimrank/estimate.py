@@ -54,18 +54,30 @@ def measure_machine(device: torch.device) -> Machine:
     return Machine(*rates)
 
 
-def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
-    """Predicted seconds of each stage, in order."""
+def stage_seconds(work: Workload, machine: Machine, backward: bool = False, refines: bool = False) -> dict[str, float]:
+    """Predicted seconds of each stage, in order.
+
+    Args:
+        work: what is to be computed.
+        machine: how fast.
+        backward: calibration goes backwards, too: each block forwards twice and backwards once, the head thrice.
+        refines: factors are refined after the cut.
+    """
     evaluate = 2 * work.evaluation_tokens * (work.matrices + work.head) / machine.float32
     calibrate = 2.0 * work.calibration_tokens * work.matrices
     if work.calibration_tokens:
         calibrate += 2 * GRAM_SHARE * work.calibration_tokens * sum(n * n for n in group_widths(work.targets))
+    if backward:
+        calibrate = 2.2 * calibrate + work.calibration_tokens * (2.5 * work.matrices + 6 * work.head)
     decompose = sum(_solve_flops(*t.shape) for t in work.targets)
     stored = 4 * sum(t.parameters for t in work.targets)
+    cutting = 2 * decompose / 8 / machine.float64
+    if refines:
+        cutting += 3 * calibrate / machine.float32 + decompose / machine.float64
     return {
         "measure the original": evaluate,
         "calibrate and decompose": calibrate / machine.float32 + decompose / machine.float64,
-        "cut factors": 2 * decompose / 8 / machine.float64,
+        "cut and refine factors" if refines else "cut factors": cutting,
         "measure the result": evaluate,
         "write": stored / 1e9,
     }

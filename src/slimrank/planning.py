@@ -2,20 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from slimrank.allocate.budget import budget_in_parameters
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.registry import ALLOCATORS
+from slimrank.decompose.registry import Configured, Member
+from slimrank.errors import RecipeError
 from slimrank.estimate import Workload
 from slimrank.models.structure import parameters_of
-from slimrank.models.targets import TargetSet
+from slimrank.models.targets import Target, TargetSet
 from slimrank.recipe import Recipe
+from slimrank.refine.registry import REFINERS, ConfiguredRefiner
 
 HEADER_BYTES = 160  # of a safetensors file, per tensor: more than any name and shape take
 
 
-def make_plan(recipe: Recipe, model: Any, targets: TargetSet, itemsize: int) -> RankPlan:
+@dataclass(frozen=True)
+class Unit:
+    """Targets that are decomposed together, since they share the factor A; mostly a single one."""
+
+    targets: tuple[Target, ...]
+
+    @property
+    def path(self) -> str:
+        """The path of the first, under which the unit goes."""
+        return self.targets[0].path
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the stacked weight."""
+        return sum(t.shape[0] for t in self.targets), self.targets[0].shape[1]
+
+    @property
+    def blocks(self) -> set[int]:
+        """The decoder blocks that its targets live in."""
+        return {t.block for t in self.targets}
+
+
+def configured_refiner(recipe: Recipe) -> ConfiguredRefiner | None:
+    """The refiner that the recipe names, with its options.
+
+    Raises:
+        RecipeError: an unknown refiner or option, a value out of range, or options without a refiner.
+    """
+    if recipe.refine is not None:
+        return REFINERS.get(recipe.refine).configured(recipe.refine_options)
+    if recipe.refine_options:
+        raise RecipeError("refine_options are given, but no refiner.", "--refine update, regress or ada_comp")
+    return None
+
+
+def units_of(method: Configured, targets: TargetSet) -> list[Unit]:
+    """The units that a method makes of the targets.
+
+    Raises:
+        RecipeError: the method shares factors, and finds no layers to share them between.
+    """
+    known = {t.path: t for t in targets}
+    groups = method.groups(Member(t.path, t.shape, t.block) for t in targets)
+    if method.method.groups is not None and all(len(group) == 1 for group in groups):
+        raise RecipeError(
+            f"'{method.method.id}' finds no layers that could share a factor.",
+            "name them: --option share=[q_proj,k_proj]; or --option layers=2",
+        )
+    return [Unit(tuple(known[path] for path in group)) for group in groups]
+
+
+def make_plan(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence[Unit], itemsize: int) -> RankPlan:
     """The plan that the recipe names, checked against the model, or one by its allocation.
 
     Raises:
@@ -23,9 +79,10 @@ def make_plan(recipe: Recipe, model: Any, targets: TargetSet, itemsize: int) -> 
         BudgetError: no choice of ranks meets the budget.
     """
     shapes = {t.path: t.shape for t in targets}
+    shares = {t.path: unit.path for unit in units for t in unit.targets[1:]}
     if recipe.plan is not None:
         plan = recipe.plan if isinstance(recipe.plan, RankPlan) else RankPlan.load(recipe.plan)
-        plan.check(shapes)
+        plan.check(shapes, shares)
         return plan
     headers = HEADER_BYTES * (len(list(model.parameters())) + len(targets) + 2)
     budget = budget_in_parameters(
@@ -36,8 +93,12 @@ def make_plan(recipe: Recipe, model: Any, targets: TargetSet, itemsize: int) -> 
         recipe.keep_total,
         recipe.max_bytes - headers if recipe.max_bytes is not None else None,
     )
+    if recipe.refine_options.get("bias") == "all":
+        budget -= sum(t.shape[0] for t in targets if not t.bias)
     allocator = ALLOCATORS.get(recipe.allocation)
-    return RankPlan.build(allocator.allocate(shapes, budget, recipe.rank_multiple), shapes, allocator.id, budget)
+    ranks = allocator.allocate({u.path: u.shape for u in units}, budget, recipe.rank_multiple)
+    every = {t.path: ranks[unit.path] for unit in units for t in unit.targets}
+    return RankPlan.build({path: every[path] for path in shapes}, shapes, allocator.id, budget, shares)
 
 
 def workload(model: Any, targets: TargetSet, calibration_tokens: int, evaluation_tokens: int) -> Workload:

@@ -40,6 +40,11 @@ class Recipe(BaseModel):
         None, description="A rank plan (or its JSON file) to use, instead of a budget and an allocation."
     )
     method: str = Field("svd_llm", description="Decomposition method (see: slimrank methods).")
+    method_options: dict[str, Any] = Field({}, description="Options of the method by name (see: slimrank methods ID).")
+    refine: str | None = Field(
+        None, description="Closed-form update of the factors after the cut (see: slimrank methods)."
+    )
+    refine_options: dict[str, Any] = Field({}, description="Options of the refiner by name (see: slimrank methods ID).")
     allocation: str = Field("uniform", description="Rank allocation (see: slimrank methods).")
     rank_multiple: int = Field(1, ge=1, description="Ranks are multiples of this (8 or 16 suit GPUs).")
     targets: tuple[str, ...] = Field((), description="Compress only layers that match one of these patterns.")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slimrank.errors import OutputError, RunError
 
-SCHEMA = 1  # raise it when the content of stored files changes meaning
+SCHEMA = 2  # raise it when the content of stored files changes meaning
 
 
 def content_key(parts: dict[str, Any]) -> str:
@@ -97,6 +97,10 @@ class Stage:
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise disk_error(error, path) from error
+
+    def drop(self, name: str) -> None:
+        """Delete what is stored as `name`, if anything is."""
+        (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
 
     def load(self, name: str, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and the record stored as `name`.

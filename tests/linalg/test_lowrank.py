@@ -3,12 +3,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimrank.calibration.statistics import InputStatistics
-from slimrank.linalg.eigen import descending_eigen, psd_root
-from slimrank.linalg.lowrank import solve
+from slimrank.linalg.eigen import descending_eigen
+from slimrank.linalg.forms import Metric
+from slimrank.linalg.lowrank import solve as solve_in
+from slimrank.linalg.roots import make_root
 from slimrank.linalg.symmetric import congruence, gram
+from slimrank.statistics.sums import GramSum
 
 SHAPES = [(7, 7), (5, 12), (12, 5), (1, 6), (6, 1)]
+
+
+def solve(w, column=None):
+    return solve_in(w, Metric.of(column=column))
 
 
 def problem(m, n, tokens=None, seed=0):
@@ -116,7 +122,7 @@ def test_one_channel_3000_times_the_others(m, n):
     """Float32 inputs with a massive activation: within 1e-3 of the float64 loss, where a shifted Cholesky is not."""
     w, x = problem(m, n, tokens=400)
     x[3] *= 3000
-    stats = InputStatistics.empty(n)
+    stats = GramSum.empty(n)
     stats.add(x.T.float())
     a, b = solve(w, stats.gram).factors(w, 8)
     assert loss(w, b @ a, x) <= solve(w, x @ x.T).tail(8) * (1 + 1e-3)
@@ -161,15 +167,25 @@ def test_symmetric_products(n, tokens, seed):
     torch.testing.assert_close(congruence(w, c), w @ c @ w.T, rtol=1e-9, atol=1e-9)
 
 
-def test_root_of_a_positive_definite_and_of_a_singular_matrix():
+@pytest.mark.parametrize("kind", ["cholesky", "eigen", "pseudo"])
+def test_roots(kind):
     _, x = problem(1, 6)
-    root, notes = psd_root(x @ x.T)
-    torch.testing.assert_close(root @ root.T, x @ x.T)
-    assert notes == ()
+    c = x @ x.T
+    identity = torch.eye(6, dtype=torch.float64)
+    root = make_root(c, kind)
+    r = root.times(identity)
+    torch.testing.assert_close(r @ r.T, c)
+    torch.testing.assert_close(root.inverse_transpose_times(identity), torch.linalg.inv(r).T)
+    torch.testing.assert_close(root.congruence(c), r.T @ c @ r)
+    assert root.notes == ()
     singular = x[:, :2] @ x[:, :2].T
-    root, notes = psd_root(singular)
-    torch.testing.assert_close(root @ root.T, singular, rtol=1e-9, atol=1e-9)
-    assert notes
+    root = make_root(singular, kind)
+    r = root.times(identity)
+    torch.testing.assert_close(r @ r.T, singular, rtol=1e-9, atol=1e-9)
+    inverse = root.inverse_transpose_times(identity).T
+    expected = torch.linalg.pinv(r) if kind == "pseudo" else torch.linalg.inv(r)
+    torch.testing.assert_close(inverse @ r, expected @ r, rtol=1e-6, atol=1e-6)
+    assert bool(root.notes) == (kind != "pseudo")
 
 
 def test_eigen_ladder(monkeypatch):

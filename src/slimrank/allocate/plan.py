@@ -16,17 +16,19 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 class PlannedTarget(BaseModel):
-    """Rank and shape (m, n) of one target."""
+    """Rank and shape (m, n) of one target, and the target whose factor A it shares, if any."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: int | Literal["dense"]
     shape: tuple[int, int]
+    shares: str | None = None
 
     @property
     def parameters(self) -> int:
-        """Parameters stored at this rank."""
-        return pair_cost(*self.shape, self.rank)
+        """Parameters stored at this rank; a shared A is counted where it belongs, once."""
+        shared = self.rank * self.shape[1] if self.shares is not None and self.rank != "dense" else 0
+        return pair_cost(*self.shape, self.rank) - shared
 
 
 class RankPlan(BaseModel):
@@ -48,9 +50,19 @@ class RankPlan(BaseModel):
     targets: dict[str, PlannedTarget]
 
     @classmethod
-    def build(cls, ranks: Mapping[str, Rank], shapes: Shapes, allocation: str, budget: int) -> RankPlan:
-        """A plan out of ranks and shapes by path."""
-        targets = {path: PlannedTarget(rank=rank, shape=shapes[path]) for path, rank in ranks.items()}
+    def build(
+        cls,
+        ranks: Mapping[str, Rank],
+        shapes: Shapes,
+        allocation: str,
+        budget: int,
+        shares: Mapping[str, str] | None = None,
+    ) -> RankPlan:
+        """A plan out of ranks and shapes by path, and the targets whose A others share."""
+        targets = {
+            path: PlannedTarget(rank=rank, shape=shapes[path], shares=(shares or {}).get(path))
+            for path, rank in ranks.items()
+        }
         return cls(allocation=allocation, budget=budget, targets=targets)
 
     @property
@@ -72,12 +84,13 @@ class RankPlan(BaseModel):
         """Targets that are factored, and their ranks; the others stay dense."""
         return {path: t.rank for path, t in self.targets.items() if t.rank != "dense"}
 
-    def check(self, shapes: Shapes) -> None:
-        """Make sure that the plan fits a model with targets of these shapes.
+    def check(self, shapes: Shapes, shares: Mapping[str, str] | None = None) -> None:
+        """Make sure that the plan fits a model with targets of these shapes, and a method that shares these factors.
 
         Raises:
             PlanError: unknown or missing targets, other shapes, impossible ranks, or more than the budget.
         """
+        shares = shares or {}
         for path, target in self.targets.items():
             if path not in shapes:
                 raise PlanError(f"the plan names '{path}', which is no target of the model.", nearest(path, shapes))
@@ -85,8 +98,18 @@ class RankPlan(BaseModel):
                 raise PlanError(
                     f"'{path}' is {target.shape} in the plan and {tuple(shapes[path])} in the model.", _MAKE
                 )
-            if target.rank != "dense" and not 1 <= target.rank <= min(target.shape):
-                raise PlanError(f"rank {target.rank} of '{path}' is outside 1..{min(target.shape)}.", 'or "dense"')
+            if target.shares != shares.get(path):
+                raise PlanError(
+                    f"'{path}' shares the factor of {target.shares or 'no other'} in the plan, and of "
+                    f"{shares.get(path) or 'no other'} in the method.",
+                    "make the plan with the same --method and options",
+                )
+            if target.shares and target.rank != self.targets[target.shares].rank:
+                raise PlanError(f"'{path}' has another rank than '{target.shares}', whose factor it shares.", _SAME)
+            shared = path in shares or path in shares.values()
+            largest = target.shape[1] if shared else min(target.shape)
+            if target.rank != "dense" and not 1 <= target.rank <= largest:
+                raise PlanError(f"rank {target.rank} of '{path}' is outside 1..{largest}.", 'or "dense"')
         missing = [path for path in shapes if path not in self.targets]
         if missing:
             raise PlanError(f"the plan lacks {len(missing)} targets, e.g. '{missing[0]}'.", _MAKE)
@@ -128,4 +151,5 @@ class RankPlan(BaseModel):
             ) from error
 
 
+_SAME = "give all targets that share a factor one rank"
 _MAKE = "make a plan for this very model: slimrank plan MODEL --save FILE"

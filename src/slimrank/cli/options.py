@@ -46,6 +46,18 @@ Method = Annotated[
         rich_help_panel=_WHAT,
     ),
 ]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="Option of the method, as NAME=VALUE; repeatable.", rich_help_panel=_WHAT),
+]
+Refine = Annotated[
+    str | None,
+    typer.Option("--refine", help="Closed-form update after the cut: see 'slimrank methods'.", rich_help_panel=_WHAT),
+]
+RefineOptions = Annotated[
+    list[str] | None,
+    typer.Option("--refine-option", help="Option of the refiner, as NAME=VALUE; repeatable.", rich_help_panel=_WHAT),
+]
 Allocation = Annotated[
     str | None,
     typer.Option(
@@ -122,6 +134,30 @@ MaxShardSize = Annotated[
     str | None,
     typer.Option("--max-shard-size", help="Largest weight file.  \\[default: 5GB]", rich_help_panel=_WHERE),
 ]
+
+
+def pairs(given: list[str] | None) -> dict[str, Any] | None:
+    """NAME=VALUE options as a mapping; values are read as YAML, so that numbers are numbers.
+
+    Raises:
+        RecipeError: no equals sign.
+    """
+    import yaml
+
+    from slimrank.errors import RecipeError
+
+    found: dict[str, Any] = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"'{text}' is not NAME=VALUE.", f"{name}=...")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(
+                f"the value of '{text}' cannot be read: {error}", "a number, a word or [a, list]"
+            ) from error
+    return found or None
 
 
 def recipe_options(

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from slimrank.decompose.registry import decomposer
 from slimrank.linalg.lowrank import Spectrum, solve
+from slimrank.statistics.layer import LayerStatistics
 
 
 @decomposer(
@@ -13,6 +14,6 @@ from slimrank.linalg.lowrank import Spectrum, solve
     title="Plain truncated SVD: the least change of the weight itself",
     paper="Eckart and Young, The approximation of one matrix by another of lower rank, 1936",
 )
-def svd(weight: Tensor, gram: Tensor | None = None) -> Spectrum:
+def svd(weight: Tensor, statistics: LayerStatistics) -> Spectrum:
     """Minimise || W - W' ||_F."""
     return solve(weight)

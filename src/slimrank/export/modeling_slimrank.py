@@ -84,10 +84,11 @@ def replace_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
 def declare_ties(model: Any, layers: dict[str, dict[str, Any]]) -> None:
     """Tell transformers which factors are one tensor, so that it saves them once and ties them after loading."""
     ties = {
-        f"{path}.{factor}.weight": f"{about['tie']}.{factor}.weight"
+        f"{path}.{factor}.weight": f"{about[kind]}.{factor}.weight"
         for path, about in layers.items()
-        if "tie" in about
-        for factor in ("A", "B")
+        for kind, factors in (("tie", "AB"), ("share", "A"))
+        if kind in about
+        for factor in factors
     }
     if ties:
         declared = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +34,30 @@ def check_loadable(model: Any) -> None:
         )
 
 
-def replace_linear(model: nn.Module, paths: tuple[str, ...], A: Tensor, B: Tensor) -> None:
-    """Replace a linear layer (and those tied to it) by its factors, cast once to the dtype of its weight.
+def replace_linears(model: nn.Module, members: Sequence[tuple[tuple[str, ...], Tensor]], A: Tensor) -> None:
+    """Replace linear layers that share a factor A (mostly a single one), cast once to the dtype of their weights.
 
     Args:
         model: changed in place.
-        paths: module path of the layer, then of its ties.
+        members: for each layer its path, followed by the paths of layers tied to it, and its factor B (out x rank).
         A: rank x in.
-        B: out x rank.
     """
-    weight = model.get_submodule(paths[0]).get_parameter("weight")
-    a, b = (factor.to(weight.device, weight.dtype).contiguous() for factor in (A, B))
-    trainable = weight.requires_grad
-    first: LowRankLinear | None = None
-    for path in paths:
-        parent_path, _, name = path.rpartition(".")
-        parent = model.get_submodule(parent_path)
-        old = parent.get_submodule(name)
-        bias = None if old.bias is None else old.bias.detach()  # type: ignore[operator]
-        layer = LowRankLinear.from_factors(a, b, bias).requires_grad_(trainable).train(old.training)
-        if first is None:
-            first = layer
-        else:
-            layer.A.weight, layer.B.weight = first.A.weight, first.B.weight
-        setattr(parent, name, layer)
+    weight = model.get_submodule(members[0][0][0]).get_parameter("weight")
+    shared = nn.Parameter(A.to(weight.device, weight.dtype).contiguous(), requires_grad=weight.requires_grad)
+    for paths, B in members:
+        mine = nn.Parameter(B.to(weight.device, weight.dtype).contiguous(), requires_grad=weight.requires_grad)
+        for path in paths:
+            _replace(model, path, shared, mine)
+
+
+def _replace(model: nn.Module, path: str, A: nn.Parameter, B: nn.Parameter) -> None:
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    old = parent.get_submodule(name)
+    bias = None if old.bias is None else old.bias.detach()  # type: ignore[operator]
+    layer = LowRankLinear.from_factors(A.detach(), B.detach(), bias).requires_grad_(A.requires_grad)
+    layer.A.weight, layer.B.weight = A, B
+    setattr(parent, name, layer.train(old.training))
 
 
 def mark_model(model: Any) -> None:
@@ -71,9 +72,12 @@ def mark_model(model: Any) -> None:
                 "out": layer.out_features,
                 "bias": layer.bias is not None,
             }
-            leader = leaders.setdefault(id(layer.A.weight), path)
-            if leader != path:
-                layers[path]["tie"] = leader
+            whole = leaders.setdefault(id(layer.B.weight), path)
+            basis = leaders.setdefault(id(layer.A.weight), path)
+            if whole != path:
+                layers[path]["tie"] = whole
+            elif basis != path:
+                layers[path]["share"] = basis
     mark_compressed(model.config, layers)
     declare_ties(model, layers)
 

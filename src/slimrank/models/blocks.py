@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.errors import ModelError, NonFiniteError
+from slimrank.models.mode import evaluating
 from slimrank.models.placement import placed
 from slimrank.models.structure import find_blocks
 
@@ -37,6 +38,9 @@ class _Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+Answer = Callable[[Tensor], Any]  # hidden states -> what a block of the model gives back
 
 
 class _LastBlockReached(Exception):  # noqa: N818 (control flow, never seen by users)
@@ -61,6 +65,7 @@ class BlockRunner:
         self.path, self.blocks = find_blocks(model)
         self.batches: list[Batch] = []
         self.hidden: list[Tensor] = []
+        self.answer: Answer | None = None
         self._calls: list[list[_Call]] = []
 
     def __len__(self) -> int:
@@ -69,13 +74,8 @@ class BlockRunner:
     @contextmanager
     def session(self) -> Iterator[BlockRunner]:
         """Evaluation mode, no gradients and, when resident, the whole model on the device."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), placed([self.model] if self.resident else [], self.device, self.upcast):
-                yield self
-        finally:
-            self.model.train(training)
+        with evaluating(self.model), placed([self.model] if self.resident else [], self.device, self.upcast):
+            yield self
 
     def embed(self, batches: Iterable[Batch]) -> None:
         """Embed the batches, and record what the model passes to each of its blocks.
@@ -86,12 +86,13 @@ class BlockRunner:
         self.batches, self.hidden, self._calls = list(batches), [], []
         if self.batches:
             check_sequential(self.model, self.path, self.blocks, self.batches[0].input_ids[:1, :PROBE_TOKENS])
-        outside = _modules_outside(self.model, self.blocks)
-        with self._placed(*outside, self.blocks[0]), _Recorder(self.blocks) as recorder:
+        outside = modules_outside(self.model, self.blocks)
+        with self.placed(*outside, self.blocks[0]), _Recorder(self.blocks) as recorder:
             for batch in self.batches:
                 hidden, calls = recorder.record(self.model, batch, self.device)
-                self.hidden.append(hidden if self.resident else hidden.cpu())
+                self.hidden.append(self.kept(hidden))
                 self._calls.append(_share(calls, self._calls[-1] if self._calls else None))
+            self.answer = recorder.answer
 
     def step(self, index: int, before: Callable[[Batch], None] | None = None) -> None:
         """Run block `index` over all batches; its outputs become the hidden states.
@@ -103,28 +104,39 @@ class BlockRunner:
         Raises:
             NonFiniteError: NaN or infinity in the block's output.
         """
-        block = self.blocks[index]
         with self.placed_block(index):
             for b, batch in enumerate(self.batches):
                 if before is not None:
                     before(batch)
-                call = self._calls[b][index]
-                output = block(self.hidden[b].to(self.device), *call.args, **call.kwargs)
-                hidden = _first(output)
-                if not bool(torch.isfinite(hidden).all()):
-                    raise NonFiniteError(
-                        f"NaN or infinity in the output of block '{self.path}.{index}' (batch {b}).",
-                        "run in float32 (--dtype float32); check that the model itself is sound",
-                    )
-                self.hidden[b] = hidden if self.resident else hidden.cpu()
+                self.hidden[b] = self.kept(self.run(index, b, self.hidden[b]))
+
+    def run(self, index: int, b: int, hidden: Tensor) -> Tensor:
+        """Output of block `index`, which is placed already, for batch b and the hidden states that enter it.
+
+        Raises:
+            NonFiniteError: NaN or infinity in it.
+        """
+        call = self._calls[b][index]
+        output = first_of(self.blocks[index](hidden.to(self.device), *call.args, **call.kwargs))
+        if not bool(torch.isfinite(output).all()):
+            raise NonFiniteError(
+                f"NaN or infinity in the output of block '{self.path}.{index}' (batch {b}).",
+                "run in float32 (--dtype float32); check that the model itself is sound",
+            )
+        return output
+
+    def kept(self, hidden: Tensor) -> Tensor:
+        """Hidden states where they are kept between blocks."""
+        return hidden if self.resident else hidden.cpu()
 
     @contextmanager
     def placed_block(self, index: int) -> Iterator[nn.Module]:
         """Block `index`, its weights on the compute device."""
-        with self._placed(self.blocks[index]):
+        with self.placed(self.blocks[index]):
             yield self.blocks[index]
 
-    def _placed(self, *modules: nn.Module) -> Any:
+    def placed(self, *modules: nn.Module) -> Any:
+        """Context in which the weights of these modules are on the compute device."""
         return placed(() if self.resident else modules, self.device, self.upcast)
 
 
@@ -138,7 +150,7 @@ def check_sequential(model: nn.Module, path: str, blocks: nn.ModuleList, ids: Te
 
     def observe(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen.append((index, args[0] if args else kwargs.get("hidden_states"), _first(output)))
+            seen.append((index, args[0] if args else kwargs.get("hidden_states"), first_of(output)))
 
         return hook
 
@@ -158,21 +170,17 @@ def check_sequential(model: nn.Module, path: str, blocks: nn.ModuleList, ids: Te
         )
 
 
-class _Recorder:
-    """Replaces the forward of all blocks for the time of its context."""
+class Patched:
+    """Another forward in every block, for the time of its context; a subclass says which in `stand_in`."""
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
-        self.calls: list[_Call | None] = []
-        self.hidden: Tensor | None = None
-        self.extra: tuple[Any, ...] | None = None
-        self.answers_tuple: bool | None = None
 
-    def __enter__(self) -> _Recorder:
-        self.probe = self.blocks[0].forward
+    def __enter__(self) -> Any:
         self.own_forward = [vars(block).get("forward") for block in self.blocks]
+        self.probe = self.blocks[0].forward
         for index, block in enumerate(self.blocks):
-            block.forward = self._stand_in(index)
+            block.forward = self.stand_in(index)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -180,6 +188,18 @@ class _Recorder:
             del block.forward
             if own is not None:
                 block.forward = own
+
+    def stand_in(self, index: int) -> Callable[..., Any]:
+        """What block `index` does instead of its own forward."""
+        raise NotImplementedError
+
+
+class _Recorder(Patched):
+    """Notes what every block is called with, and hands the hidden states on."""
+
+    calls: list[_Call | None]
+    hidden: Tensor | None = None
+    answer: Answer | None = None
 
     def record(self, model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, list[_Call]]:
         """The hidden states that enter the first block, and what each block was called with."""
@@ -199,7 +219,7 @@ class _Recorder:
             )
         return self.hidden, [call for call in self.calls if call is not None]
 
-    def _stand_in(self, index: int) -> Callable[..., Any]:
+    def stand_in(self, index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states", None)
@@ -208,20 +228,24 @@ class _Recorder:
             self.calls[index] = _Call(args[1:], kwargs)
             if index == 0:
                 self.hidden = hidden
-                if self.answers_tuple is None:
-                    self._learn_answer(self.probe(hidden, *args[1:], **kwargs))
+                self.answer = self.answer or _answer_like(self.probe(hidden, *args[1:], **kwargs))
             if index == len(self.blocks) - 1:
                 raise _LastBlockReached
-            return (hidden, *(self.extra or ())) if self.answers_tuple else hidden
+            assert self.answer is not None
+            return self.answer(hidden)
 
         return forward
 
-    def _learn_answer(self, output: Any) -> None:
-        self.answers_tuple = isinstance(output, (tuple, list))
-        self.extra = tuple(output[1:]) if self.answers_tuple else None
+
+def _answer_like(output: Any) -> Answer:
+    """How the blocks of a model give back hidden states, learnt from one of their outputs."""
+    if not isinstance(output, (tuple, list)):
+        return lambda hidden: hidden
+    extra = tuple(output[1:])
+    return lambda hidden: (hidden, *extra)
 
 
-def _modules_outside(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
+def modules_outside(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
     """The smallest modules that hold everything but the blocks and the output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     holders = {id(m) for m in model.modules() if any(child is blocks for child in m.modules())}
@@ -232,7 +256,8 @@ def _modules_outside(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]
     return outside
 
 
-def _first(output: Any) -> Tensor:
+def first_of(output: Any) -> Tensor:
+    """The hidden states in what a block gives back."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 

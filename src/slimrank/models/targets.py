@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from slimrank.errors import ModelError, RecipeError
 from slimrank.layers import LowRankLinear
+from slimrank.layers.dense import weight_of
 from slimrank.linalg.cost import max_pair_rank
 from slimrank.models.structure import find_blocks, parameters_of
 
@@ -89,12 +90,6 @@ class TargetSet:
     def in_block(self, block: int) -> list[Target]:
         """The targets of one decoder block."""
         return [t for t in self.targets if t.block == block]
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight as m x n = out x in, a view (a Conv1D stores the transpose)."""
-    weight: Tensor = module.weight.data  # type: ignore[assignment]
-    return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def find_targets(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> TargetSet:

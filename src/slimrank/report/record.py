@@ -30,6 +30,8 @@ class Facts:
     identity: dict[str, Any]
     dtype: str
     device: str
+    new_biases: int
+    method: dict[str, Any]
 
 
 def build_record(facts: Facts) -> dict[str, Any]:
@@ -48,14 +50,15 @@ def build_record(facts: Facts) -> dict[str, Any]:
 
 def _size(facts: Facts) -> dict[str, Any]:
     total, dense = facts.targets.coverage.total, facts.plan.dense_parameters
-    after = total - dense + facts.plan.parameters
+    linears = facts.plan.parameters + facts.new_biases
+    after = total - dense + linears
     itemsize = getattr(torch, facts.dtype).itemsize
     return {
-        "keep_ratio": facts.plan.keep_ratio,
+        "keep_ratio": linears / dense,
         "keep_total": after / total,
-        "removed_ratio": 1 - facts.plan.keep_ratio,
+        "removed_ratio": 1 - linears / dense,
         "linears_before": dense,
-        "linears_after": facts.plan.parameters,
+        "linears_after": linears,
         "parameters_before": total,
         "parameters_after": after,
         "bytes_before": total * itemsize,
@@ -97,6 +100,7 @@ def _provenance(facts: Facts) -> dict[str, Any]:
     return {
         "slimrank": __version__,
         "recipe": facts.recipe.described(),
+        "method": facts.method,
         "inputs": facts.identity,
         "dtype": facts.dtype,
         "device": facts.device,

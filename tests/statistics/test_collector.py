@@ -3,12 +3,15 @@ import torch
 from torch import nn
 
 from helpers import VOCABULARY, tiny_model
-from slimrank.calibration.statistics import CHUNK, InputStatistics, StatisticsCollector
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.targets import find_targets
+from slimrank.statistics.collector import Collector
+from slimrank.statistics.needs import Gathering
+from slimrank.statistics.sums import CHUNK, GramSum
 
 CPU = torch.device("cpu")
+GRAM = Gathering(needs={"gram"})
 
 
 def collect(model, batches, block=1):
@@ -16,7 +19,7 @@ def collect(model, batches, block=1):
     runner = BlockRunner(model, CPU, upcast=True, resident=False)
     with runner.session():
         runner.embed(batches)
-        with StatisticsCollector(layers, CPU) as collector:
+        with Collector(layers, GRAM, CPU) as collector:
             for index in range(block + 1):
                 runner.step(index, lambda batch: collector.begin(batch.attention_mask))
     return collector
@@ -28,8 +31,8 @@ def ids(rows, length, seed=0):
 
 def test_gram_sum_and_count():
     x = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    stats = InputStatistics.empty(7)
-    stats.add(x)
+    stats = GramSum.empty(7)
+    stats.add(x.reshape(-1, 7))
     rows = x.reshape(-1, 7)
     torch.testing.assert_close(stats.gram, rows.T @ rows)
     torch.testing.assert_close(stats.total, rows.sum(0))
@@ -39,7 +42,7 @@ def test_gram_sum_and_count():
 
 def test_additive_over_chunks_shards_and_order():
     x = torch.randn(2 * CHUNK + 100, 3, generator=torch.Generator().manual_seed(0))
-    whole, a, b = (InputStatistics.empty(3) for _ in range(3))
+    whole, a, b = (GramSum.empty(3) for _ in range(3))
     whole.add(x)
     a.add(x[:1000])
     b.add(x[1000:])
@@ -54,7 +57,7 @@ def test_additive_over_chunks_shards_and_order():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_inputs_lose_nothing(dtype):
     x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
-    stats = InputStatistics.empty(6)
+    stats = GramSum.empty(6)
     stats.add(x)
     torch.testing.assert_close(stats.gram, x.double().T @ x.double(), rtol=1e-6, atol=1e-5)
 
@@ -81,8 +84,8 @@ def test_streamed_equals_whole_model_hooks(name):
     assert set(seen) == set(collector.layers)
     for path, inputs in seen.items():
         x = torch.cat(inputs).double()
-        torch.testing.assert_close(collector.of(path).gram, x.T @ x, rtol=1e-5, atol=1e-5)
-        assert collector.of(path).count == len(x)
+        torch.testing.assert_close(collector.statistics[path].gram, x.T @ x, rtol=1e-5, atol=1e-5)
+        assert collector.statistics[path].inputs.count == len(x)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
@@ -96,22 +99,23 @@ def test_padding_counts_for_nothing(name):
     masked = collect(model, [Batch(torch.cat([long, padded]), mask)])
     alone = collect(model, [Batch(long), Batch(short)])
     for path in masked.layers:
-        assert masked.of(path).count == alone.of(path).count == 26
-        torch.testing.assert_close(masked.of(path).gram, alone.of(path).gram, rtol=1e-4, atol=1e-4)
+        assert masked.statistics[path].inputs.count == alone.statistics[path].inputs.count == 26
+        torch.testing.assert_close(masked.statistics[path].gram, alone.statistics[path].gram, rtol=1e-4, atol=1e-4)
 
 
 def test_nan_names_the_layer():
     layer = nn.Linear(3, 3)
-    with StatisticsCollector({"some.layer": layer}, CPU) as collector:
+    with Collector({"some.layer": layer}, GRAM, CPU) as collector:
         collector.begin(None)
-        layer(torch.tensor([[1.0, float("nan"), 0.0]]))
-    with pytest.raises(NonFiniteError, match=r"some\.layer"):
-        collector.of("some.layer")
+        layer(torch.ones(2, 3))
+        collector.begin(None)
+        with pytest.raises(NonFiniteError, match=r"inputs of layer 'some\.layer' \(batch 1\)"):
+            layer(torch.tensor([[1.0, float("nan"), 0.0]]))
 
 
 def test_layers_that_no_token_reached():
     used, unused = nn.Linear(3, 3), nn.Linear(3, 3)
-    with StatisticsCollector({"used": used, "unused": unused}, CPU) as collector:
+    with Collector({"used": used, "unused": unused}, GRAM, CPU) as collector:
         collector.begin(None)
         used(torch.ones(2, 3))
     assert set(collector.leaders) == {"used"}
@@ -121,18 +125,18 @@ def test_layers_that_no_token_reached():
 def test_a_tensor_changed_in_place_is_another_tensor():
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     x = torch.ones(2, 3)
-    with torch.no_grad(), StatisticsCollector({"first": first, "second": second}, CPU) as collector:
+    with torch.no_grad(), Collector({"first": first, "second": second}, GRAM, CPU) as collector:
         collector.begin(None)
         first(x)
         second(x.add_(1.0))
-    assert float(collector.of("first").gram[0, 0]) == 2.0
-    assert float(collector.of("second").gram[0, 0]) == 8.0
+    assert float(collector.statistics["first"].gram[0, 0]) == 2.0
+    assert float(collector.statistics["second"].gram[0, 0]) == 8.0
 
 
 def test_groups_that_change_between_batches_are_refused():
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     x = torch.ones(2, 3)
-    with StatisticsCollector({"first": first, "second": second}, CPU) as collector:
+    with Collector({"first": first, "second": second}, GRAM, CPU) as collector:
         collector.begin(None)
         first(x), second(x)
         collector.begin(None)

@@ -1,0 +1,26 @@
+"""FWSVD: Fisher-weighted SVD."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimrank.decompose.registry import decomposer
+from slimrank.linalg.forms import Form, Metric
+from slimrank.linalg.lowrank import Spectrum, solve
+from slimrank.statistics.layer import LayerStatistics
+
+
+@decomposer(
+    id="fwsvd",
+    title="FWSVD: input channels weighed by the Fisher information of their weights",
+    paper="Hsu et al., Language model compression with weighted low-rank factorization, arXiv 2207.00112",
+    needs={"weight_squares"},
+)
+def fwsvd(weight: Tensor, statistics: LayerStatistics) -> Spectrum:
+    """Minimise sum_j I_j || column j of W - W' ||^2, I_j the squared gradients of column j summed over windows.
+
+    The true element-wise weighting has no closed form; the sum over outputs makes it a diagonal metric.
+    """
+    information = statistics.weight_squares
+    return solve(weight, Metric(column=Form(torch.zeros(weight.shape[1]) if information is None else information)))

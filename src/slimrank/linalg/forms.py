@@ -1,0 +1,144 @@
+"""Positive semidefinite forms: what the error of a weight is measured in, on either of its sides.
+
+A `Metric` is a pair of them. The error of W' is || L^T (W - W') R ||_F with G = L L^T on the rows of W (its
+outputs) and C = R R^T on the columns (its inputs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from slimrank.linalg.roots import Root, RootKind, make_root
+from slimrank.linalg.symmetric import congruence, gram
+
+
+@dataclass(frozen=True)
+class Form:
+    """A positive semidefinite form on R^n, or as much of it as one weight can see.
+
+    Attributes:
+        data: the form itself (n x n), its diagonal (n), or None for the identity. When `seen` it is w C w^T (m x m)
+            instead, for the one m x n matrix w that the form will be asked about: the small side of a big form.
+        seen: see above.
+        mean: tr(C) / n, the unit of damping; must be given for a seen form.
+        keep: factor on `data`.
+        ridge: multiple of the identity that is added.
+    """
+
+    data: Tensor | None = None
+    seen: bool = False
+    mean: float | None = None
+    keep: float = 1.0
+    ridge: float = 0.0
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it is (a multiple of) the identity."""
+        return self.data is None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is zero: no tokens, or dead channels only."""
+        return self.data is not None and self.ridge == 0 and float(self.data.abs().amax()) == 0
+
+    @property
+    def average(self) -> float:
+        """tr(C) / n of the undamped form.
+
+        Raises:
+            ValueError: a seen form whose mean was not given.
+        """
+        if self.data is None:
+            return 1.0
+        if self.mean is not None:
+            return self.mean
+        if self.seen:
+            raise ValueError("a form seen through a weight can only be damped when its mean is given")
+        return float((self.data.diagonal() if self.data.dim() == 2 else self.data).mean())
+
+    def shrunk(self, alpha: float) -> Form:
+        """(1 - alpha) C + alpha tr(C)/n I: relative, so that the scale of C never matters."""
+        return replace(self, keep=self.keep * (1 - alpha), ridge=self.ridge * (1 - alpha) + alpha * self.average)
+
+    def with_ridge(self, alpha: float) -> Form:
+        """C + alpha tr(C)/n I."""
+        return replace(self, ridge=self.ridge + alpha * self.average)
+
+    def to(self, other: Tensor) -> Form:
+        """The form in dtype and on the device of `other`."""
+        return self if self.data is None else replace(self, data=self.data.to(other))
+
+    def matrix(self) -> Tensor | None:
+        """keep data + ridge I (n x n, or n where it is diagonal); None for the identity."""
+        if self.data is None:
+            return None
+        if self.data.dim() == 1:
+            return self.keep * self.data + self.ridge
+        full = self.keep * self.data if self.keep != 1 else self.data
+        if self.ridge:
+            full = full.clone() if full is self.data else full
+            full.diagonal().add_(self.ridge)
+        return full
+
+    def through(self, w: Tensor) -> Tensor:
+        """w C w^T (m x m) for w (m x n)."""
+        if self.data is None:
+            return gram(w.t())
+        if self.seen:
+            return self.keep * self.data + self.ridge * gram(w.t()) if self.ridge else self.keep * self.data
+        c = self.matrix()
+        assert c is not None
+        return gram((w * c.sqrt()).t()) if c.dim() == 1 else congruence(w, c)
+
+    def root(self, kind: RootKind) -> Root:
+        """A square root of the form.
+
+        Raises:
+            ValueError: of a form that is only seen through a weight.
+        """
+        if self.seen:
+            raise ValueError("a form seen through a weight has no root; solve on the other side")
+        return make_root(self.matrix(), kind)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The pair of forms that a method minimises in.
+
+    Attributes:
+        row: G on the outputs (m x m).
+        column: C on the inputs (n x n).
+    """
+
+    row: Form = field(default_factory=Form)
+    column: Form = field(default_factory=Form)
+
+    @classmethod
+    def of(cls, row: Tensor | None = None, column: Tensor | None = None) -> Metric:
+        """A metric out of matrices (or their diagonals); None is the identity."""
+        return cls(Form(row), Form(column))
+
+    def to(self, other: Tensor) -> Metric:
+        """The metric in dtype and on the device of `other`."""
+        return Metric(self.row.to(other), self.column.to(other))
+
+    def squared(self, error: Tensor) -> float:
+        """tr(E^T G E C) of an error E (m x n), by the definition; for checks, not for speed.
+
+        Raises:
+            ValueError: a form is only seen through a weight.
+        """
+        if self.row.seen or self.column.seen:
+            raise ValueError("a form seen through a weight cannot measure other matrices")
+        e = error.to(torch.float64)
+        return float((_apply(self.row.to(e), e) * _apply(self.column.to(e), e.t()).t()).sum())
+
+
+def _apply(form: Form, e: Tensor) -> Tensor:
+    c = form.matrix()
+    if c is None:
+        return e
+    return c[:, None] * e if c.dim() == 1 else c @ e

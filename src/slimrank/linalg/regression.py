@@ -1,0 +1,110 @@
+"""Least squares against a target: closed forms for factors that must reproduce outputs other than W X.
+
+    min over W' of || T - W' X ||_F ,   given only  gram = X X^T (n x n),  cross = T X^T (m x n),  energy = || T ||_F^2
+
+With a rank bound this is reduced-rank regression. Its loss is that of the unbounded solution W_ls plus
+|| (W_ls - W') R ||_F^2, gram = R R^T: the weighted low-rank problem of `linalg.lowrank` with W_ls in the place of W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimrank.linalg.eigen import descending_eigen
+from slimrank.linalg.forms import Form, Metric
+from slimrank.linalg.lowrank import Spectrum, solve
+
+PINV_TOLERANCE = 1e-10  # of the largest eigenvalue
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A least-squares problem by its sums over tokens, float64.
+
+    Attributes:
+        gram: sum of x x^T (n x n).
+        cross: sum of t x^T (m x n).
+        energy: sum of |t|^2.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: float = 0.0
+
+    @classmethod
+    def of(cls, inputs: Tensor, targets: Tensor) -> Regression:
+        """The problem of tokens as rows: inputs (N x n), targets (N x m)."""
+        x, t = inputs.to(torch.float64), targets.to(torch.float64)
+        return cls(x.t() @ x, t.t() @ x, float(t.square().sum()))
+
+    def loss(self, weight: Tensor) -> float:
+        """|| T - W' X ||_F^2 of a weight W' (m x n)."""
+        w = weight.to(self.gram)
+        return self.energy - 2 * float((self.cross * w).sum()) + float((w @ self.gram * w).sum())
+
+    def towards(self, weight: Tensor, alpha: float) -> Regression:
+        """Damped: alpha tr(gram)/n || W' - W ||_F^2 more, as if so many unit inputs asked for W itself."""
+        ridge = alpha * float(self.gram.diagonal().mean())
+        w = weight.to(self.gram)
+        gram = self.gram.clone()
+        gram.diagonal().add_(ridge)
+        return Regression(gram, self.cross + ridge * w, self.energy + ridge * float(w.square().sum()))
+
+    def solution(self) -> Tensor:
+        """W_ls (m x n) of least norm."""
+        return spd_solve(self.gram, self.cross.t()).t()
+
+
+def reduced_rank(problem: Regression, row: Form | None = None) -> tuple[Spectrum, Tensor]:
+    """Reduced-rank regression at every rank: a spectrum, and the weight W_ls to cut its factors from.
+
+    Args:
+        problem: what to reproduce.
+        row: G (m x m): || L^T (T - W' X) ||_F, G = L L^T, is minimised instead.
+    """
+    best = problem.solution()
+    return solve(best, Metric(row or Form(), Form(problem.gram))), best
+
+
+def best_b(problem: Regression, A: Tensor) -> Tensor:
+    """B (m x rank) that minimises || T - B A X ||_F for a given A (rank x n): least squares on the features A X.
+
+    This is the update of SVD-LLM (arXiv 2403.07378) and AdaSVD (arXiv 2502.01403) from sums instead of tokens. With A
+    as it was cast for storage, it makes up for part of the rounding.
+    """
+    a = A.to(problem.gram)
+    return spd_solve(a @ problem.gram @ a.t(), a @ problem.cross.t()).t()
+
+
+def best_a(B: Tensor, best: Tensor) -> Tensor:
+    """A (rank x n) that minimises || T - B A X ||_F for a given B (m x rank), from W_ls: the inputs cancel out."""
+    b = B.to(best)
+    return spd_solve(b.t() @ b, b.t() @ best)
+
+
+def alternate(problem: Regression, A: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """`iterations` rounds of B, then A, each exact for the other as it is: AdaSVD's adaComp, arXiv 2502.01403.
+
+    One round is one step of subspace iteration towards `reduced_rank`, of rate (sigma_{r+1} / sigma_r)^2, and never
+    raises the loss.
+    """
+    best = problem.solution()
+    B = best_b(problem, A)
+    for _ in range(iterations):
+        A = best_a(B, best)
+        B = best_b(problem, A)
+    return A, B
+
+
+def spd_solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix^+ right for a positive semidefinite matrix: Cholesky, or the pseudo-inverse where it is singular."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    diagonal = factor.diagonal()
+    if int(info) == 0 and float(diagonal.amin()) ** 2 > PINV_TOLERANCE * float(diagonal.amax()) ** 2:
+        return torch.cholesky_solve(right, factor)
+    values, vectors, _ = descending_eigen(matrix)
+    kept = values > PINV_TOLERANCE * values[0]
+    return vectors[:, kept] @ (vectors[:, kept].t() @ right / values[kept, None])

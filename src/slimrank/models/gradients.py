@@ -1,0 +1,216 @@
+"""Gradients of the loss by hidden states: at the last block, and from there backwards block by block.
+
+Weights are frozen throughout, so that no gradient of a weight is ever allocated; statistics are taken by hooks while
+each block's forward is computed again and differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from slimrank.errors import ModelError, NonFiniteError
+from slimrank.models.blocks import PROBE_TOKENS, Batch, BlockRunner, Patched, modules_outside
+from slimrank.models.mode import evaluating
+
+LOGITS_AT_ONCE = 2**25  # elements
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside the context."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+
+
+def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Sum over all real tokens but the first of -log p(token | those before it): labels are shifted once, here."""
+    labels = batch.input_ids[:, 1:].to(logits.device)
+    losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none")
+    if batch.attention_mask is None:
+        return losses.sum()
+    return (losses * batch.attention_mask[:, 1:].to(losses).flatten()).sum()
+
+
+class _Bypass(Patched):
+    """No block computes anything; the last gives back the hidden states that are set here."""
+
+    final: Tensor
+
+    def __init__(self, blocks: nn.ModuleList, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__(blocks)
+        self.answer = answer
+
+    def stand_in(self, index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            last = index == len(self.blocks) - 1
+            return self.answer(self.final if last else (args[0] if args else kwargs["hidden_states"]))
+
+        return forward
+
+
+def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[Tensor]:
+    """Gradients of the next-token loss by the output of the last block, one for each batch.
+
+    Args:
+        runner: has embedded its batches.
+        final: output of the last block, one for each batch.
+
+    Raises:
+        NonFiniteError: the loss of a batch is NaN or infinite.
+        ModelError: the model gives no logits, or they do not depend on its blocks.
+    """
+    assert runner.answer is not None
+    head = runner.model.get_output_embeddings()  # type: ignore[operator]
+    outside = [*modules_outside(runner.model, runner.blocks), *([head] if head is not None else [])]
+    gradients: list[Tensor] = []
+    with runner.placed(*outside), frozen(runner.model), _Bypass(runner.blocks, runner.answer) as bypass:
+        for b, batch in enumerate(runner.batches):
+            parts = []
+            for ids, mask, hidden in _rows(batch, final[b], runner.model):
+                bypass.final = hidden.to(runner.device).detach().requires_grad_()
+                parts.append(_loss_gradient(runner, Batch(ids, mask), bypass.final, b))
+            gradients.append(runner.kept(torch.cat(parts)))
+    return gradients
+
+
+def _loss_gradient(runner: BlockRunner, batch: Batch, final: Tensor, b: int) -> Tensor:
+    with torch.enable_grad():
+        loss = next_token_loss(_logits(runner.model, batch, runner.device), batch)
+    check_loss(loss, runner.model, b)
+    return torch.autograd.grad(loss, final)[0]
+
+
+def check_loss(loss: Tensor, model: nn.Module, b: int) -> None:
+    """Make sure that a loss is finite and can be differentiated.
+
+    Raises:
+        NonFiniteError: it is NaN or infinite.
+        ModelError: it does not depend on what the model's blocks compute.
+    """
+    if not loss.requires_grad:
+        raise ModelError(
+            f"the logits of {type(model).__name__} do not pass gradients on.",
+            "a method that needs no gradients works: see 'slimrank methods'",
+        )
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteError(
+            f"the loss of batch {b} is not finite.", "run in float32 (--dtype float32); check the model itself"
+        )
+
+
+def _logits(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+    return model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
+
+
+def _rows(batch: Batch, hidden: Tensor, model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Parts of a batch whose logits are not too many."""
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
+    size = max(1, LOGITS_AT_ONCE // (batch.input_ids.shape[1] * vocabulary))
+    for start in range(0, len(batch.input_ids), size):
+        part = slice(start, start + size)
+        mask = batch.attention_mask
+        yield batch.input_ids[part], None if mask is None else mask[part], hidden[part]
+
+
+def step_back(
+    runner: BlockRunner,
+    index: int,
+    inputs: list[Tensor],
+    gradients: list[Tensor],
+    before: Callable[[Batch], None] | None = None,
+) -> None:
+    """Compute block `index` again and differentiate it; `gradients` become those by its inputs.
+
+    Args:
+        runner: has embedded its batches.
+        index: which block.
+        inputs: hidden states that enter the block, one for each batch.
+        gradients: of the loss by the block's outputs, one for each batch; changed in place.
+        before: called with each batch before the block runs on it.
+
+    Raises:
+        NonFiniteError: NaN or infinity among the new gradients.
+    """
+    with runner.placed_block(index), frozen(runner.model):
+        for b, batch in enumerate(runner.batches):
+            if before is not None:
+                before(batch)
+            hidden = inputs[b].to(runner.device).detach().requires_grad_()
+            with torch.enable_grad():
+                output = runner.run(index, b, hidden)
+            (gradient,) = torch.autograd.grad(output, hidden, gradients[b].to(output))
+            if not bool(torch.isfinite(gradient).all()):
+                raise NonFiniteError(
+                    f"NaN or infinity in the gradient by the input of block '{runner.path}.{index}' (batch {b}).",
+                    "run in float32 (--dtype float32)",
+                )
+            gradients[b] = runner.kept(gradient)
+
+
+def check_differentiable(model: nn.Module) -> None:
+    """Make sure, on a few tokens, that gradients pass from the loss to the embeddings.
+
+    Raises:
+        ModelError: they do not.
+    """
+    device = next(model.parameters()).device
+    batch = Batch(torch.arange(PROBE_TOKENS, device=device)[None])
+    with evaluating(model), frozen(model), _differentiable_embeddings(model) as embedded:
+        try:
+            with torch.enable_grad():
+                loss = next_token_loss(_logits(model, batch, device), batch)
+            gradient = torch.autograd.grad(loss, embedded[0])[0]
+        except RuntimeError as error:
+            raise ModelError(
+                f"no gradients pass through {type(model).__name__}: {error}",
+                "a method that needs no gradients works, e.g. --method svd_llm",
+            ) from error
+    del gradient
+
+
+@contextmanager
+def _differentiable_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The embeddings require a gradient inside the context; those of the last pass are the last of the list."""
+    embedded: list[Tensor] = []
+
+    def differentiable(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embedded[:] = [output.detach().requires_grad_()]
+        return embedded[0]
+
+    handle = model.get_input_embeddings().register_forward_hook(differentiable)  # type: ignore[operator]
+    try:
+        yield embedded
+    finally:
+        handle.remove()
+
+
+def whole_model_gradients(runner: BlockRunner, before: Callable[[Batch], None]) -> Iterator[None]:
+    """Run the model forwards and backwards batch by batch, nothing computed twice: for a model that is resident.
+
+    Memory is that of the activations of one batch in all blocks. Hooks see what they would in `step_back`.
+
+    Args:
+        runner: in a resident session; need not have embedded anything.
+        before: called with each batch before the model runs on it.
+    """
+    with frozen(runner.model), _differentiable_embeddings(runner.model) as embedded:
+        for b, batch in enumerate(runner.batches):
+            before(batch)
+            with torch.enable_grad():
+                loss = next_token_loss(_logits(runner.model, batch, runner.device), batch)
+            check_loss(loss, runner.model, b)
+            torch.autograd.grad(loss, embedded[0])
+            yield

@@ -1,0 +1,82 @@
+"""Options of a method: the keyword-only parameters of its function, validated by their annotations."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from slimrank.errors import RecipeError, nearest
+
+
+def options_of(function: Callable[..., Any]) -> type[BaseModel]:
+    """A model of the keyword-only parameters of a function: their annotations, ranges and defaults.
+
+    Raises:
+        TypeError: one of them has no default or no annotation.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        if name not in hints or parameter.default is inspect.Parameter.empty:
+            raise TypeError(f"the option '{name}' of {function.__name__} needs an annotation and a default")
+        fields[name] = (hints[name], parameter.default)
+    name = getattr(function, "__name__", "method")
+    return create_model(name, __config__=ConfigDict(frozen=True, extra="forbid"), **fields)
+
+
+def validated(model: type[BaseModel], given: Mapping[str, Any], owner: str) -> BaseModel:
+    """Options made of what was given.
+
+    Raises:
+        RecipeError: an unknown option (the nearest known name is in the hint), or a value out of range.
+    """
+    for name in given:
+        if name not in model.model_fields:
+            hint = nearest(name, model.model_fields) if model.model_fields else "it takes none"
+            raise RecipeError(f"{owner} has no option '{name}'.", hint)
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        message = f"{first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
+        raise RecipeError(f"option {where} of {owner}: {message}", described(model)) from error
+
+
+def described(model: type[BaseModel]) -> str:
+    """The options of a method in one line, with defaults."""
+    return ", ".join(f"{name}={field.default}" for name, field in model.model_fields.items())
+
+
+def table(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """The options of a method for people and JSON: default, range and description by name."""
+    properties = model.model_json_schema()["properties"] if model.model_fields else {}
+    return {
+        name: {
+            "default": field.default,
+            "range": _range(properties[name]),
+            "description": field.description or "",
+        }
+        for name, field in model.model_fields.items()
+    }
+
+
+def _range(schema: Mapping[str, Any]) -> str:
+    """A range in words, from a JSON schema."""
+    if "anyOf" in schema:
+        return " or ".join(_range(part) for part in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return ", ".join(map(str, schema.get("enum", [schema.get("const")])))
+    bounds = [
+        f"{sign} {schema[key]:g}"
+        for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+        if key in schema
+    ]
+    names = {"array": "list", "null": "null (none)"}
+    kind = schema.get("type", "")
+    return " ".join([names.get(kind, kind), ", ".join(bounds)]).strip()

@@ -1,0 +1,215 @@
+"""What a compression knows: its inputs, its plan, and the measurements before and after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimrank.allocate.plan import RankPlan
+from slimrank.allocate.registry import ALLOCATORS
+from slimrank.decompose.registry import DECOMPOSERS, Configured
+from slimrank.errors import RecipeError
+from slimrank.estimate import measure_machine, stage_seconds
+from slimrank.evaluate.memory import peak_memory
+from slimrank.evaluate.quality import measure_quality
+from slimrank.evaluate.speed import measure_speed
+from slimrank.export.save import check_loadable
+from slimrank.inputs import Texts, prepare_texts, window_length
+from slimrank.models.blocks import Batch, BlockRunner
+from slimrank.models.gradients import check_differentiable
+from slimrank.models.load import digest, load, stored_dtype
+from slimrank.models.paging import page_out
+from slimrank.models.placement import placed, resolve_device, solving_device
+from slimrank.models.structure import find_blocks
+from slimrank.models.targets import TargetSet, find_targets
+from slimrank.planning import Unit, configured_refiner, make_plan, units_of, workload
+from slimrank.progress import Progress
+from slimrank.recipe import Recipe
+from slimrank.run import Run
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What `compress` gives back.
+
+    Attributes:
+        model: the compressed model (the very object that was passed in, if it was one).
+        tokenizer: its tokenizer.
+        plan: the rank of every target.
+        report: the content of report.json.
+        out: the folder that was written, if any.
+    """
+
+    model: Any
+    tokenizer: Any
+    plan: RankPlan
+    report: dict[str, Any]
+    out: Path | None
+
+
+class Job:
+    """The state of one compression."""
+
+    def __init__(self, recipe: Recipe, progress: Progress, resumable: bool) -> None:
+        self.recipe, self.progress, self.resumable = recipe, progress, resumable
+        self.method: Configured = DECOMPOSERS.get(recipe.method).configured(recipe.method_options)
+        self.refiner = configured_refiner(recipe)
+        if self.refiner and self.refiner.refiner.changes_a and self.method.method.groups:
+            raise RecipeError(
+                f"the refiner '{recipe.refine}' changes factors that '{recipe.method}' shares between layers.",
+                "--refine update leaves them alone",
+            )
+        ALLOCATORS.get(recipe.allocation)
+        self.device = resolve_device(recipe.device)
+        self.solver = solving_device(self.device)
+        self.upcast = self.device.type == "cpu"
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+
+    # inputs -------------------------------------------------------------------------------------------------
+
+    def load(self, model: Any, tokenizer: Any) -> None:
+        """Load the model, find its targets, make the plan, read the texts: all that may fail, fails here."""
+        recipe = self.recipe
+        if isinstance(recipe.plan, str):
+            RankPlan.load(recipe.plan)
+        texts = prepare_texts(recipe, self.calibrates)
+        if isinstance(model, (str, Path)):
+            self.progress.note(f"loading {model}")
+            model, tokenizer = load(model, recipe.dtype, self.progress)
+        elif recipe.dtype != "auto":
+            raise RecipeError("a loaded model keeps its dtype.", "model.to(dtype) before, or give its name or folder")
+        self.model, self.tokenizer = model, tokenizer
+        find_blocks(model)
+        self.recipe = recipe = recipe.model_copy(update={"seq_len": window_length(model, recipe.seq_len)})
+        self.dtype = stored_dtype(model)
+        self.upcast = self.upcast or (self.method.gathering.backward and self.dtype == torch.float16)
+        self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore)
+        check_loadable(model)
+        self.units: list[Unit] = units_of(self.method, self.targets)
+        self.plan = make_plan(recipe, model, self.targets, self.units, self.dtype.itemsize)
+        self.digest = digest(model)
+        page_out(model)
+        if self.method.gathering.backward:
+            check_differentiable(model)
+        self.texts: Texts = texts.tokenised(recipe, model, tokenizer, self.progress)
+        self.notes += self.texts.notes
+        self.notes += [
+            f"{t.path}: shared with {', '.join(t.ties)}; its own inputs count" for t in self.targets if t.ties
+        ]
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.method.gathering.calibrates or self.refiner is not None
+
+    def identity(self) -> dict[str, Any]:
+        """What the run is about; a run directory made for anything else is refused."""
+        return {
+            "model": self.digest,
+            "calibration": self.texts.calibration_digest,
+            "targets": list(self.recipe.targets),
+            "ignore": list(self.recipe.ignore),
+        }
+
+    def spectra_key(self) -> dict[str, Any]:
+        """Everything that the spectra depend on."""
+        at_ranks = self.method.gathering.needs & {"rank", "projectors"}
+        return {
+            **self.identity(),
+            "method": self.method.described(),
+            "ranks": self.plan.factored() if at_ranks else None,
+            "device": self.device.type,
+            "batch": self.recipe.batch_size,
+            "resident": self.recipe.resident,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+
+    def refinement_key(self) -> dict[str, Any]:
+        """Everything that refined factors depend on."""
+        assert self.refiner is not None
+        key = {**self.spectra_key(), "refine": self.refiner.described(), "plan": self.plan.factored()}
+        return {**key, "dtype": str(self.dtype)}
+
+    def predicted_bytes(self) -> int:
+        """Bytes of the weights to be written."""
+        coverage = self.targets.coverage
+        return (coverage.total - coverage.targets + self.plan.parameters) * self.dtype.itemsize
+
+    def stored_bytes(self) -> int:
+        """About how much the run directory will hold: bases of all targets, hidden states, gradients."""
+        width = self.targets.targets[0].shape[1]
+        bases = sum(min(u.shape) ** 2 for u in self.units) * (2 if self.method.gathering.backward else 1)
+        copies = 1 if self.resumable else 0
+        if self.method.gathering.backward and not self.recipe.resident:
+            copies += 2 + len(find_blocks(self.model)[1])
+        return 4 * (bases + copies * self.texts.calibration_tokens * width)
+
+    def announce(self) -> None:
+        """Tell the progress which stages are coming, and how long each may take."""
+        work = workload(self.model, self.targets, self.texts.calibration_tokens, self.texts.evaluation_tokens)
+        backward, refines = self.method.gathering.backward, self.refiner is not None
+        self.progress.plan(stage_seconds(work, measure_machine(self.device), backward, refines))
+
+    def batches(self) -> Sequence[Batch]:
+        """The calibration windows in batches; none for a method that needs no text."""
+        windows = self.texts.calibration
+        return [] if windows is None else [Batch(ids) for ids in windows.split(self.recipe.batch_size)]
+
+    def runner(self, resident: bool) -> BlockRunner:
+        """The model's blocks, as this job computes them."""
+        return BlockRunner(self.model, self.device, self.upcast, resident)
+
+    # measurements -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def timed(self, name: str, steps: int) -> Iterator[None]:
+        """A stage of so many steps; its seconds go into the report."""
+        self.progress.stage(name, steps)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def measure_original(self, run: Run) -> dict[str, Any]:
+        """Perplexity, speed and a sample of the model as it is; taken from the run where it is known already."""
+        key = {**self.identity(), "original": self.texts.evaluation_digest, "dtype": str(self.dtype)}
+        stage = run.stage({**key, "device": str(self.device)})
+        with self.timed("measure the original", self.texts.evaluation_windows):
+            known = stage.load("original")[1] if stage.has("original") else {}
+            before = self._measure(known)
+        stage.save("original", {}, before)
+        return before
+
+    def measure_result(self) -> dict[str, Any]:
+        """The same for the compressed model."""
+        with self.timed("measure the result", self.texts.evaluation_windows):
+            return self._measure({})
+
+    def _measure(self, known: dict[str, Any]) -> dict[str, Any]:
+        """Everything that is not known already; speed is never taken from an earlier session."""
+        if self.texts.evaluation is None:
+            return {}
+        with placed([self.model], self.device, upcast=False):
+            speed = asdict(measure_speed(self.model))
+            fresh = known or measure_quality(
+                self.model, self.tokenizer, self.texts.evaluation, self.texts.bos, self.progress
+            )
+        return {**fresh, "speed": speed, "peak_memory": peak_memory()}
+
+
+def hidden_states(tensors: dict[str, Tensor], prefix: str, count: int) -> list[Tensor]:
+    """The stored hidden states of each batch."""
+    return [tensors[f"{prefix}{b}"] for b in range(count)]
+
+
+def named(prefix: str, hidden: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Hidden states of each batch under the names that `hidden_states` reads."""
+    return {f"{prefix}{b}": h for b, h in enumerate(hidden)}

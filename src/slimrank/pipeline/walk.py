@@ -1,0 +1,93 @@
+"""`compress`: all stages in order."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slimrank.export.output import OutputFolder, need_space, write_manifest
+from slimrank.export.save import save_model, weight_bytes
+from slimrank.pipeline.cutting import cut
+from slimrank.pipeline.decomposing import decompose
+from slimrank.pipeline.job import CompressionResult, Job
+from slimrank.progress import Progress
+from slimrank.recipe import Recipe
+from slimrank.report.record import Facts, build_record
+from slimrank.report.render import write_reports
+from slimrank.run import Run, remove_run
+
+
+def compress(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    recipe: Recipe | None = None,
+    out: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> CompressionResult:
+    """Compress a model.
+
+    Args:
+        model: a hub id, local folder, GGUF file or "demo"; or a loaded model, which is changed in place.
+        tokenizer: needed for a loaded model, unless neither calibration nor evaluation text is used.
+        recipe: what to do; or give its fields as keyword options (`keep_ratio=0.8, samples=64`).
+        out: folder to write model, plan and report to. Without it nothing is written.
+        run_dir: where finished parts are kept, so that an interrupted run goes on and another budget needs no
+            new calibration. By default `OUT.run`, removed at the end.
+        overwrite: replace what slimrank wrote to `out` before.
+        progress: told what happens.
+        options: fields of `Recipe`.
+
+    Raises:
+        SlimrankError: see `slimrank.errors`; everything that can be checked beforehand is.
+    """
+    resumable = out is not None or run_dir is not None
+    job = Job(Recipe.merged(recipe, options), progress or Progress(), resumable)
+    output = OutputFolder(Path(out), overwrite) if out is not None else None
+    job.load(model, tokenizer)
+    with _run_folder(output.path if output else None, run_dir) as folder:
+        run = Run(folder, job.identity())
+        job.announce()
+        need_space(folder, job.stored_bytes())
+        if output is not None:
+            need_space(output.path, job.predicted_bytes() + (0 if run_dir else job.stored_bytes()))
+        before = job.measure_original(run)
+        stage = run.stage(job.spectra_key())
+        decompose(job, stage)
+        done = cut(job, stage, run.stage(job.refinement_key()) if job.refiner else None)
+        after = job.measure_result()
+        facts = Facts(
+            recipe=job.recipe, targets=job.targets, plan=job.plan, errors=done.rows, notes=[*job.notes, *done.notes],
+            before=before, after=after, seconds=job.seconds, identity=job.identity(), new_biases=done.new_biases,
+            dtype=str(job.dtype).removeprefix("torch."), device=str(job.device), method=job.method.described(),
+        )  # fmt: skip
+        record = build_record(facts)
+        if output is not None:
+            with output.writing() as partial:
+                with job.timed("write", 1):
+                    save_model(job.model, job.tokenizer, partial, job.recipe.max_shard_size)
+                record["size"]["bytes_after"] = weight_bytes(partial)
+                job.plan.save(partial / "plan.json")
+                write_manifest(partial, record["provenance"])
+                write_reports(record, partial)
+    return CompressionResult(job.model, job.tokenizer, job.plan, record, output.path if output else None)
+
+
+@contextmanager
+def _run_folder(out: Path | None, run_dir: str | Path | None) -> Iterator[Path]:
+    """The run directory; one that nobody asked for is removed when all is done, and kept when it is not."""
+    if run_dir is not None:
+        yield Path(run_dir)
+    elif out is None:
+        with tempfile.TemporaryDirectory(prefix="slimrank-") as temporary:
+            yield Path(temporary)
+    else:
+        folder = out.with_name(out.name + ".run")
+        yield folder
+        remove_run(folder)

@@ -1,0 +1,108 @@
+"""The registry of refiners. A refiner is one function with this decorator, in its own file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from torch import Tensor
+
+from slimrank.linalg.regression import Regression
+from slimrank.options import options_of, validated
+from slimrank.registry import Registry
+
+Refine = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Following(BaseModel):
+    """How the pass that refines goes about it: options of every refiner."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    anchor: Annotated[
+        float,
+        Field(ge=0, le=1, description="1: outputs of the original model are the target; 0: those of the original "
+              "weight on the compressed model's inputs (self); between: a mixture."),
+    ] = 1.0  # fmt: skip
+    ridge: Annotated[
+        float, Field(ge=0, description="Pull towards the original weight, in units of the mean input energy.")
+    ] = 1e-3
+    bias: Annotated[
+        Literal["none", "existing", "all"],
+        Field(description="Let biases make up for the mean error: those that exist, or new ones as well."),
+    ] = "none"
+    stack_of_batch: Annotated[
+        int, Field(ge=1, description="Windows averaged, position by position, into one (1 is exact).")
+    ] = 1
+
+
+COMMON = ("anchor", "ridge", "bias")
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """A closed-form update.
+
+    Attributes:
+        id: its name in recipes.
+        title: one line for people.
+        paper: where it comes from.
+        changes_a: whether A changes, too; if so it does not go with methods whose targets share A.
+        refine: (problem, weight m x n, A, B, **options) -> A, B. B is solved for again after A is cast.
+        options: their names, types, ranges and defaults, those of `Following` included.
+    """
+
+    id: str
+    title: str
+    paper: str
+    changes_a: bool
+    refine: Refine
+    options: type[BaseModel]
+
+    def configured(self, given: Mapping[str, Any]) -> ConfiguredRefiner:
+        """The refiner with these options.
+
+        Raises:
+            RecipeError: an unknown option, or a value out of range.
+        """
+        chosen = validated(self.options, given, f"the refiner '{self.id}'").model_dump()
+        following = Following(**{name: chosen.pop(name) for name in Following.model_fields if name in chosen})
+        return ConfiguredRefiner(self, chosen, following)
+
+
+@dataclass(frozen=True)
+class ConfiguredRefiner:
+    """A refiner with its options."""
+
+    refiner: Refiner
+    options: Mapping[str, Any]
+    following: Following
+
+    def refine(self, problem: Regression, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """New factors."""
+        return self.refiner.refine(problem, weight, A, B, **self.options)
+
+    def described(self) -> dict[str, Any]:
+        """All that a result depends on, for JSON."""
+        return {"id": self.refiner.id, **self.options, **self.following.model_dump()}
+
+
+REFINERS: Registry[Refiner] = Registry("slimrank.refine", "refiner")
+
+
+def refiner(
+    id: str, title: str, paper: str, changes_a: bool, settings: tuple[str, ...] = COMMON
+) -> Callable[[Refine], Refine]:
+    """Register the decorated function as the refiner `id`; its keyword-only parameters are its options."""
+    fields: dict[str, Any] = {
+        name: (Following.model_fields[name].annotation, Following.model_fields[name]) for name in settings
+    }
+
+    def register(refine: Refine) -> Refine:
+        options = create_model(id, __base__=options_of(refine), **fields)
+        REFINERS.add(Refiner(id, title, paper, changes_a, refine, options))
+        return refine
+
+    return register

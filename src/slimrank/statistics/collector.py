@@ -1,0 +1,209 @@
+"""Hooks that gather statistics while a block runs, forwards or backwards.
+
+Keyed by input tensor and not by module: layers that read the same tensor (q, k and v; gate and up) share one gram. The
+gradients are those of layer outputs and of each layer's own part of the input gradient, taken by hooks on tensors; no
+gradient of a weight is ever asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimrank.errors import ModelError, NonFiniteError
+from slimrank.layers.dense import weight_of
+from slimrank.statistics.gradients import token_scales
+from slimrank.statistics.layer import LayerStatistics, all_tokens, window_tokens
+from slimrank.statistics.needs import Gathering
+from slimrank.statistics.sums import ChannelSums, GramSum, SampleGradients, weight_gradient_squares
+from slimrank.statistics.truncation import truncate_output
+
+INPUT_NEEDS = {"column", "gram", "channels"}
+
+
+@dataclass
+class Collector:
+    """Gathers `LayerStatistics` for some layers of a block.
+
+    Attributes:
+        layers: module path -> module.
+        gathering: what to gather.
+        device: where sums are kept.
+        alone: layers known to share their input with no other, whose outputs' gram may stand for the inputs'.
+        ranks: planned ranks by path, for what depends on them.
+        leaders: module path -> path of the first layer seen to read the same tensor (itself, if none).
+        statistics: module path -> what was gathered; absent for a layer that no token reached.
+    """
+
+    layers: Mapping[str, nn.Module]
+    gathering: Gathering
+    device: torch.device
+    alone: frozenset[str] = frozenset()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
+    statistics: dict[str, LayerStatistics] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._mask: Tensor | None = None
+        self._batch = -1
+        self._seen: list[tuple[Tensor, int, str]] = []
+        self._scales: dict[str, Tensor] = {}
+        self._batch_grams: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Collector:
+        for path, layer in self.layers.items():
+            self._handles.append(layer.register_forward_pre_hook(self._reads(path)))
+            self._handles.append(layer.register_forward_hook(self._writes(path)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._seen, self._batch_grams = [], {}
+
+    def begin(self, mask: Tensor | None) -> None:
+        """A new batch is coming, with this padding mask (1 = a real token)."""
+        self._mask, self._seen, self._batch_grams = mask, [], {}
+        self._batch += 1
+
+    # forwards -----------------------------------------------------------------------------------------------
+
+    def _reads(self, path: str) -> Any:
+        def observe(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            x = args[0]
+            mine = self._of(path, module)
+            mine.tokens += len(all_tokens(x[..., :1], self._mask))
+            leader = next((name for known, version, name in self._seen if _same(known, version, x)), None)
+            if leader is None:
+                self._seen.append((x, x._version, path))
+                leader = path
+                self._add_inputs(path, mine, all_tokens(x.detach(), self._mask))
+            if self.leaders.setdefault(path, leader) != leader:
+                raise ModelError(
+                    f"the layer '{path}' reads the same tensor as '{leader}' in some batches only.",
+                    f"leave it out: --ignore '{path}'",
+                )
+            first = self.statistics[leader]
+            mine.inputs, mine.channels = first.inputs, first.channels
+            return self._own_view(path, x, args) if self._pulls(mine) and x.requires_grad else None
+
+        return observe
+
+    def _of(self, path: str, module: nn.Module) -> LayerStatistics:
+        if path not in self.statistics:
+            m, n = weight_of(module).shape
+            self.statistics[path] = LayerStatistics((m, n), rank=self.ranks.get(path))
+        return self.statistics[path]
+
+    def _add_inputs(self, path: str, mine: LayerStatistics, rows: Tensor) -> None:
+        needs, n = self.gathering.needs, rows.shape[-1]
+        finite = True
+        if "gram" in needs or ("column" in needs and not self._by_outputs(path, mine)):
+            mine.inputs = mine.inputs or GramSum.empty(n, self.device)
+            finite = mine.inputs.add(rows)
+        if "channels" in needs:
+            mine.channels = mine.channels or ChannelSums.empty(n, self.device)
+            finite = mine.channels.add(rows) and finite
+        if "projectors" in needs:
+            batch = GramSum.empty(n, self.device)
+            finite = batch.add(rows) and finite
+            self._batch_grams[path] = batch.gram
+        self._check(path, finite, "inputs")
+
+    def _writes(self, path: str) -> Any:
+        def observe(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+            mine = self.statistics[path]
+            if "column" in self.gathering.needs and self._by_outputs(path, mine):
+                self._add_outputs(path, mine, module, args[0].detach(), output.detach())
+            if "projectors" in self.gathering.needs and mine.rank is not None:
+                return truncate_output(mine, module, self._batch_grams[self.leaders[path]], output)
+            if self.gathering.backward and output.requires_grad:
+                x = args[0].detach()
+                output.register_hook(lambda g: self._add_gradients(path, mine, x, g))
+            return None
+
+        return observe
+
+    def _add_outputs(self, path: str, mine: LayerStatistics, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        bias = getattr(module, "bias", None)
+        rows = all_tokens(y if bias is None else y - bias, self._mask)
+        mine.outputs = mine.outputs or GramSum.empty(mine.shape[0], self.device)
+        mine.input_energy += float(all_tokens(x, self._mask).float().square().sum(dtype=torch.float64))
+        self._check(path, mine.outputs.add(rows), "outputs")
+
+    def _by_outputs(self, path: str, mine: LayerStatistics) -> bool:
+        return path in self.alone and mine.shape[0] < mine.shape[1] and "gram" not in self.gathering.needs
+
+    # backwards ----------------------------------------------------------------------------------------------
+
+    def _pulls(self, mine: LayerStatistics) -> bool:
+        return "row" in self.gathering.needs and mine.shape[0] > mine.shape[1]
+
+    def _own_view(self, path: str, x: Tensor, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with x as a view of its own, so that its gradient is that of this layer alone: W^T g."""
+        view = x.view_as(x)
+        view.register_hook(lambda pulled: self._add_pulled(path, pulled))
+        return (view, *args[1:])
+
+    def _add_gradients(self, path: str, mine: LayerStatistics, x: Tensor, g: Tensor) -> None:
+        needs = self.gathering.needs
+        if "row" in needs:
+            scaled = self._scaled(path, g)
+            if self._pulls(mine):
+                mine.gradient_energy += float(scaled.float().square().sum(dtype=torch.float64))
+            else:
+                mine.gradients = mine.gradients or GramSum.empty(mine.shape[0], self.device)
+                self._check(path, mine.gradients.add(all_tokens(scaled, self._mask)), "gradients")
+        if needs & {"weight_squares", "gradients"}:
+            for window_g, window_x in zip(window_tokens(g, self._mask), window_tokens(x, self._mask), strict=True):
+                self._add_sample(path, mine, window_g, window_x)
+
+    def _scaled(self, path: str, g: Tensor) -> Tensor:
+        if g.dim() != 3:
+            self._scales.pop(path, None)
+            return g
+        scales = token_scales(g, self.gathering.trim, self.gathering.clip)
+        self._scales[path] = scales
+        return g * scales[..., None]
+
+    def _add_pulled(self, path: str, pulled: Tensor) -> None:
+        mine = self.statistics[path]
+        scales = self._scales.pop(path, None)
+        rows = pulled if scales is None else pulled * scales[..., None]
+        mine.pulled = mine.pulled or GramSum.empty(mine.shape[1], self.device)
+        self._check(path, mine.pulled.add(all_tokens(rows, self._mask)), "gradients")
+
+    def _add_sample(self, path: str, mine: LayerStatistics, g: Tensor, x: Tensor) -> None:
+        if "weight_squares" in self.gathering.needs:
+            squares = weight_gradient_squares(g, x).to(self.device)
+            mine.weight_squares = squares if mine.weight_squares is None else mine.weight_squares + squares
+            self._check(path, bool(torch.isfinite(squares).all()), "gradients")
+        if "gradients" in self.gathering.needs:
+            mine.samples = mine.samples or SampleGradients(self.gathering.accumulate)
+            self._check(path, bool(torch.isfinite(g).all()), "gradients")
+            mine.samples.add(g.float().to(self.device), x.float().to(self.device))
+
+    def _check(self, path: str, finite: bool, what: str) -> None:
+        if not finite:
+            raise NonFiniteError(
+                f"NaN or infinity in the {what} of layer '{path}' (batch {self._batch}).",
+                "run in float32 (--dtype float32); check that the model itself is sound",
+            )
+
+
+def _same(known: Tensor, version: int, x: Tensor) -> bool:
+    """Whether x is the same memory as a tensor seen before, with the same content.
+
+    The reference held to it rules out that the memory was given to another tensor since, its version that it was
+    changed in place.
+    """
+    return (
+        known.data_ptr() == x.data_ptr()
+        and version == x._version
+        and (known.shape, known.stride(), known.dtype) == (x.shape, x.stride(), x.dtype)
+    )

@@ -1,0 +1,116 @@
+"""The statistics of one layer, as a method gets them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from slimrank.linalg.forms import Form
+from slimrank.statistics.sums import ChannelSums, GramSum, SampleGradients
+
+T = TypeVar("T")
+
+
+@dataclass
+class LayerStatistics:
+    """What was gathered for a layer y = W x + b, W m x n. What nothing asked for is None.
+
+    Attributes:
+        inputs: sum of x x^T; the same object for layers that read the same tensor.
+        outputs: sum of W x (W x)^T, gathered instead of `inputs` where it is smaller.
+        input_energy: sum of |x|^2, gathered with `outputs`.
+        channels: sums per input channel; shared as `inputs` is.
+        gradients: sum of g g^T, g the gradient of the loss by the layer's output at one token.
+        pulled: sum of W^T g (W^T g)^T, gathered instead of `gradients` where it is smaller.
+        gradient_energy: sum of |g|^2, gathered with `pulled`.
+        weight_squares: squared weight gradients of single windows, summed over windows and outputs (n).
+        samples: weight gradients of single samples.
+        projector: sum of U U^T over batches, U (m x k) the leading left singular vectors of a batch's outputs;
+            in coordinates of an orthonormal basis of W's columns where m > n.
+        rank: the planned rank; None where the target stays dense or nothing is planned yet.
+        tokens: tokens seen.
+    """
+
+    shape: tuple[int, int]
+    inputs: GramSum | None = None
+    outputs: GramSum | None = None
+    input_energy: float = 0.0
+    channels: ChannelSums | None = None
+    gradients: GramSum | None = None
+    pulled: GramSum | None = None
+    gradient_energy: float = 0.0
+    weight_squares: Tensor | None = None
+    samples: SampleGradients | None = None
+    projector: Tensor | None = None
+    rank: int | None = None
+    tokens: int = 0
+
+    @property
+    def gram(self) -> Tensor:
+        """C = sum of x x^T (n x n, float64).
+
+        Raises:
+            ValueError: the method does not list "gram" among its needs.
+        """
+        return _asked(self.inputs, "gram").gram
+
+    @property
+    def column(self) -> Form:
+        """C as a form, whole or as W C W^T.
+
+        Raises:
+            ValueError: the method lists neither "column" nor "gram".
+        """
+        if self.outputs is not None:
+            return Form(self.outputs.gram, seen=True, mean=self.input_energy / self.shape[1])
+        inputs = _asked(self.inputs, "column")
+        return Form(inputs.gram, mean=inputs.mean)
+
+    @property
+    def row(self) -> Form:
+        """G = sum of g g^T as a form, whole or as W^T G W.
+
+        Raises:
+            ValueError: the method does not list "row".
+        """
+        if self.pulled is not None:
+            return Form(self.pulled.gram, seen=True, mean=self.gradient_energy / self.shape[0])
+        gradients = _asked(self.gradients, "row")
+        return Form(gradients.gram, mean=gradients.mean)
+
+    def merged(self, other: LayerStatistics) -> LayerStatistics:
+        """The inputs of both layers together, for a factor that they share; only `inputs` is merged.
+
+        Raises:
+            ValueError: the method does not list "gram".
+        """
+        m = self.shape[0] + other.shape[0]
+        inputs = _asked(self.inputs, "gram") + _asked(other.inputs, "gram")
+        return LayerStatistics((m, self.shape[1]), inputs=inputs, rank=self.rank, tokens=self.tokens + other.tokens)
+
+
+def _asked(found: T | None, need: str) -> T:
+    if found is None:
+        raise ValueError(f"these statistics were not gathered: add '{need}' to the method's needs")
+    return found
+
+
+def window_tokens(tensor: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """The real tokens of each window of a (windows x tokens x n) tensor; one window for any other shape."""
+    if tensor.dim() != 3:
+        return [tensor.reshape(-1, tensor.shape[-1])]
+    if mask is None or mask.shape != tensor.shape[:2]:
+        return list(tensor)
+    kept = mask.to(tensor.device, torch.bool)
+    return [window[keep] for window, keep in zip(tensor, kept, strict=True)]
+
+
+def all_tokens(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """The real tokens (tokens x n) of a tensor of any shape (..., n)."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    if mask is None or mask.numel() != len(rows):
+        return rows
+    return rows[mask.reshape(-1).to(rows.device, torch.bool)]

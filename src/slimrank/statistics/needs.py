@@ -1,0 +1,60 @@
+"""What a method may ask for, what each costs a pass of, and the settings of how it is gathered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Need = Literal["column", "gram", "channels", "row", "weight_squares", "gradients", "projectors", "rank"]
+Pass = Literal["none", "forward", "backward"]
+
+
+@dataclass(frozen=True)
+class NeedInfo:
+    """One kind of statistics, for people: what it is, which pass it takes, which settings steer it."""
+
+    title: str
+    takes: Pass
+    settings: tuple[str, ...] = ()
+
+
+NEEDS: dict[Need, NeedInfo] = {
+    "column": NeedInfo("gram of the inputs, or of the outputs where that is smaller", "forward"),
+    "gram": NeedInfo("gram of the inputs", "forward"),
+    "channels": NeedInfo("mean, largest and squared magnitude of each input channel", "forward"),
+    "row": NeedInfo(
+        "gram of the output gradients, or of their pull-back where that is smaller", "backward", ("trim", "clip")
+    ),
+    "weight_squares": NeedInfo("squared weight gradients, per input channel", "backward"),
+    "gradients": NeedInfo("weight gradients of single samples", "backward", ("accumulate",)),
+    "projectors": NeedInfo("projectors on each batch's leading outputs, at the planned rank", "forward"),
+    "rank": NeedInfo("the planned rank", "none"),
+}
+
+
+class Gathering(BaseModel):
+    """What is gathered, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    needs: frozenset[Need] = frozenset()
+    trim: Annotated[
+        float, Field(ge=0, lt=0.5, description="Part of a window's tokens left out at either end, in gradients.")
+    ] = 0.125
+    clip: Annotated[
+        tuple[float, float] | None,
+        Field(description="Norms of token gradients are clipped to these multiples of their window's mean."),
+    ] = (0.1, 10.0)
+    accumulate: Annotated[int, Field(ge=1, description="Windows summed into one sample gradient.")] = 4
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are needed."""
+        return any(NEEDS[need].takes == "backward" for need in self.needs)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration text is needed at all."""
+        return any(NEEDS[need].takes != "none" for need in self.needs)

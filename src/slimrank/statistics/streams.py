@@ -1,0 +1,143 @@
+"""Statistics of two streams at once: what a layer reads in the compressed model, and what it reads in the original."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimrank.errors import NonFiniteError
+from slimrank.linalg.regression import Regression
+from slimrank.statistics.layer import all_tokens
+from slimrank.statistics.sums import CHUNK, GramSum
+
+
+@dataclass
+class StreamSums:
+    """Sums over tokens of x', an input in the compressed model, and x, the mixture that the target is made from.
+
+    Attributes:
+        inputs: sum of x' x'^T.
+        wanted: sum of x x^T; the same object as `inputs` where the target is self.
+        cross: sum of x x'^T (n x n, float64); None where it is that of `inputs`.
+    """
+
+    inputs: GramSum
+    wanted: GramSum
+    cross: Tensor | None = None
+
+    @classmethod
+    def empty(cls, n: int, device: torch.device, own: bool) -> StreamSums:
+        """Sums of no tokens; `own` where the target is self."""
+        inputs = GramSum.empty(n, device)
+        if own:
+            return cls(inputs, inputs)
+        return cls(inputs, GramSum.empty(n, device), torch.zeros(n, n, dtype=torch.float64, device=device))
+
+    def add(self, inputs: Tensor, wanted: Tensor) -> bool:
+        """Add tokens (tokens x n) of both; says whether the sums are still finite."""
+        finite = self.inputs.add(inputs)
+        if self.cross is None:
+            return finite
+        for x, t in zip(inputs.split(CHUNK), wanted.split(CHUNK), strict=True):
+            self.cross += (t.float().t() @ x.float()).to(self.cross)
+        return self.wanted.add(wanted) and finite
+
+    def problem(self, weight: Tensor, centred: bool) -> Regression:
+        """The least-squares problem of reproducing W x from x'; around the means of both, if `centred`."""
+        w, gram, wanted = weight.to(self.inputs.upper), self.inputs.gram, self.wanted.gram
+        cross = gram if self.cross is None else self.cross
+        if centred and self.inputs.count:
+            mean, aim = self.means()
+            n = self.inputs.count
+            gram, wanted = gram - n * torch.outer(mean, mean), wanted - n * torch.outer(aim, aim)
+            cross = cross - n * torch.outer(aim, mean)
+        return Regression(gram, w @ cross, float((w @ wanted * w).sum()))
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Mean of x' and of x."""
+        count = max(1, self.inputs.count)
+        return self.inputs.total / count, self.wanted.total / count
+
+    def bias_change(self, weight: Tensor, compressed: Tensor) -> Tensor:
+        """What a bias must gain so that the mean output is that of the target: W mean(x) - W' mean(x')."""
+        mean, aim = self.means()
+        return weight.to(aim) @ aim - compressed.to(mean) @ mean
+
+
+@dataclass
+class StreamCollector:
+    """Gathers `StreamSums` for the layers of a block that runs twice for each batch: the original, then compressed.
+
+    Attributes:
+        originals: module path -> module of the original block; empty where only the compressed stream counts.
+        compressed: module path -> module of the compressed block.
+        anchor: weight of the original stream in the target.
+        stack: windows averaged into one.
+        device: where sums are kept.
+        sums: module path -> sums; one object for layers that read the same tensor.
+    """
+
+    originals: Mapping[str, nn.Module]
+    compressed: Mapping[str, nn.Module]
+    anchor: float
+    stack: int
+    device: torch.device
+    sums: dict[str, StreamSums] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._mask: Tensor | None = None
+        self._original: dict[str, Tensor] = {}
+        self._seen: list[tuple[Tensor, str]] = []
+        self._leaders: dict[str, str] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> StreamCollector:
+        for path, layer in self.originals.items():
+            self._handles.append(layer.register_forward_pre_hook(self._remember(path)))
+        for path, layer in self.compressed.items():
+            self._handles.append(layer.register_forward_pre_hook(self._add(path)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._original, self._seen = {}, []
+
+    def begin(self, mask: Tensor | None) -> None:
+        """A new batch is coming, with this padding mask."""
+        self._mask, self._seen, self._original = mask, [], {}
+
+    def _remember(self, path: str) -> Any:
+        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._original[path] = args[0]
+
+        return observe
+
+    def _add(self, path: str) -> Any:
+        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            leader = next((name for known, name in self._seen if known is x), path)
+            if self._leaders.setdefault(path, leader) != path:
+                self.sums[path] = self.sums[leader]
+                return
+            self._seen.append((x, path))
+            wanted = x if self.anchor == 0 else torch.lerp(x, self._original[path].to(x), self.anchor)
+            if path not in self.sums:
+                self.sums[path] = StreamSums.empty(x.shape[-1], self.device, self.anchor == 0)
+            if not self.sums[path].add(self._tokens(x), self._tokens(wanted)):
+                raise NonFiniteError(
+                    f"NaN or infinity in the inputs of layer '{path}' of the compressed model.",
+                    "run in float32 (--dtype float32), or keep more",
+                )
+
+        return observe
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """Real tokens, or means over `stack` windows, position by position."""
+        if self.stack == 1 or x.dim() != 3 or self._mask is not None:
+            return all_tokens(x, self._mask)
+        return torch.cat([part.mean(dim=0) for part in x.split(self.stack)])

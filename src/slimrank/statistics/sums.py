@@ -1,0 +1,160 @@
+"""Sums over tokens. All are additive: chunks, batches and shards merge exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from slimrank.linalg.symmetric import mirror_upper, upper_gram
+
+CHUNK = 8192  # tokens summed in float32 before they are added to the float64 accumulator
+
+
+@dataclass
+class GramSum:
+    """Sum of v v^T over token vectors v in R^n.
+
+    Attributes:
+        upper: the sum (n x n, float64); only the block upper triangle is filled, see `gram`.
+        total: sum of v (n, float64).
+        count: number of tokens.
+    """
+
+    upper: Tensor
+    total: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, n: int, device: torch.device | str = "cpu") -> GramSum:
+        """The sum of no tokens."""
+        zeros = torch.zeros(n, n, dtype=torch.float64, device=device)
+        return cls(zeros, torch.zeros(n, dtype=torch.float64, device=device))
+
+    @property
+    def gram(self) -> Tensor:
+        """Sum of v v^T (n x n, float64), symmetric: the accumulator itself, not a copy."""
+        return mirror_upper(self.upper)
+
+    @property
+    def mean(self) -> float:
+        """tr / n."""
+        return float(self.upper.diagonal().mean())
+
+    def add(self, rows: Tensor) -> bool:
+        """Add tokens (tokens x n); says whether the sum is still finite."""
+        finite = True
+        for chunk in rows.split(CHUNK):
+            wide = chunk if chunk.dtype == torch.float64 else chunk.float()
+            partial = upper_gram(wide, wide.new_zeros(self.upper.shape))
+            finite = finite and bool(torch.isfinite(partial.diagonal()).all())
+            self.upper += partial.to(self.upper.device)
+            self.total += wide.sum(dim=0).to(self.upper.device)
+        self.count += len(rows)
+        return finite
+
+    def __add__(self, other: GramSum) -> GramSum:
+        return GramSum(self.upper + other.upper, self.total + other.total, self.count + other.count)
+
+
+@dataclass
+class ChannelSums:
+    """Sums over tokens for each channel by itself (n, float64)."""
+
+    absolute: Tensor
+    largest: Tensor
+    squares: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, n: int, device: torch.device | str = "cpu") -> ChannelSums:
+        """The sums of no tokens."""
+        return cls(*(torch.zeros(n, dtype=torch.float64, device=device) for _ in range(3)))
+
+    def add(self, rows: Tensor) -> bool:
+        """Add tokens (tokens x n); says whether they are finite."""
+        if len(rows) == 0:
+            return True
+        wide = rows.to(self.absolute.device, torch.float64)
+        self.absolute += wide.abs().sum(dim=0)
+        self.largest = torch.maximum(self.largest, wide.abs().amax(dim=0))
+        self.squares += wide.square().sum(dim=0)
+        self.count += len(rows)
+        return bool(torch.isfinite(self.squares).all())
+
+    def __add__(self, other: ChannelSums) -> ChannelSums:
+        return ChannelSums(
+            self.absolute + other.absolute,
+            torch.maximum(self.largest, other.largest),
+            self.squares + other.squares,
+            self.count + other.count,
+        )
+
+
+@dataclass
+class SampleGradients:
+    """Weight gradients of single samples, G_i = g_i^T X_i (m x n), in whichever form is smaller.
+
+    Attributes:
+        window: how many windows of text one sample sums over.
+        dense: finished samples as G_i, where that takes no more numbers than
+        tokens: finished samples as pairs (g_i: T x m, X_i: T x n).
+    """
+
+    window: int = 1
+    dense: list[Tensor] = field(default_factory=list)
+    tokens: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._open: list[tuple[Tensor, Tensor]] = []
+
+    def __len__(self) -> int:
+        self._close()
+        return len(self.dense) + len(self.tokens)
+
+    def add(self, g: Tensor, x: Tensor) -> None:
+        """Add one window: output gradients (T x m) and inputs (T x n) of its tokens."""
+        self._open.append((g, x))
+        if len(self._open) == self.window:
+            self._close()
+
+    def _close(self) -> None:
+        if not self._open:
+            return
+        gs, xs = zip(*self._open, strict=True)
+        g, x = torch.cat(gs), torch.cat(xs)
+        self._open = []
+        if len(g) * (g.shape[1] + x.shape[1]) < g.shape[1] * x.shape[1]:
+            self.tokens.append((g, x))
+        else:
+            self.dense.append(g.t() @ x)
+
+    def row(self, column: Tensor) -> Tensor:
+        """Sum of G_i V G_i^T (m x m) for a symmetric V (n x n)."""
+        self._close()
+        parts = [d @ column @ d.t() for d in self._wide_dense(column)]
+        parts += [g.t() @ (x @ column @ x.t()) @ g for g, x in self._wide_tokens(column)]
+        return sum(parts[1:], parts[0])
+
+    def column(self, row: Tensor) -> Tensor:
+        """Sum of G_i^T Z G_i (n x n) for a symmetric Z (m x m)."""
+        self._close()
+        parts = [d.t() @ row @ d for d in self._wide_dense(row)]
+        parts += [x.t() @ (g @ row @ g.t()) @ x for g, x in self._wide_tokens(row)]
+        return sum(parts[1:], parts[0])
+
+    def _wide_dense(self, like: Tensor) -> list[Tensor]:
+        return [d.to(like) for d in self.dense]
+
+    def _wide_tokens(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(g.to(like), x.to(like)) for g, x in self.tokens]
+
+
+def weight_gradient_squares(g: Tensor, x: Tensor) -> Tensor:
+    """Column sums of the squares of g^T x (n, float64), from g (T x m) and x (T x n), by the cheaper of two ways."""
+    t, m, n = len(g), g.shape[1], x.shape[1]
+    wide_g, wide_x = g.float(), x.float()
+    if t * (m + n) < m * n:
+        return ((wide_g @ wide_g.t() @ wide_x) * wide_x).double().sum(dim=0)
+    return (wide_g.t() @ wide_x).double().square().sum(dim=0)
