@@ -1,48 +1,71 @@
-"""Calibration (statistics of all targets) against the plain forward pass over the same tokens.
+"""Statistics of all targets against the plain forward pass over the same tokens, for every kind of statistics.
 
-    python benchmarks/calibration_cost.py [MODEL] [--windows 16] [--seq-len 512] [--rounds 3]
+    python benchmarks/calibration_cost.py [MODEL] [--windows 16] [--seq-len 512] [--rounds 3] [--rows column ...]
 
-Prints one JSON document. Both run in the same process, turn by turn; the figure is the median of the ratios.
-The plain forward pass ends after the last block (no logits), which makes the comparison harder, not easier.
+The pipeline's own calibration runs, with methods that gather and solve nothing, turn by turn with the plain forward
+pass in the same process; figures are medians of ratios. Forward-only statistics are held against a forward pass that
+ends after the last block (no logits), which makes the comparison harder; gradients need the loss, and are held against
+a forward pass with its logits. Prints one JSON document.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
-from slimrank.calibration.sources import read_source
-from slimrank.calibration.statistics import StatisticsCollector
-from slimrank.calibration.windows import draw_windows, tokenise
-from slimrank.models.blocks import Batch, BlockRunner
+import slimrank
+from slimrank.linalg.lowrank import Spectrum
 from slimrank.models.load import load
-from slimrank.models.targets import find_targets
+from slimrank.pipeline.decomposing import decompose
+from slimrank.pipeline.job import Job
+from slimrank.progress import Progress
+from slimrank.recipe import Recipe
+from slimrank.run import Run
+
+ROWS = {  # name -> needs, resident, bound
+    "column": ({"column"}, False, 1.6),
+    "gram": ({"gram"}, False, None),
+    "channels": ({"channels"}, False, None),
+    "column and row, streamed": ({"column", "row"}, False, 4.0),
+    "column and row, resident": ({"column", "row"}, True, 3.0),
+    "weight_squares, streamed": ({"weight_squares"}, False, None),
+    "gradients, streamed": ({"gradients"}, False, None),
+}
 
 
-def plain_forward(model, batches):
-    with torch.no_grad():
-        for batch in batches:
-            model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=1)
+def register():
+    for name, (needs, _, _) in ROWS.items():
+
+        @slimrank.decomposer(id=f"gather: {name}", title=name, paper="benchmark", needs=needs)
+        def nothing(weight, statistics):
+            return Spectrum(torch.zeros(1), torch.zeros(weight.shape[0], 1), "out")
 
 
-def calibrate(model, batches, targets):
-    runner = BlockRunner(model, torch.device("cpu"), upcast=True, resident=False)
-    with runner.session():
-        runner.embed(batches)
-        for index in range(len(runner)):
-            layers = {t.path: model.get_submodule(t.path) for t in targets.in_block(index)}
-            with StatisticsCollector(layers, torch.device("cpu")) as collector:
-                runner.step(index, lambda batch: collector.begin(batch.attention_mask))
-            grams = [collector.of(path).gram for path in collector.statistics]
-            assert len(grams) == 4, "q/k/v, o, gate/up and down read four tensors"
+def calibrate(name, model, tokenizer, args):
+    """Seconds that the pipeline takes to gather statistics of all blocks, stored files included."""
+    recipe = Recipe.make(
+        {
+            "keep_ratio": 0.8, "method": f"gather: {name}", "samples": args.windows, "seq_len": args.seq_len,
+            "batch_size": args.batch, "resident": ROWS[name][1], "evaluation": None,
+        }
+    )  # fmt: skip
+    job = Job(recipe, Progress(), resumable=False)
+    job.load(model, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        decompose(job, Run(Path(folder) / "run", {}).stage({}))
+    return job.seconds["calibrate and decompose"]
 
 
-def seconds(work):
+def forward(model, windows, batch, logits):
     start = time.perf_counter()
-    work()
+    with torch.no_grad():
+        for ids in windows.split(batch):
+            model(input_ids=ids, use_cache=False, logits_to_keep=0 if logits else 1)
     return time.perf_counter() - start
 
 
@@ -53,31 +76,31 @@ def main():
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", nargs="*", default=list(ROWS))
     args = parser.parse_args()
+    register()
     model, tokenizer = load(args.model, "float32")
     model.eval()
-    targets = find_targets(model)
-    tokens = tokenise(read_source("demo", "calibration"), tokenizer)
-    windows = draw_windows(tokens, args.windows, args.seq_len, seed=0)
-    batches = [Batch(ids) for ids in windows.split(args.batch)]
-    plain_forward(model, batches[:1])
-    rounds = []
+    vocabulary = model.config.get_text_config().vocab_size
+    windows = torch.randint(vocabulary, (args.windows, args.seq_len), generator=torch.Generator().manual_seed(0))
+    forward(model, windows[: args.batch], args.batch, False)
+    found = {name: [] for name in args.rows}
     for _ in range(args.rounds):
-        forward = seconds(lambda: plain_forward(model, batches))
-        rounds.append((forward, seconds(lambda: calibrate(model, batches, targets))))
+        for name in args.rows:
+            plain = forward(model, windows, args.batch, logits=ROWS[name][0] & {"row", "weight_squares", "gradients"})
+            found[name].append((plain, calibrate(name, model, tokenizer, args)))
+    rows = {
+        name: {
+            "ratio": statistics.median(c / f for f, c in rounds),
+            "bound": ROWS[name][2],
+            "rounds": [{"forward_s": f, "statistics_s": c} for f, c in rounds],
+        }
+        for name, rounds in found.items()
+    }
+    about = {"tokens": windows.numel(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(
         json.dumps(
-            {
-                "benchmark": "calibration over plain forward",
-                "ratio": statistics.median(c / f for f, c in rounds),
-                "bound": 1.6,
-                "rounds": [{"forward_s": f, "calibration_s": c} for f, c in rounds],
-                "tokens": windows.numel(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "machine": platform.processor() or platform.machine(),
-            },
-            indent=1,
+            {"benchmark": "statistics over plain forward", **about, "machine": platform.machine(), **rows}, indent=1
         )
     )
 

@@ -60,6 +60,7 @@ def preview(
         batch_tokens=made.batch_size * seq_len,
         resident=made.resident,
         upcast=device.type == "cpu",
+        backward=method.gathering.backward,
     )
     return {
         "plan": plan,

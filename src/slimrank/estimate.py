@@ -92,6 +92,7 @@ def peak_bytes(
     batch_tokens: int,
     resident: bool,
     upcast: bool,
+    backward: bool = False,
 ) -> int:
     """Predicted peak memory of the process, in bytes.
 
@@ -104,6 +105,7 @@ def peak_bytes(
         batch_tokens: tokens that run through a block at a time.
         resident: the whole model is on the device at once.
         upcast: blocks are computed in float32.
+        backward: calibration goes backwards, too.
     """
     blocks = {t.block for t in work.targets}
     compute = 4 if upcast else itemsize
@@ -114,7 +116,11 @@ def peak_bytes(
     widest = max(max(t.shape) for t in work.targets)
     grams = sum(12 * n * n for n in group_widths(first)) if work.calibration_tokens else 0
     solving = 8 * 5 * widest * min(widest, max(min(t.shape) for t in work.targets))
-    calibrating = copies + hidden + grams + solving + 6 * batch_tokens * widest * compute
+    activations = (16 if backward else 6) * batch_tokens * widest * compute
+    if backward:
+        hidden, grams = 2 * hidden, 3 * grams
+        activations = max(len(blocks) * activations if resident else activations, 16 * logits)
+    calibrating = copies + hidden + grams + solving + activations
     evaluating = 12 * logits if work.evaluation_tokens else 0
     return LIBRARIES + total * itemsize + max(calibrating, evaluating)
 

@@ -49,7 +49,8 @@ def _listed() -> dict[str, list[dict[str, Any]]]:
         ],
         "refine": [
             {
-                "id": r.id, "title": r.title, "pass": "forward", "needs": [], "cost": "two or three passes block by block",
+                "id": r.id, "title": r.title, "pass": "forward", "needs": [],
+                "cost": "two or three passes block by block",
                 "paper": r.paper, "options": table(r.options),
             }
             for r in REFINERS.all().values()

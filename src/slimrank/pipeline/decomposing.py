@@ -1,7 +1,7 @@
 """Calibrate and decompose: spectra of all targets into the store, block after block.
 
-Three ways, by what the method needs: forwards; forwards and then backwards, each block's forward computed again; or, for
-gradients of a resident model, batch after batch through the whole model.
+Three ways, by what the method needs: forwards; forwards and then backwards, each block's forward computed again; or,
+for gradients of a resident model, batch after batch through the whole model.
 """
 
 from __future__ import annotations

@@ -32,7 +32,15 @@ def markdown(record: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"millions": millions, "megabytes": megabytes, "percent": percent, "code": code}
-    return environment.get_template("report.md.j2").render(r=record, rows=comparison(record))
+    refined = any("refined" in target for target in record["targets"])
+    return environment.get_template("report.md.j2").render(
+        r=record, rows=comparison(record), refined=refined, refined_cells=_refined_cells
+    )
+
+
+def _refined_cells(target: dict[str, Any]) -> str:
+    errors = target.get("refined")
+    return f" {errors['before']:.4f} | {errors['after']:.4f} |" if errors else " | |"
 
 
 def comparison(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:

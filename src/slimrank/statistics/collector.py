@@ -133,7 +133,8 @@ class Collector:
         bias = getattr(module, "bias", None)
         rows = all_tokens(y if bias is None else y - bias, self._mask)
         mine.outputs = mine.outputs or GramSum.empty(mine.shape[0], self.device)
-        mine.input_energy += float(all_tokens(x, self._mask).float().square().sum(dtype=torch.float64))
+        norms = torch.linalg.vector_norm(all_tokens(x, self._mask), dim=-1, dtype=torch.float32)
+        mine.input_energy += float(norms.double().square().sum())
         self._check(path, mine.outputs.add(rows), "outputs")
 
     def _by_outputs(self, path: str, mine: LayerStatistics) -> bool:
@@ -153,28 +154,27 @@ class Collector:
     def _add_gradients(self, path: str, mine: LayerStatistics, x: Tensor, g: Tensor) -> None:
         needs = self.gathering.needs
         if "row" in needs:
-            scaled = self._scaled(path, g)
-            if self._pulls(mine):
-                mine.gradient_energy += float(scaled.float().square().sum(dtype=torch.float64))
-            else:
-                mine.gradients = mine.gradients or GramSum.empty(mine.shape[0], self.device)
-                self._check(path, mine.gradients.add(all_tokens(scaled, self._mask)), "gradients")
+            self._add_row(path, mine, g)
         if needs & {"weight_squares", "gradients"}:
             for window_g, window_x in zip(window_tokens(g, self._mask), window_tokens(x, self._mask), strict=True):
                 self._add_sample(path, mine, window_g, window_x)
 
-    def _scaled(self, path: str, g: Tensor) -> Tensor:
-        if g.dim() != 3:
-            self._scales.pop(path, None)
-            return g
-        scales = token_scales(g, self.gathering.trim, self.gathering.clip)
-        self._scales[path] = scales
-        return g * scales[..., None]
+    def _add_row(self, path: str, mine: LayerStatistics, g: Tensor) -> None:
+        """Add output gradients, trimmed and clipped, or remember by how much for when their pull-back comes."""
+        norms = torch.linalg.vector_norm(g, dim=-1, dtype=torch.float32)
+        whole = g.dim() == 3
+        scales = token_scales(norms, self.gathering.trim, self.gathering.clip) if whole else torch.ones_like(norms)
+        if self._pulls(mine):
+            self._scales[path] = scales
+            mine.gradient_energy += float(all_tokens((scales * norms)[..., None], self._mask).double().square().sum())
+        else:
+            mine.gradients = mine.gradients or GramSum.empty(mine.shape[0], self.device)
+            rows = all_tokens(g * scales[..., None], self._mask)
+            self._check(path, mine.gradients.add(rows), "gradients")
 
     def _add_pulled(self, path: str, pulled: Tensor) -> None:
         mine = self.statistics[path]
-        scales = self._scales.pop(path, None)
-        rows = pulled if scales is None else pulled * scales[..., None]
+        rows = pulled * self._scales.pop(path)[..., None]
         mine.pulled = mine.pulled or GramSum.empty(mine.shape[1], self.device)
         self._check(path, mine.pulled.add(all_tokens(rows, self._mask)), "gradients")
 

@@ -8,22 +8,22 @@ from torch import Tensor
 NEGLIGIBLE = 1e-10  # a gradient of smaller norm is left as it is
 
 
-def token_scales(g: Tensor, trim: float, clip: tuple[float, float] | None) -> Tensor:
+def token_scales(norms: Tensor, trim: float, clip: tuple[float, float] | None) -> Tensor:
     """What to multiply each token's gradient with (windows x tokens), 0 for those left out.
 
     Args:
-        g: output gradients (windows x tokens x m).
+        norms: norms of the output gradients (windows x tokens).
         trim: part of the tokens left out at either end of a window.
         clip: norms are held between these multiples of the mean norm of their window's tokens that are left.
     """
-    tokens = g.shape[1]
+    tokens = norms.shape[1]
     cut = int(tokens * trim)
-    scales = torch.zeros(g.shape[:2], dtype=torch.float32, device=g.device)
-    middle = slice(cut, tokens - cut)
-    scales[:, middle] = 1
+    scales = torch.zeros_like(norms)
+    middle = norms[:, cut : tokens - cut]
+    held = torch.ones_like(middle)
     if clip is not None:
-        norms = g[:, middle].float().norm(dim=-1)
-        mean = norms.mean(dim=1, keepdim=True)
-        held = torch.minimum(torch.maximum(norms, clip[0] * mean), clip[1] * mean)
-        scales[:, middle] = torch.where(norms < NEGLIGIBLE, 1, held / norms.clamp(min=NEGLIGIBLE))
+        mean = middle.mean(dim=1, keepdim=True)
+        clipped = torch.minimum(torch.maximum(middle, clip[0] * mean), clip[1] * mean)
+        held = torch.where(middle < NEGLIGIBLE, 1, clipped / middle.clamp(min=NEGLIGIBLE))
+    scales[:, cut : tokens - cut] = held
     return scales

@@ -70,7 +70,8 @@ class ChannelSums:
     @classmethod
     def empty(cls, n: int, device: torch.device | str = "cpu") -> ChannelSums:
         """The sums of no tokens."""
-        return cls(*(torch.zeros(n, dtype=torch.float64, device=device) for _ in range(3)))
+        zeros = torch.zeros(3, n, dtype=torch.float64, device=device)
+        return cls(zeros[0], zeros[1], zeros[2])
 
     def add(self, rows: Tensor) -> bool:
         """Add tokens (tokens x n); says whether they are finite."""
