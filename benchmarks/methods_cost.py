@@ -32,7 +32,7 @@ from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.run import Run
 
-LLAMA3 = dict(
+LLAMA3 = LlamaConfig(
     vocab_size=512, hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32,
     num_key_value_heads=8, max_position_embeddings=2048,
 )  # fmt: skip
@@ -56,7 +56,7 @@ def straightforward(weight, sides, full):
     if row is not None:
         left = torch.linalg.cholesky(row)
         whitened = left.T @ whitened
-    u, s, vt = torch.linalg.svd(whitened, full_matrices=full)
+    u, _, vt = torch.linalg.svd(whitened, full_matrices=full)
     k = min(m, n)
     torch.linalg.solve_triangular(r, vt[:k], upper=False, left=False)
     if row is not None:
@@ -143,7 +143,7 @@ def main():
     if args.llama3_block:
         args.blocks = 1
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**LLAMA3)).eval()
+        model = LlamaForCausalLM(LLAMA3).eval()
         tokenizer = byte_tokenizer
     else:
         model, tokenizer = load("demo", "float32")

@@ -41,19 +41,19 @@ def refined(name, weight, problem, a, b, **options):
     return REFINERS_HERE[name].configured(options).refine(problem, weight, a, b)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("anchor", ANCHORS)
 @pytest.mark.parametrize("m, n", SHAPES)
-def test_the_problem_is_that_of_raw_tokens(m, n, anchor):
+def test_the_problem_is_that_of_raw_tokens(m, n, anchor, centred, dtype, tolerance):
     weight = random(m, n, seed=5)
-    compressed, wanted = streams(n, anchor)
-    targets = wanted @ weight.t()
-    for centred in (False, True):
-        problem = gathered(compressed, wanted, anchor).problem(weight, centred)
-        x, t = (v - v.mean(0) if centred else v for v in (compressed, targets))
-        expected = Regression.of(x, t)
-        torch.testing.assert_close(problem.gram, expected.gram, rtol=1e-6, atol=1e-4)
-        torch.testing.assert_close(problem.cross, expected.cross, rtol=1e-5, atol=1e-2)
-        assert problem.energy == pytest.approx(expected.energy, rel=1e-6)
+    compressed, wanted = (v.to(dtype) for v in streams(n, anchor))
+    problem = gathered(compressed, wanted, anchor).problem(weight, centred)
+    inputs, targets = compressed.double(), wanted.double() @ weight.t()
+    expected = Regression.of(*(v - v.mean(0) if centred else v for v in (inputs, targets)))
+    for found, wanted in ((problem.gram, expected.gram), (problem.cross, expected.cross)):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+    assert problem.energy == pytest.approx(expected.energy, rel=tolerance)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-3])
@@ -251,3 +251,22 @@ def test_a_centred_regression_is_unbounded_regression_with_an_intercept(m, n):
     expected = torch.linalg.lstsq(features, wanted @ weight.t()).solution
     torch.testing.assert_close(new_b @ new_a, expected[:-1].t(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums.bias_change(weight, new_b @ new_a), expected[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, offset", [(torch.float64, 3000), (torch.float32, 300)])
+@pytest.mark.parametrize("name", REFINERS_HERE)
+def test_a_channel_with_a_large_mean_leaves_the_rest_as_it_is(name, dtype, offset):
+    """Such as a massive activation: what is left around the mean is a small difference of large sums."""
+    weight = random(8, 12, seed=5)
+    a, b = solve(weight).factors(weight, 4)
+    errors = []
+    for shift in (0, offset):
+        compressed, wanted = streams(12, 1.0, count=2000)
+        compressed[:, 3] += shift
+        wanted[:, 3] += shift
+        compressed, wanted = compressed.to(dtype), wanted.to(dtype)
+        sums = gathered(compressed, wanted, 1.0)
+        new_a, new_b = refined(name, weight, sums.problem(weight, centred=True), a, b)
+        change = sums.bias_change(weight, new_b @ new_a)
+        errors.append(output_error(wanted.double() @ weight.t(), compressed.double(), new_b @ new_a, change))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)

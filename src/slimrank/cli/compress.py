@@ -11,35 +11,11 @@ from slimrank.cli import options as o
 from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
 
 
+@o.takes_recipe
 def compress(
     model: o.Model,
+    chosen: dict[str, Any],
     out: Annotated[Path, typer.Option("--out", help="Folder to write the compressed model to.", show_default=False)],
-    keep: o.Keep = None,
-    keep_total: o.KeepTotal = None,
-    max_bytes: o.MaxBytes = None,
-    plan: o.PlanFile = None,
-    preset: o.Preset = None,
-    recipe: o.RecipeFile = None,
-    method: o.Method = None,
-    option: o.MethodOptions = None,
-    refine: o.Refine = None,
-    refine_option: o.RefineOptions = None,
-    allocation: o.Allocation = None,
-    rank_multiple: o.RankMultiple = None,
-    target: o.Targets = None,
-    ignore: o.Ignore = None,
-    calibration: o.Calibration = None,
-    samples: o.Samples = None,
-    seq_len: o.SeqLen = None,
-    batch_size: o.BatchSize = None,
-    seed: o.Seed = None,
-    eval_text: o.EvalText = None,
-    no_eval: o.NoEval = False,
-    windows: o.Windows = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    resident: o.Resident = False,
-    max_shard_size: o.MaxShardSize = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(
@@ -59,20 +35,6 @@ def compress(
 
     Example: slimrank compress demo --keep 0.8 --calibration my-text.txt --out smaller
     """
-    chosen = o.recipe_options(
-        preset,
-        recipe,
-        {
-            "keep_ratio": keep, "keep_total": keep_total, "max_bytes": max_bytes, "plan": plan,
-            "method": method, "method_options": o.pairs(option), "refine": refine,
-            "refine_options": o.pairs(refine_option), "allocation": allocation, "rank_multiple": rank_multiple,
-            "targets": target, "ignore": ignore, "calibration": calibration, "samples": samples,
-            "seq_len": seq_len, "batch_size": batch_size, "seed": seed, "evaluation": eval_text,
-            "windows": windows, "device": device, "dtype": dtype, "resident": resident,
-            "max_shard_size": max_shard_size,
-        },
-        no_eval,
-    )  # fmt: skip
     report = run_compress(model, out, chosen, run_dir, overwrite)
     print_json(report) if json else show_report(report, out)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,7 +139,7 @@ MaxShardSize = Annotated[
 ]
 
 
-def pairs(given: list[str] | None) -> dict[str, Any] | None:
+def _pairs(given: list[str] | None) -> dict[str, Any] | None:
     """NAME=VALUE options as a mapping; values are read as YAML, so that numbers are numbers.
 
     Raises:
@@ -158,6 +161,66 @@ def pairs(given: list[str] | None) -> dict[str, Any] | None:
                 f"the value of '{text}' cannot be read: {error}", "a number, a word or [a, list]"
             ) from error
     return found or None
+
+
+def recipe_flags(
+    keep: Keep = None,
+    keep_total: KeepTotal = None,
+    max_bytes: MaxBytes = None,
+    plan: PlanFile = None,
+    preset: Preset = None,
+    recipe: RecipeFile = None,
+    method: Method = None,
+    option: MethodOptions = None,
+    refine: Refine = None,
+    refine_option: RefineOptions = None,
+    allocation: Allocation = None,
+    rank_multiple: RankMultiple = None,
+    target: Targets = None,
+    ignore: Ignore = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    eval_text: EvalText = None,
+    no_eval: NoEval = False,
+    windows: Windows = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    resident: Resident = False,
+    max_shard_size: MaxShardSize = None,
+) -> dict[str, Any]:
+    """Options of a recipe out of the flags that were given."""
+    flags = {
+        "keep_ratio": keep, "keep_total": keep_total, "max_bytes": max_bytes, "plan": plan,
+        "method": method, "method_options": _pairs(option), "refine": refine,
+        "refine_options": _pairs(refine_option), "allocation": allocation, "rank_multiple": rank_multiple,
+        "targets": target, "ignore": ignore, "calibration": calibration, "samples": samples,
+        "seq_len": seq_len, "batch_size": batch_size, "seed": seed, "evaluation": eval_text,
+        "windows": windows, "device": device, "dtype": dtype, "resident": resident,
+        "max_shard_size": max_shard_size,
+    }  # fmt: skip
+    return recipe_options(preset, recipe, flags, no_eval)
+
+
+def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command all flags of a recipe; they reach it as one mapping, its parameter `chosen`."""
+    own, shared = inspect.signature(command, eval_str=True), inspect.signature(recipe_flags, eval_str=True)
+
+    @functools.wraps(command)
+    def with_flags(**given: Any) -> None:
+        flags = {name: given.pop(name) for name in shared.parameters}
+        command(chosen=recipe_flags(**flags), **given)
+
+    mine = [p for name, p in own.parameters.items() if name != "chosen"]
+    required = [p for p in mine if p.default is p.empty]
+    optional = [p for p in mine if p.default is not p.empty]
+    parameters = [*required, *shared.parameters.values(), *optional]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {p.name: p.annotation for p in parameters}
+    return with_flags
 
 
 def recipe_options(

@@ -11,34 +11,10 @@ from slimrank.cli import options as o
 from slimrank.cli.console import ConsoleProgress, duration, print_json, print_table, print_text, say_quietly
 
 
+@o.takes_recipe
 def plan(
     model: o.Model,
-    keep: o.Keep = None,
-    keep_total: o.KeepTotal = None,
-    max_bytes: o.MaxBytes = None,
-    plan: o.PlanFile = None,
-    preset: o.Preset = None,
-    recipe: o.RecipeFile = None,
-    method: o.Method = None,
-    option: o.MethodOptions = None,
-    refine: o.Refine = None,
-    refine_option: o.RefineOptions = None,
-    allocation: o.Allocation = None,
-    rank_multiple: o.RankMultiple = None,
-    target: o.Targets = None,
-    ignore: o.Ignore = None,
-    calibration: o.Calibration = None,
-    samples: o.Samples = None,
-    seq_len: o.SeqLen = None,
-    batch_size: o.BatchSize = None,
-    seed: o.Seed = None,
-    eval_text: o.EvalText = None,
-    windows: o.Windows = None,
-    no_eval: o.NoEval = False,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    resident: o.Resident = False,
-    max_shard_size: o.MaxShardSize = None,
+    chosen: dict[str, Any],
     out: Annotated[Path | None, typer.Option(help="Where compress would write; only looked at.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="As for compress; only looked at.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the rank plan here, for compress --plan.")] = None,
@@ -51,20 +27,6 @@ def plan(
     from slimrank.dry_run import preview
     from slimrank.export.output import OutputFolder
 
-    chosen = o.recipe_options(
-        preset,
-        recipe,
-        {
-            "keep_ratio": keep, "keep_total": keep_total, "max_bytes": max_bytes, "plan": plan,
-            "method": method, "method_options": o.pairs(option), "refine": refine,
-            "refine_options": o.pairs(refine_option), "allocation": allocation, "rank_multiple": rank_multiple,
-            "targets": target, "ignore": ignore, "calibration": calibration, "samples": samples,
-            "seq_len": seq_len, "batch_size": batch_size, "seed": seed, "evaluation": eval_text,
-            "windows": windows, "device": device, "dtype": dtype, "resident": resident,
-            "max_shard_size": max_shard_size,
-        },
-        no_eval,
-    )  # fmt: skip
     if out is not None:
         OutputFolder(out, overwrite)
     say_quietly()

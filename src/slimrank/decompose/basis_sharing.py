@@ -47,7 +47,7 @@ def _group_of(member: Member, layers: int, within: bool, share: tuple[str, ...])
     title="Basis Sharing: one factor A for the same weights of neighbouring blocks",
     paper="Wang et al., Basis Sharing, arXiv 2410.03765",
     needs={"gram"},
-    cost="one eigen-decomposition per group, on the side of the inputs",
+    cost="one eigen-decomposition per group, on its smaller side",
     groups=groups,
 )
 def basis_sharing(

@@ -72,7 +72,7 @@ class Spectrum:
             weight: the W (m x n) that was solved.
             rank: 1 .. full_rank.
             dtype: what to compute in. float32 costs an error of some 1e-6 of the weight, which is nothing where the
-                factors are stored in float32 or less; see benchmarks/decomposition_cost.py.
+                factors are stored in float32 or less; see benchmarks/methods_cost.py.
 
         Raises:
             ValueError: rank outside that range.

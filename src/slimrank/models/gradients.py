@@ -168,17 +168,15 @@ def check_differentiable(model: nn.Module) -> None:
     """
     device = next(model.parameters()).device
     batch = Batch(torch.arange(PROBE_TOKENS, device=device)[None])
-    with evaluating(model), frozen(model), _differentiable_embeddings(model) as embedded:
-        try:
-            with torch.enable_grad():
-                loss = next_token_loss(_logits(model, batch, device), batch)
-            gradient = torch.autograd.grad(loss, embedded[0])[0]
-        except RuntimeError as error:
-            raise ModelError(
-                f"no gradients pass through {type(model).__name__}: {error}",
-                "a method that needs no gradients works, e.g. --method svd_llm",
-            ) from error
-    del gradient
+    try:
+        with evaluating(model), frozen(model), _differentiable_embeddings(model) as embedded, torch.enable_grad():
+            loss = next_token_loss(_logits(model, batch, device), batch)
+            torch.autograd.grad(loss, embedded[0])
+    except (RuntimeError, IndexError, AttributeError) as error:  # NotImplementedError is a RuntimeError
+        raise ModelError(
+            f"no gradients pass through {type(model).__name__}: {error}",
+            "a method that needs no gradients works, e.g. --method svd_llm",
+        ) from error
 
 
 @contextmanager

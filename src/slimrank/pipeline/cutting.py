@@ -98,7 +98,7 @@ class _Cutter:
         weight = torch.cat([weight_of(layer).to(self.job.solver) for layer in layers])
         a, b = spectrum.factors(weight, rank, torch.float64 if weight.dtype == torch.float64 else torch.float32)
         for target, layer in zip(unit.targets, layers, strict=True):
-            self.originals[target.path] = layer
+            self.originals |= {path: self.job.model.get_submodule(path) for path in (target.path, *target.ties)}
             page_out(layer)
         rows = b.split([t.shape[0] for t in unit.targets])
         members = [((t.path, *t.ties), part) for t, part in zip(unit.targets, rows, strict=True)]
@@ -143,8 +143,16 @@ class _Refinement:
             for target in self._factored(index):
                 self._put(target, {k: tensors.get(f"{target.path}.{k}") for k in ("A", "B", "bias")})
                 self.cutter.done.rows[target.path]["refined"] = about[target.path]
-                self.cutter.originals.pop(target.path)
+            self._let_go(index)
             self.job.progress.step()
+
+    def _let_go(self, index: int) -> dict[str, nn.Module]:
+        """The original layers of a block, tied ones of other blocks' targets included; nobody keeps them after this."""
+        inside = f"{self.runner.path}.{index}."
+        mine = {path: layer for path, layer in self.cutter.originals.items() if path.startswith(inside)}
+        for path in mine:
+            del self.cutter.originals[path]
+        return mine
 
     def _factored(self, index: int) -> list[Target]:
         return [t for t in self.job.targets.in_block(index) if self.job.plan.targets[t.path].rank != "dense"]
@@ -152,8 +160,8 @@ class _Refinement:
     def _block(self, index: int) -> None:
         self.cutter.cut_block(index)
         targets = self._factored(index)
-        originals = {t.path: self.cutter.originals.pop(t.path) for t in targets}
-        sums = self._gather(index, originals)
+        originals = self._let_go(index)
+        sums = self._gather(index, originals, [t.path for t in targets])
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {}
         for target in targets:
@@ -174,15 +182,18 @@ class _Refinement:
             original = named("original.", self.runner.hidden) if self.anchor else {}
             self.stage.save("streams", {**original, **named("compressed.", self.compressed)}, {"next": index + 1})
 
-    def _gather(self, index: int, originals: Mapping[str, nn.Module]) -> dict[str, StreamSums]:
+    def _gather(self, index: int, originals: Mapping[str, nn.Module], paths: list[str]) -> dict[str, StreamSums]:
         job, runner = self.job, self.runner
-        compressed = {path: job.model.get_submodule(path) for path in originals}
         collector = StreamCollector(
-            originals if self.anchor else {}, compressed, self.anchor, self.refiner.following.stack_of_batch, job.solver
+            originals={path: originals[path] for path in paths} if self.anchor else {},
+            compressed={path: job.model.get_submodule(path) for path in paths},
+            anchor=self.anchor,
+            stack=self.refiner.following.stack_of_batch,
+            device=job.solver,
         )
         with runner.placed(runner.blocks[index], *originals.values()), collector:
             for b, batch in enumerate(runner.batches):
-                collector.begin(batch.attention_mask)
+                collector.begin(batch.attention_mask, batch.input_ids.shape)
                 if self.anchor:
                     with _swapped(job.model, originals):
                         runner.hidden[b] = runner.kept(runner.run(index, b, runner.hidden[b]))

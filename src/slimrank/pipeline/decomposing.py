@@ -135,7 +135,7 @@ class _Forwards(_Walk):
         with runner.placed_block(index):
             collector = self.collector(self.job.targets.in_block(index))
             with collector if runner.batches else nullcontext():
-                runner.step(index, lambda batch: collector.begin(batch.attention_mask))
+                runner.step(index, lambda batch: collector.begin(batch.attention_mask, batch.input_ids.shape))
             self.take(collector)
             self.solve_ready(index, set(range(index + 1)))
         if self.job.resumable and not any(min(u.blocks) <= index for u in self.waiting):
@@ -178,6 +178,7 @@ class _Backwards(_Walk):
         if last < len(runner):
             return hidden_states(stage.load("gradients")[0], "", len(runner.batches))
         gradients = loss_gradients(runner, runner.hidden)
+        runner.hidden = []
         stage.save("gradients", named("", gradients), {"next": last})
         return gradients
 
@@ -191,7 +192,11 @@ class _Backwards(_Walk):
             collector = self.collector(self.job.targets.in_block(index))
             with collector:
                 step_back(
-                    runner, index, self._input(index), gradients, lambda batch: collector.begin(batch.attention_mask)
+                    runner,
+                    index,
+                    self._input(index),
+                    gradients,
+                    lambda batch: collector.begin(batch.attention_mask, batch.input_ids.shape),
                 )
             self.take(collector)
             self.solve_ready(index, set(range(index, len(runner))))
@@ -215,7 +220,7 @@ class _WholeModel(_Walk):
 
             def begin(batch: Any) -> None:
                 for collector in collectors:
-                    collector.begin(batch.attention_mask)
+                    collector.begin(batch.attention_mask, batch.input_ids.shape)
 
             with _all(collectors):
                 for _ in whole_model_gradients(runner, begin):

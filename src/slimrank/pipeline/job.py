@@ -66,6 +66,11 @@ class Job:
                 f"the refiner '{recipe.refine}' changes factors that '{recipe.method}' shares between layers.",
                 "--refine update leaves them alone",
             )
+        if self.refiner and self.refiner.following.stack_of_batch > recipe.batch_size:
+            raise RecipeError(
+                f"stack_of_batch averages windows of one batch; a batch has {recipe.batch_size}.",
+                f"--batch-size {self.refiner.following.stack_of_batch}",
+            )
         ALLOCATORS.get(recipe.allocation)
         self.device = resolve_device(recipe.device)
         self.solver = solving_device(self.device)
@@ -151,6 +156,8 @@ class Job:
         copies = 1 if self.resumable else 0
         if self.method.gathering.backward and not self.recipe.resident:
             copies += 2 + len(find_blocks(self.model)[1])
+        if self.refiner is not None and self.resumable:
+            bases, copies = bases + self.plan.parameters, copies + 2
         return 4 * (bases + copies * self.texts.calibration_tokens * width)
 
     def announce(self) -> None:

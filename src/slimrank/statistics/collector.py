@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.layers.dense import weight_of
 from slimrank.statistics.gradients import token_scales
-from slimrank.statistics.layer import LayerStatistics, all_tokens, window_tokens
+from slimrank.statistics.layer import LayerStatistics, all_tokens, as_windows, window_tokens
 from slimrank.statistics.needs import Gathering
 from slimrank.statistics.sums import ChannelSums, GramSum, SampleGradients, weight_gradient_squares
 from slimrank.statistics.truncation import truncate_output
@@ -49,6 +49,7 @@ class Collector:
 
     def __post_init__(self) -> None:
         self._mask: Tensor | None = None
+        self._shape: tuple[int, ...] | None = None
         self._batch = -1
         self._seen: list[tuple[Tensor, int, str]] = []
         self._scales: dict[str, Tensor] = {}
@@ -66,9 +67,15 @@ class Collector:
             handle.remove()
         self._seen, self._batch_grams = [], {}
 
-    def begin(self, mask: Tensor | None) -> None:
-        """A new batch is coming, with this padding mask (1 = a real token)."""
+    def begin(self, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
+        """A new batch is coming.
+
+        Args:
+            mask: its padding mask (1 = a real token).
+            shape: (windows, tokens), by which tokens are told apart that a model has flattened into one row.
+        """
         self._mask, self._seen, self._batch_grams = mask, [], {}
+        self._shape = shape
         self._batch += 1
 
     # forwards -----------------------------------------------------------------------------------------------
@@ -97,7 +104,7 @@ class Collector:
     def _of(self, path: str, module: nn.Module) -> LayerStatistics:
         if path not in self.statistics:
             m, n = weight_of(module).shape
-            self.statistics[path] = LayerStatistics((m, n), rank=self.ranks.get(path))
+            self.statistics[path] = LayerStatistics((m, n), self.gathering.needs, rank=self.ranks.get(path))
         return self.statistics[path]
 
     def _add_inputs(self, path: str, mine: LayerStatistics, rows: Tensor) -> None:
@@ -153,6 +160,7 @@ class Collector:
 
     def _add_gradients(self, path: str, mine: LayerStatistics, x: Tensor, g: Tensor) -> None:
         needs = self.gathering.needs
+        x, g = as_windows(x, self._shape), as_windows(g, self._shape)
         if "row" in needs:
             self._add_row(path, mine, g)
         if needs & {"weight_squares", "gradients"}:
@@ -174,7 +182,7 @@ class Collector:
 
     def _add_pulled(self, path: str, pulled: Tensor) -> None:
         mine = self.statistics[path]
-        rows = pulled * self._scales.pop(path)[..., None]
+        rows = as_windows(pulled, self._shape) * self._scales.pop(path)[..., None]
         mine.pulled = mine.pulled or GramSum.empty(mine.shape[1], self.device)
         self._check(path, mine.pulled.add(all_tokens(rows, self._mask)), "gradients")
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from slimrank.linalg.forms import Form
+from slimrank.statistics.needs import Need
 from slimrank.statistics.sums import ChannelSums, GramSum, SampleGradients
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -19,6 +17,8 @@ class LayerStatistics:
     """What was gathered for a layer y = W x + b, W m x n. What nothing asked for is None.
 
     Attributes:
+        shape: (m, n).
+        needs: what the method asks for; what of it no token or gradient reached counts as zero.
         inputs: sum of x x^T; the same object for layers that read the same tensor.
         outputs: sum of W x (W x)^T, gathered instead of `inputs` where it is smaller.
         input_energy: sum of |x|^2, gathered with `outputs`.
@@ -35,6 +35,7 @@ class LayerStatistics:
     """
 
     shape: tuple[int, int]
+    needs: frozenset[Need] = frozenset()
     inputs: GramSum | None = None
     outputs: GramSum | None = None
     input_energy: float = 0.0
@@ -55,7 +56,8 @@ class LayerStatistics:
         Raises:
             ValueError: the method does not list "gram" among its needs.
         """
-        return _asked(self.inputs, "gram").gram
+        n = self.shape[1]
+        return self._asked("gram", torch.zeros(n, n)) if self.inputs is None else self.inputs.gram
 
     @property
     def column(self) -> Form:
@@ -66,8 +68,9 @@ class LayerStatistics:
         """
         if self.outputs is not None:
             return Form(self.outputs.gram, seen=True, mean=self.input_energy / self.shape[1])
-        inputs = _asked(self.inputs, "column")
-        return Form(inputs.gram, mean=inputs.mean)
+        if self.inputs is not None:
+            return Form(self.inputs.gram, mean=self.inputs.mean)
+        return Form(self._asked("column", torch.zeros(self.shape[1])))
 
     @property
     def row(self) -> Form:
@@ -78,8 +81,14 @@ class LayerStatistics:
         """
         if self.pulled is not None:
             return Form(self.pulled.gram, seen=True, mean=self.gradient_energy / self.shape[0])
-        gradients = _asked(self.gradients, "row")
-        return Form(gradients.gram, mean=gradients.mean)
+        if self.gradients is not None:
+            return Form(self.gradients.gram, mean=self.gradients.mean)
+        return Form(self._asked("row", torch.zeros(self.shape[0])))
+
+    def _asked(self, need: Need, nothing: Tensor) -> Tensor:
+        if need not in self.needs:
+            raise ValueError(f"these statistics were not gathered: add '{need}' to the method's needs")
+        return nothing
 
     def merged(self, other: LayerStatistics) -> LayerStatistics:
         """The inputs of both layers together, for a factor that they share; only `inputs` is merged.
@@ -87,15 +96,15 @@ class LayerStatistics:
         Raises:
             ValueError: the method does not list "gram".
         """
-        m = self.shape[0] + other.shape[0]
-        inputs = _asked(self.inputs, "gram") + _asked(other.inputs, "gram")
-        return LayerStatistics((m, self.shape[1]), inputs=inputs, rank=self.rank, tokens=self.tokens + other.tokens)
-
-
-def _asked(found: T | None, need: str) -> T:
-    if found is None:
-        raise ValueError(f"these statistics were not gathered: add '{need}' to the method's needs")
-    return found
+        if self.inputs is None or other.inputs is None:
+            raise ValueError("these statistics were not gathered: add 'gram' to the method's needs")
+        return LayerStatistics(
+            shape=(self.shape[0] + other.shape[0], self.shape[1]),
+            needs=self.needs,
+            inputs=self.inputs + other.inputs,
+            rank=self.rank,
+            tokens=self.tokens + other.tokens,
+        )
 
 
 def window_tokens(tensor: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -114,3 +123,10 @@ def all_tokens(tensor: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or mask.numel() != len(rows):
         return rows
     return rows[mask.reshape(-1).to(rows.device, torch.bool)]
+
+
+def as_windows(tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """A (tokens x n) tensor of a batch of that shape as (windows x tokens x n); any other as it is."""
+    if shape is None or tensor.dim() != 2 or len(tensor) != shape[0] * shape[1]:
+        return tensor
+    return tensor.reshape(*shape, -1)

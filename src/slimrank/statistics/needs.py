@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Need = Literal["column", "gram", "channels", "row", "weight_squares", "gradients", "projectors", "rank"]
 Pass = Literal["none", "forward", "backward"]
@@ -34,6 +34,12 @@ NEEDS: dict[Need, NeedInfo] = {
 }
 
 
+def _ordered(clip: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= clip[0] <= 1 <= clip[1]:
+        raise ValueError("clip is [low, high] with 0 <= low <= 1 <= high")
+    return clip
+
+
 class Gathering(BaseModel):
     """What is gathered, and how."""
 
@@ -44,7 +50,7 @@ class Gathering(BaseModel):
         float, Field(ge=0, lt=0.5, description="Part of a window's tokens left out at either end, in gradients.")
     ] = 0.125
     clip: Annotated[
-        tuple[float, float] | None,
+        Annotated[tuple[float, float], AfterValidator(_ordered)] | None,
         Field(description="Norms of token gradients are clipped to these multiples of their window's mean."),
     ] = (0.1, 10.0)
     accumulate: Annotated[int, Field(ge=1, description="Windows summed into one sample gradient.")] = 4

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimrank.errors import NonFiniteError
 from slimrank.linalg.regression import Regression
-from slimrank.statistics.layer import all_tokens
+from slimrank.statistics.layer import all_tokens, as_windows
 from slimrank.statistics.sums import CHUNK, GramSum
 
 
@@ -90,6 +90,7 @@ class StreamCollector:
 
     def __post_init__(self) -> None:
         self._mask: Tensor | None = None
+        self._shape: tuple[int, ...] | None = None
         self._original: dict[str, Tensor] = {}
         self._seen: list[tuple[Tensor, str]] = []
         self._leaders: dict[str, str] = {}
@@ -107,9 +108,9 @@ class StreamCollector:
             handle.remove()
         self._original, self._seen = {}, []
 
-    def begin(self, mask: Tensor | None) -> None:
-        """A new batch is coming, with this padding mask."""
-        self._mask, self._seen, self._original = mask, [], {}
+    def begin(self, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
+        """A new batch is coming, with this padding mask and (windows, tokens)."""
+        self._mask, self._shape, self._seen, self._original = mask, shape, [], {}
 
     def _remember(self, path: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -138,6 +139,7 @@ class StreamCollector:
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Real tokens, or means over `stack` windows, position by position."""
+        x = as_windows(x, self._shape)
         if self.stack == 1 or x.dim() != 3 or self._mask is not None:
             return all_tokens(x, self._mask)
         return torch.cat([part.mean(dim=0) for part in x.split(self.stack)])

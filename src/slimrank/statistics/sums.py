@@ -157,5 +157,6 @@ def weight_gradient_squares(g: Tensor, x: Tensor) -> Tensor:
     t, m, n = len(g), g.shape[1], x.shape[1]
     wide_g, wide_x = g.float(), x.float()
     if t * (m + n) < m * n:
-        return ((wide_g @ wide_g.t() @ wide_x) * wide_x).double().sum(dim=0)
+        sums = ((wide_g @ wide_g.t() @ wide_x) * wide_x).double().sum(dim=0)
+        return sums.clamp(min=0)  # rounding, where gradients cancel
     return (wide_g.t() @ wide_x).double().square().sum(dim=0)

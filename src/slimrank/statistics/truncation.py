@@ -15,7 +15,7 @@ def truncate_output(mine: LayerStatistics, module: nn.Module, gram: Tensor, outp
     """The best approximation of a batch's outputs at the planned rank, in the place of the outputs.
 
     Adds the projector on them to the layer's statistics. The leading left singular vectors of Y = W X are those of W in
-    the metric X X^T.
+    the metric X X^T. A batch of T < min(m, n) tokens is truncated at ceil(rank T / min(m, n)).
 
     Args:
         mine: statistics of the layer, with a rank.
@@ -25,8 +25,9 @@ def truncate_output(mine: LayerStatistics, module: nn.Module, gram: Tensor, outp
     """
     assert mine.rank is not None
     weight = weight_of(module).to(gram.device)
-    leading = solve(weight, Metric.of(column=gram), rank=mine.rank)
-    _, u = leading.factors(weight, min(mine.rank, leading.full_rank))
+    full, tokens = min(mine.shape), output[..., 0].numel()
+    rank = min(full, mine.rank) if tokens >= full else max(1, -(-mine.rank * tokens // full))
+    _, u = solve(weight, Metric.of(column=gram), rank=rank).factors(weight, rank)
     coordinates = u if mine.shape[0] <= mine.shape[1] else column_basis(weight).t() @ u
     projector = coordinates @ coordinates.t()
     mine.projector = projector if mine.projector is None else mine.projector + projector
