@@ -94,5 +94,8 @@ def test_every_method_has_a_page():
     from slimrank.allocate.registry import ALLOCATORS
     from slimrank.decompose.registry import DECOMPOSERS
 
+    from slimrank.refine.registry import REFINERS
+
     assert {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} == set(DECOMPOSERS.all())
+    assert {p.stem for p in (ROOT / "docs" / "refine").glob("*.md")} == {"README", *REFINERS.all()}
     assert {p.stem for p in (ROOT / "docs" / "allocation").glob("*.md")} == set(ALLOCATORS.all())
