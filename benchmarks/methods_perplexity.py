@@ -2,8 +2,8 @@
 
     python benchmarks/methods_perplexity.py --text TRAIN.txt --test TEST.txt --out results.json
 
-Each row is a method at each keep_ratio; rows that stand in --out already are not computed again, so an interrupted run
-goes on. Writes JSON, and prints the table as Markdown.
+Each row is a method at each keep_ratio; cells that stand in --out already are not computed again. With --runs the
+calibration of each method is kept there, too. Writes JSON, and prints the table as Markdown.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import platform
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -82,6 +83,7 @@ def main():
     parser.add_argument("--text", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--runs", help="folder for run directories; a temporary one by default")
     parser.add_argument("--rows", nargs="*", help="some of the rows; all by default")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.6, 0.4])
     parser.add_argument("--samples", type=int, default=64)
@@ -96,7 +98,7 @@ def main():
         results["dense"] = slimrank.perplexity(model, test).perplexity
     del model
     results |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
-    with tempfile.TemporaryDirectory() as runs:
+    with tempfile.TemporaryDirectory() if args.runs is None else nullcontext(args.runs) as runs:
         for name, recipe in rows_of(args.rows).items():
             row = results["rows"].setdefault(name, {})
             run_dir = Path(runs) / recipe["method"]  # rows of one method share its calibration

@@ -16,7 +16,7 @@ from slimrank.inputs import window_length
 from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
 from slimrank.models.targets import find_targets
-from slimrank.planning import configured_refiner, make_plan, units_of, workload
+from slimrank.planning import configured_refiner, make_plan, new_biases, units_of, workload
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 
@@ -50,7 +50,9 @@ def preview(
         calibration_tokens=made.samples * seq_len if calibrates else 0,
         evaluation_tokens=made.windows * seq_len if made.evaluation else 0,
     )
-    after = coverage.total - coverage.targets + plan.parameters
+    biases = new_biases(made, (t for t in targets if not t.bias and plan.targets[t.path].rank != "dense"))
+    linears = plan.parameters + biases
+    after = coverage.total - coverage.targets + linears
     memory = peak_bytes(
         work,
         total=coverage.total,
@@ -65,7 +67,7 @@ def preview(
     return {
         "plan": plan,
         "size": {
-            "keep_ratio": plan.keep_ratio,
+            "keep_ratio": linears / plan.dense_parameters,
             "keep_total": after / coverage.total,
             "parameters_before": coverage.total,
             "parameters_after": after,

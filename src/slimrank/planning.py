@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,12 @@ def units_of(method: Configured, targets: TargetSet) -> list[Unit]:
     return [Unit(tuple(known[path] for path in group)) for group in groups]
 
 
+def new_biases(recipe: Recipe, targets: Iterable[Target]) -> int:
+    """Parameters of the biases that refining would give to these targets."""
+    given = recipe.refine is not None and recipe.refine_options.get("bias") == "all"
+    return sum(t.shape[0] for t in targets if not t.ties) if given else 0
+
+
 def make_plan(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence[Unit], itemsize: int) -> RankPlan:
     """The plan that the recipe names, checked against the model, or one by its allocation.
 
@@ -93,8 +99,7 @@ def make_plan(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence[Un
         recipe.keep_total,
         recipe.max_bytes - headers if recipe.max_bytes is not None else None,
     )
-    if recipe.refine_options.get("bias") == "all":
-        budget -= sum(t.shape[0] for t in targets if not t.bias)
+    budget -= new_biases(recipe, (t for t in targets if not t.bias))
     allocator = ALLOCATORS.get(recipe.allocation)
     ranks = allocator.allocate({u.path: u.shape for u in units}, budget, recipe.rank_multiple)
     every = {t.path: ranks[unit.path] for unit in units for t in unit.targets}

@@ -10,10 +10,10 @@ import pytest
 import torch
 from pydantic import Field
 
-from observed import METRICS, gram_of, observe, projector_loss, random
+from observed import METRICS, gram_of, observe, projector_loss, random, ridged
 from slimrank.decompose.registry import DECOMPOSERS, decomposer
 from slimrank.errors import RecipeError
-from slimrank.linalg.forms import Metric
+from slimrank.linalg.forms import Form, Metric
 from slimrank.linalg.lowrank import solve
 
 Power = Annotated[float, Field(ge=0, le=2, description="Power of the energy.")]
@@ -22,7 +22,7 @@ Power = Annotated[float, Field(ge=0, le=2, description="Power of the energy.")]
 @decomposer(id="energies", title="a method from outside the package", paper="none", needs={"gram", "row"})
 def energies(weight, statistics, *, power: Power = 1.0):
     """Channel energies on the side of the inputs, gradients on that of the outputs."""
-    return solve(weight, Metric(statistics.row.with_ridge(0.1), Metric.of(column=energy(statistics.gram, power)).column))
+    return solve(weight, Metric(statistics.row.with_ridge(0.1), Form(energy(statistics.gram, power))))
 
 
 def energy(gram, power):
@@ -30,9 +30,7 @@ def energy(gram, power):
 
 
 def energies_metric(observed, power=1.0):
-    g = gram_of(observed.gradients)
-    ridge = 0.1 * g.trace() / len(g) * torch.eye(len(g), dtype=g.dtype)
-    return Metric.of(g + ridge, energy(gram_of(observed.inputs), power))
+    return Metric.of(ridged(gram_of(observed.gradients), 0.1), energy(gram_of(observed.inputs), power))
 
 
 METHODS = DECOMPOSERS.all()
@@ -107,10 +105,10 @@ def test_shapes_dtypes_and_full_rank(method, options, shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method, options", CASES)
 def test_deterministic(method, options, shape):
-    first, second = (run(method, options, shape, dtype=torch.float32) for _ in range(2))
-    assert torch.equal(first[1].values, second[1].values)
-    rank = planned(shape)
-    for one, other in zip(first[1].factors(first[0].weight, rank), second[1].factors(second[0].weight, rank), strict=True):
+    runs = [run(method, options, shape, dtype=torch.float32) for _ in range(2)]
+    assert torch.equal(runs[0][1].values, runs[1][1].values)
+    factors = [spectrum.factors(observed.weight, planned(shape)) for observed, spectrum in runs]
+    for one, other in zip(*factors, strict=True):
         assert torch.equal(one, other)
 
 

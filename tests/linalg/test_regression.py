@@ -1,5 +1,7 @@
 """Least squares against a target, by sums, against the same by raw tokens."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -156,7 +158,7 @@ def test_every_half_step_lowers_the_loss(m, n):
         losses.append(problem.loss(b @ a))
         a = best_a(b, best)
         losses.append(problem.loss(b @ a))
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(losses))
     assert losses[4] < losses[2] < losses[0]
 
 

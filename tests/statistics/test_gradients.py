@@ -63,7 +63,7 @@ def streamed(model, batches, gathering=ALL, before=None):
         gradients = loss_gradients(runner, runner.hidden)
         for index in reversed(range(len(runner))):
             with collector_of(model, index, gathering) as collector:
-                begin = before or (lambda batch, c=collector: c.begin(batch.attention_mask))
+                begin = before or (lambda batch, c=collector: c.begin(batch.attention_mask, batch.input_ids.shape))
                 step_back(runner, index, inputs[index], gradients, begin)
             found |= collector.statistics
     return found
@@ -78,7 +78,7 @@ def resident(model, batches, gathering=ALL):
 
         def begin(batch):
             for collector in collectors:
-                collector.begin(batch.attention_mask)
+                collector.begin(batch.attention_mask, batch.input_ids.shape)
 
         for _ in whole_model_gradients(runner, begin):
             pass
@@ -362,6 +362,10 @@ def test_an_error_leaves_flags_and_blocks_as_they_were(place):
 # trimming and clipping -----------------------------------------------------------------------------------------
 
 
+def scales_of(g, trim, clip):
+    return token_scales(g.norm(dim=-1), trim, clip)
+
+
 def scales_by_a_loop(g, trim, clip):
     windows, tokens, _ = g.shape
     cut = int(tokens * trim)
@@ -381,7 +385,7 @@ def test_trimming_and_clipping_against_a_loop(trim, clip):
     g = torch.randn(3, 21, 5, generator=torch.Generator().manual_seed(0))
     g[0] *= torch.logspace(-2, 2, 21)[:, None]
     expected = scales_by_a_loop(g, trim, clip)
-    torch.testing.assert_close(token_scales(g, trim, clip).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scales_of(g, trim, clip).double(), expected, rtol=1e-5, atol=1e-6)
     if clip == (0.7, 1.2):
         assert bool(((expected > 0) & ((expected - 1).abs() > 0.01)).any())
 
@@ -389,10 +393,10 @@ def test_trimming_and_clipping_against_a_loop(trim, clip):
 def test_gradients_that_are_zero_are_left_as_they_are():
     g = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
     g[0, 2] = 0
-    scales = token_scales(g, 0.0, (0.5, 2.0))
+    scales = scales_of(g, 0.0, (0.5, 2.0))
     assert float(scales[0, 2]) == 1
     assert bool(torch.isfinite(scales).all())
-    assert bool((token_scales(torch.zeros(2, 5, 3), 0.0, (0.5, 2.0)) == 1).all())
+    assert bool((scales_of(torch.zeros(2, 5, 3), 0.0, (0.5, 2.0)) == 1).all())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -123,7 +123,7 @@ def test_without_any_compression_in_a_model(name):
     with runner.session():
         runner.embed([Batch(ids)])
         with collector:
-            runner.step(0, lambda batch: collector.begin(batch.attention_mask))
+            runner.step(0, lambda batch: collector.begin(batch.attention_mask, batch.input_ids.shape))
     assert set(collector.sums) == set(layers)
     for path, layer in layers.items():
         w, x = weight_of(layer).detach().double(), seen[path].double()
@@ -140,7 +140,7 @@ def test_windows_of_every_layer_are_stacked(name):
     with runner.session():
         runner.embed([Batch(torch.arange(60).reshape(5, 12))])
         with collector:
-            runner.step(0, lambda batch: collector.begin(batch.attention_mask))
+            runner.step(0, lambda batch: collector.begin(batch.attention_mask, batch.input_ids.shape))
     assert {path: s.inputs.count for path, s in collector.sums.items()} == dict.fromkeys(layers, 3 * 12)
 
 

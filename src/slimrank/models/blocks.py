@@ -7,6 +7,7 @@ that each block can be called alone with just those arguments.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def check_sequential(model: nn.Module, path: str, blocks: nn.ModuleList, ids: Te
         )
 
 
-class Patched:
+class Patched(ABC):
     """Another forward in every block, for the time of its context; a subclass says which in `stand_in`."""
 
     def __init__(self, blocks: nn.ModuleList) -> None:
@@ -189,9 +190,9 @@ class Patched:
             if own is not None:
                 block.forward = own
 
+    @abstractmethod
     def stand_in(self, index: int) -> Callable[..., Any]:
         """What block `index` does instead of its own forward."""
-        raise NotImplementedError
 
 
 class _Recorder(Patched):

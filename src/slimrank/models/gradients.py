@@ -40,7 +40,8 @@ def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
     losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none")
     if batch.attention_mask is None:
         return losses.sum()
-    return (losses * batch.attention_mask[:, 1:].to(losses).flatten()).sum()
+    mask = batch.attention_mask.to(losses)
+    return (losses * (mask[:, 1:] * mask[:, :-1]).flatten()).sum()
 
 
 class _Bypass(Patched):

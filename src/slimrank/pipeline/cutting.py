@@ -141,10 +141,16 @@ class _Refinement:
             self.cutter.cut_block(index)
             tensors, about = self.stage.load(f"refined-{index:04d}")
             for target in self._factored(index):
+                if target.path not in about:
+                    self._not_refined(target)
+                    continue
                 self._put(target, {k: tensors.get(f"{target.path}.{k}") for k in ("A", "B", "bias")})
                 self.cutter.done.rows[target.path]["refined"] = about[target.path]
             self._let_go(index)
             self.job.progress.step()
+
+    def _not_refined(self, target: Target) -> None:
+        self.cutter.done.notes.append(f"{target.path}: no calibration token reached this layer: not refined")
 
     def _let_go(self, index: int) -> dict[str, nn.Module]:
         """The original layers of a block, tied ones of other blocks' targets included; nobody keeps them after this."""
@@ -166,7 +172,7 @@ class _Refinement:
         about: dict[str, Any] = {}
         for target in targets:
             if target.path not in sums:
-                self.cutter.done.notes.append(f"{target.path}: no calibration token reached this layer: not refined")
+                self._not_refined(target)
                 continue
             weight = weight_of(originals[target.path]).to(self.job.solver)
             new, about[target.path] = self._refined(target, weight, sums[target.path])

@@ -6,9 +6,10 @@ for gradients of a resident model, batch after batch through the whole model.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,7 @@ def decompose(job: Job, stage: Stage) -> None:
         _Backwards(job, stage).walk()
 
 
-class _Walk:
+class _Walk(ABC):
     """What all three ways share: collectors, units that wait for their last member, and the store."""
 
     def __init__(self, job: Job, stage: Stage) -> None:
@@ -51,9 +52,9 @@ class _Walk:
         self.leaders: dict[str, str] = {}
         self.waiting = list(job.units)
 
+    @abstractmethod
     def walk(self) -> None:
         """Do all of it."""
-        raise NotImplementedError
 
     def collector(self, targets: Iterable[Target]) -> Collector:
         """A collector for some targets of a block."""
@@ -222,28 +223,15 @@ class _WholeModel(_Walk):
                 for collector in collectors:
                     collector.begin(batch.attention_mask, batch.input_ids.shape)
 
-            with _all(collectors):
+            with ExitStack() as stack:
+                for collector in collectors:
+                    stack.enter_context(collector)
                 for _ in whole_model_gradients(runner, begin):
                     job.progress.step()
             for index, collector in enumerate(collectors):
                 self.take(collector)
                 self.solve_ready(index, set(range(index + 1)))
                 job.progress.step()
-
-
-class _all:  # noqa: N801 (reads as a word)
-    """Several contexts as one."""
-
-    def __init__(self, contexts: Iterable[Any]) -> None:
-        self.contexts = list(contexts)
-
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in self.contexts:
-            context.__exit__(*error)
 
 
 def alone(targets: Iterable[Target]) -> frozenset[str]:

@@ -170,8 +170,7 @@ class Collector:
     def _add_row(self, path: str, mine: LayerStatistics, g: Tensor) -> None:
         """Add output gradients, trimmed and clipped, or remember by how much for when their pull-back comes."""
         norms = torch.linalg.vector_norm(g, dim=-1, dtype=torch.float32)
-        whole = g.dim() == 3
-        scales = token_scales(norms, self.gathering.trim, self.gathering.clip) if whole else torch.ones_like(norms)
+        scales = self._token_scales(norms)
         if self._pulls(mine):
             self._scales[path] = scales
             mine.gradient_energy += float(all_tokens((scales * norms)[..., None], self._mask).double().square().sum())
@@ -179,6 +178,18 @@ class Collector:
             mine.gradients = mine.gradients or GramSum.empty(mine.shape[0], self.device)
             rows = all_tokens(g * scales[..., None], self._mask)
             self._check(path, mine.gradients.add(rows), "gradients")
+
+    def _token_scales(self, norms: Tensor) -> Tensor:
+        """`token_scales` over the real tokens of each window (windows x tokens); 1 for tokens without windows."""
+        trim, clip = self.gathering.trim, self.gathering.clip
+        if norms.dim() != 2:
+            return torch.ones_like(norms)
+        if self._mask is None or self._mask.shape != norms.shape:
+            return token_scales(norms, trim, clip)
+        scales = torch.zeros_like(norms)
+        for row, keep in enumerate(self._mask.to(norms.device, torch.bool)):
+            scales[row, keep] = token_scales(norms[row : row + 1, keep], trim, clip)[0]
+        return scales
 
     def _add_pulled(self, path: str, pulled: Tensor) -> None:
         mine = self.statistics[path]
@@ -192,7 +203,8 @@ class Collector:
             mine.weight_squares = squares if mine.weight_squares is None else mine.weight_squares + squares
             self._check(path, bool(torch.isfinite(squares).all()), "gradients")
         if "gradients" in self.gathering.needs:
-            mine.samples = mine.samples or SampleGradients(self.gathering.accumulate)
+            if mine.samples is None:  # not `or`: to ask an object for its length closes its open sample
+                mine.samples = SampleGradients(self.gathering.accumulate)
             self._check(path, bool(torch.isfinite(g).all()), "gradients")
             mine.samples.add(g.float().to(self.device), x.float().to(self.device))
 

@@ -140,6 +140,8 @@ class StreamCollector:
     def _tokens(self, x: Tensor) -> Tensor:
         """Real tokens, or means over `stack` windows, position by position."""
         x = as_windows(x, self._shape)
-        if self.stack == 1 or x.dim() != 3 or self._mask is not None:
+        if self.stack == 1 or x.dim() != 3:
             return all_tokens(x, self._mask)
+        if self._mask is not None:
+            raise ValueError("stack_of_batch averages windows position by position: they must not be padded")
         return torch.cat([part.mean(dim=0) for part in x.split(self.stack)])
