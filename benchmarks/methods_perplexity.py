@@ -32,9 +32,9 @@ REFINED = {
         ("regress self", "regress", {"anchor": 0}),
         ("regress mixture 0.5", "regress", {"anchor": 0.5}),
         ("regress anchored", "regress", {"anchor": 1}),
-        ("ada_comp 1", "ada_comp", {"iterations": 1}),
-        ("ada_comp 3", "ada_comp", {"iterations": 3}),
-        ("ada_comp 15", "ada_comp", {"iterations": 15}),
+        ("ada_comp 1", "ada_comp", {"iterations": 1, "anchor": 0.5}),
+        ("ada_comp 3", "ada_comp", {"iterations": 3, "anchor": 0.5}),
+        ("ada_comp 15", "ada_comp", {"iterations": 15, "anchor": 0.5}),
     ]
 }
 VARIANTS = {

@@ -93,7 +93,6 @@ def test_the_example_of_an_own_method(folder, capsys):
 def test_every_method_has_a_page():
     from slimrank.allocate.registry import ALLOCATORS
     from slimrank.decompose.registry import DECOMPOSERS
-
     from slimrank.refine.registry import REFINERS
 
     assert {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} == set(DECOMPOSERS.all())

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from observed import (
     METRICS,
@@ -21,6 +22,8 @@ from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.linalg.cost import max_pair_rank
 from slimrank.linalg.forms import Metric
 from slimrank.linalg.lowrank import solve
+from slimrank.statistics.collector import Collector
+from slimrank.statistics.needs import Gathering
 from slimrank.statistics.sums import SampleGradients, weight_gradient_squares
 
 SHAPES = [(12, 12), (8, 20), (20, 8)]
@@ -390,6 +393,22 @@ def test_dobi_truncates_small_batches_in_proportion(tokens, rank, expected):
     close(projector @ projector, projector)
     u = batch_bases(observed, expected)[0]
     close(projector, u @ u.t(), 1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("m, n", SHAPES)
+def test_dobi_hands_on_truncated_outputs(m, n, bias):
+    """The next layer reads the best approximation of W X at the planned rank, with the bias as it was."""
+    layer = nn.Linear(n, m, bias=bias, dtype=torch.float64).requires_grad_(False)
+    x = random(2, 16, n, seed=1)
+    gathering, cpu = Gathering(needs={"projectors", "rank"}), torch.device("cpu")
+    with Collector({"layer": layer}, gathering, cpu, ranks={"layer": 3}) as collector:
+        collector.begin(None)
+        y = layer(x)
+    u, s, vt = torch.linalg.svd(x.reshape(-1, n) @ layer.weight.t(), full_matrices=False)
+    expected = u[:, :3] * s[:3] @ vt[:3] + (layer.bias if bias else 0)
+    close(y.reshape(-1, m), expected, 1e-7)
+    assert float((layer(x) - y).abs().max()) > 1e-3
 
 
 def test_dobi_does_not_depend_on_the_energy_of_batches():

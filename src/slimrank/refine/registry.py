@@ -25,7 +25,7 @@ class Following(BaseModel):
         float,
         Field(ge=0, le=1, description="1: outputs of the original model are the target; 0: those of the original "
               "weight on the compressed model's inputs (self); between: a mixture."),
-    ] = 1.0  # fmt: skip
+    ] = 0.5  # fmt: skip
     ridge: Annotated[
         float, Field(ge=0, description="Pull towards the original weight, in units of the mean input energy.")
     ] = 1e-3
