@@ -41,12 +41,14 @@ def preview(
     coverage = targets.coverage
     itemsize = stored_dtype(bones).itemsize if made.dtype == "auto" else getattr(torch, made.dtype).itemsize
     method = DECOMPOSERS.get(made.method).configured(made.method_options)
-    refines = configured_refiner(made) is not None
+    refines = configured_refiner(made, method) is not None
     plan = make_plan(made, bones, targets, units_of(method, targets), itemsize)
     calibrates = method.gathering.calibrates or refines
     work = workload(
+        made,
         bones,
         targets,
+        method,
         calibration_tokens=made.samples * seq_len if calibrates else 0,
         evaluation_tokens=made.windows * seq_len if made.evaluation else 0,
     )
@@ -62,7 +64,6 @@ def preview(
         batch_tokens=made.batch_size * seq_len,
         resident=made.resident,
         upcast=device.type == "cpu",
-        backward=method.gathering.backward,
     )
     return {
         "plan": plan,
@@ -76,7 +77,7 @@ def preview(
         },
         "coverage": {**asdict(coverage), "of_matrices": coverage.of_matrices},
         "kinds": _kinds(plan),
-        "seconds": stage_seconds(work, measure_machine(device), method.gathering.backward, refines),
+        "seconds": stage_seconds(work, measure_machine(device)),
         "peak_memory": memory,
     }
 

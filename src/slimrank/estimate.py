@@ -32,6 +32,11 @@ class Workload:
         head: parameters of the output head.
         calibration_tokens: tokens of calibration (0 for a method that needs none).
         evaluation_tokens: tokens of one perplexity measurement (0 for none).
+        gathers: whether the method gathers statistics at all.
+        backward: whether it needs gradients.
+        refines: whether factors are refined after the cut.
+        solves: eigen-problems per weight.
+        samples: weight gradients held per weight (0 for a method that needs none).
     """
 
     targets: tuple[Target, ...]
@@ -39,6 +44,11 @@ class Workload:
     head: int
     calibration_tokens: int
     evaluation_tokens: int
+    gathers: bool = True
+    backward: bool = False
+    refines: bool = False
+    solves: int = 1
+    samples: int = 0
 
 
 def measure_machine(device: torch.device) -> Machine:
@@ -54,31 +64,25 @@ def measure_machine(device: torch.device) -> Machine:
     return Machine(*rates)
 
 
-def stage_seconds(work: Workload, machine: Machine, backward: bool = False, refines: bool = False) -> dict[str, float]:
-    """Predicted seconds of each stage, in order.
-
-    Args:
-        work: what is to be computed.
-        machine: how fast.
-        backward: calibration goes backwards, too: each block forwards twice and backwards once, the head thrice.
-        refines: factors are refined after the cut.
-    """
-    evaluate = 2 * work.evaluation_tokens * (work.matrices + work.head) / machine.float32
-    calibrate = 2.0 * work.calibration_tokens * work.matrices
-    if work.calibration_tokens:
-        calibrate += 2 * GRAM_SHARE * work.calibration_tokens * sum(n * n for n in group_widths(work.targets))
-    if backward:
-        calibrate = 2.2 * calibrate + work.calibration_tokens * (2.5 * work.matrices + 6 * work.head)
+def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
+    """Predicted seconds of each stage, in order."""
+    evaluate = 2 * work.evaluation_tokens * (work.matrices + work.head)
+    forward = 2.0 * work.calibration_tokens * work.matrices
+    grams = 2 * GRAM_SHARE * work.calibration_tokens * sum(n * n for n in group_widths(work.targets))
+    calibrate = (forward + grams) if work.gathers else 0.0
+    if work.backward:  # each block forwards twice and backwards once, the head thrice; grams on both sides
+        calibrate = 3.2 * forward + 2.2 * grams + 6 * work.calibration_tokens * work.head
+        calibrate += 12 * work.samples * sum(t.parameters * sum(t.shape) for t in work.targets)
     decompose = sum(_solve_flops(*t.shape) for t in work.targets)
+    cutting = decompose / 4 / machine.float64
+    if work.refines:
+        cutting += (3 * forward + 4 * grams) / machine.float32 + decompose / machine.float64
     stored = 4 * sum(t.parameters for t in work.targets)
-    cutting = 2 * decompose / 8 / machine.float64
-    if refines:
-        cutting += 3 * calibrate / machine.float32 + decompose / machine.float64
     return {
-        "measure the original": evaluate,
-        "calibrate and decompose": calibrate / machine.float32 + decompose / machine.float64,
-        "cut and refine factors" if refines else "cut factors": cutting,
-        "measure the result": evaluate,
+        "measure the original": evaluate / machine.float32,
+        "calibrate and decompose": calibrate / machine.float32 + work.solves * decompose / machine.float64,
+        "cut and refine factors" if work.refines else "cut factors": cutting,
+        "measure the result": evaluate / machine.float32,
         "write": stored / 1e9,
     }
 
@@ -92,7 +96,6 @@ def peak_bytes(
     batch_tokens: int,
     resident: bool,
     upcast: bool,
-    backward: bool = False,
 ) -> int:
     """Predicted peak memory of the process, in bytes.
 
@@ -105,7 +108,6 @@ def peak_bytes(
         batch_tokens: tokens that run through a block at a time.
         resident: the whole model is on the device at once.
         upcast: blocks are computed in float32.
-        backward: calibration goes backwards, too.
     """
     blocks = {t.block for t in work.targets}
     compute = 4 if upcast else itemsize
@@ -114,13 +116,17 @@ def peak_bytes(
     hidden = work.calibration_tokens * width * compute
     first = [t for t in work.targets if t.block == min(blocks)]
     widest = max(max(t.shape) for t in work.targets)
-    grams = sum(12 * n * n for n in group_widths(first)) if work.calibration_tokens else 0
+    grams = sum(12 * n * n for n in group_widths(first)) if work.gathers else 0
     solving = 8 * 5 * widest * min(widest, max(min(t.shape) for t in work.targets))
-    activations = (16 if backward else 6) * batch_tokens * widest * compute
-    if backward:
-        hidden, grams = 2 * hidden, 3 * grams
-        activations = max(len(blocks) * activations if resident else activations, 16 * logits)
+    activations = (16 if work.backward else 6) * batch_tokens * widest * compute
+    if work.backward:
+        hidden, grams = 2 * hidden, 3 * grams + 4 * work.samples * sum(t.parameters for t in first)
+        if resident:
+            grams, activations = len(blocks) * grams, len(blocks) * activations
+        activations = max(activations, 16 * logits)
     calibrating = copies + hidden + grams + solving + activations
+    if work.refines:
+        calibrating = max(calibrating, copies + 3 * hidden + 3 * sum(8 * n * n for n in group_widths(first)) + solving)
     evaluating = 12 * logits if work.evaluation_tokens else 0
     return LIBRARIES + total * itemsize + max(calibrating, evaluating)
 

@@ -43,14 +43,11 @@ def validated(model: type[BaseModel], given: Mapping[str, Any], owner: str) -> B
         return model.model_validate(dict(given))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        name = str(first["loc"][0])
+        about = table(model)[name]
         message = f"{first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
-        raise RecipeError(f"option {where} of {owner}: {message}", described(model)) from error
-
-
-def described(model: type[BaseModel]) -> str:
-    """The options of a method in one line, with defaults."""
-    return ", ".join(f"{name}={field.default}" for name, field in model.model_fields.items())
+        hint = f"{name}: {about['range']}; {about['default']} by default"
+        raise RecipeError(f"option {name} of {owner}: {message}", hint) from error
 
 
 def table(model: type[BaseModel]) -> dict[str, dict[str, Any]]:

@@ -42,17 +42,29 @@ class Unit:
         return {t.block for t in self.targets}
 
 
-def configured_refiner(recipe: Recipe) -> ConfiguredRefiner | None:
+def configured_refiner(recipe: Recipe, method: Configured) -> ConfiguredRefiner | None:
     """The refiner that the recipe names, with its options.
 
     Raises:
-        RecipeError: an unknown refiner or option, a value out of range, or options without a refiner.
+        RecipeError: an unknown refiner or option, a value out of range, options without a refiner, or a refiner that
+            does not go with the method or the batch size.
     """
-    if recipe.refine is not None:
-        return REFINERS.get(recipe.refine).configured(recipe.refine_options)
-    if recipe.refine_options:
-        raise RecipeError("refine_options are given, but no refiner.", "--refine update, regress or ada_comp")
-    return None
+    if recipe.refine is None:
+        if recipe.refine_options:
+            raise RecipeError("refine_options are given, but no refiner.", "--refine update, regress or ada_comp")
+        return None
+    refiner = REFINERS.get(recipe.refine).configured(recipe.refine_options)
+    if refiner.refiner.changes_a and method.method.groups:
+        raise RecipeError(
+            f"the refiner '{recipe.refine}' changes factors that '{recipe.method}' shares between layers.",
+            "--refine update leaves them alone",
+        )
+    if refiner.following.stack_of_batch > recipe.batch_size:
+        raise RecipeError(
+            f"stack_of_batch averages windows of one batch; a batch has {recipe.batch_size}.",
+            f"--batch-size {refiner.following.stack_of_batch}",
+        )
+    return refiner
 
 
 def units_of(method: Configured, targets: TargetSet) -> list[Unit]:
@@ -106,13 +118,27 @@ def make_plan(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence[Un
     return RankPlan.build({path: every[path] for path in shapes}, shapes, allocator.id, budget, shares)
 
 
-def workload(model: Any, targets: TargetSet, calibration_tokens: int, evaluation_tokens: int) -> Workload:
+def workload(
+    recipe: Recipe,
+    model: Any,
+    targets: TargetSet,
+    method: Configured,
+    calibration_tokens: int,
+    evaluation_tokens: int,
+) -> Workload:
     """What a compression of the model will compute."""
     head = model.get_output_embeddings()
+    gathering = method.gathering
+    batches = -(-recipe.samples // recipe.batch_size)
     return Workload(
         targets=targets.targets,
         matrices=targets.coverage.matrices,
         head=parameters_of(head) if head is not None else 0,
         calibration_tokens=calibration_tokens,
         evaluation_tokens=evaluation_tokens,
+        gathers=gathering.calibrates,
+        backward=gathering.backward,
+        refines=recipe.refine is not None,
+        solves={"once": 1, "twice": 2, "per batch": 1 + batches}[method.method.solves],
+        samples=-(-recipe.samples // gathering.accumulate) if "gradients" in gathering.needs else 0,
     )

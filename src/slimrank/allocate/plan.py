@@ -91,6 +91,9 @@ class RankPlan(BaseModel):
             PlanError: unknown or missing targets, other shapes, impossible ranks, or more than the budget.
         """
         shares = shares or {}
+        missing = [path for path in shapes if path not in self.targets]
+        if missing:
+            raise PlanError(f"the plan lacks {len(missing)} targets, e.g. '{missing[0]}'.", _MAKE)
         for path, target in self.targets.items():
             if path not in shapes:
                 raise PlanError(f"the plan names '{path}', which is no target of the model.", nearest(path, shapes))
@@ -106,13 +109,11 @@ class RankPlan(BaseModel):
                 )
             if target.shares and target.rank != self.targets[target.shares].rank:
                 raise PlanError(f"'{path}' has another rank than '{target.shares}', whose factor it shares.", _SAME)
-            shared = path in shares or path in shares.values()
-            largest = target.shape[1] if shared else min(target.shape)
+            leader = shares.get(path, path)
+            rows = sum(shapes[p][0] for p in (leader, *(p for p in shares if shares[p] == leader)))
+            largest = min(rows, target.shape[1])
             if target.rank != "dense" and not 1 <= target.rank <= largest:
                 raise PlanError(f"rank {target.rank} of '{path}' is outside 1..{largest}.", 'or "dense"')
-        missing = [path for path in shapes if path not in self.targets]
-        if missing:
-            raise PlanError(f"the plan lacks {len(missing)} targets, e.g. '{missing[0]}'.", _MAKE)
         if self.budget is not None and self.parameters > self.budget:
             raise PlanError(
                 f"the plan stores {self.parameters:,} parameters, over its budget of {self.budget:,}.",

@@ -49,7 +49,7 @@ def _listed() -> dict[str, list[dict[str, Any]]]:
         ],
         "refine": [
             {
-                "id": r.id, "title": r.title, "pass": "forward", "needs": [],
+                "id": r.id, "title": r.title, "pass": "forward", "needs": ["gram"],
                 "cost": "two or three passes block by block",
                 "paper": r.paper, "options": table(r.options),
             }

@@ -234,6 +234,11 @@ def recipe_options(
     given = {name: value for name, value in flags.items() if value is not None and value is not False and value != []}
     if any(name in given for name in BUDGETS):
         options = {name: value for name, value in options.items() if name not in BUDGETS}
+    for which, extra in (("method", "method_options"), ("refine", "refine_options")):
+        if given.get(which, options.get(which)) == options.get(which) and extra in options:
+            given[extra] = {**options[extra], **given.get(extra, {})}
+        elif extra in options:
+            given.setdefault(extra, {})
     merged = {**options, **given}
     if no_eval:
         merged["evaluation"] = None

@@ -36,7 +36,7 @@ def _group_of(member: Member, layers: int, within: bool, share: tuple[str, ...])
     parent, _, name = member.path.rpartition(".")
     if not any(fnmatchcase(name, pattern) for pattern in share):
         return member.path
-    inner = parent.split(f".{member.block}.", 1)[-1]  # "self_attn" of "model.layers.3.self_attn"
+    inner = f"{parent}.".split(f".{member.block}.", 1)[-1]  # "self_attn." of "model.layers.3.self_attn"
     return (member.block // layers, inner, member.shape[1]) if within else (
         member.block // layers, inner, name, member.shape
     )  # fmt: skip

@@ -14,10 +14,10 @@ from slimrank.linalg.lowrank import Spectrum, solve
 from slimrank.statistics.layer import LayerStatistics
 
 Mu = Annotated[
-    Annotated[float, Field(ge=0)] | Literal["adaptive"],
+    Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["adaptive"],
     Field(description="Weight of the plain error, in units of the mean input energy; or adaptive."),
 ]
-Mu0 = Annotated[float, Field(gt=0, description="Strength of the adaptive weight.")]
+Mu0 = Annotated[float, Field(gt=0, allow_inf_nan=False, description="Strength of the adaptive weight.")]
 
 
 @decomposer(
@@ -25,6 +25,7 @@ Mu0 = Annotated[float, Field(gt=0, description="Strength of the adaptive weight.
     title="COALA: the least change of the output, plus that of the weight",
     paper="Parkina and Rakhuba, COALA, arXiv 2507.07580",
     needs={"column", "rank"},
+    solves="twice",
     cost="two eigen-decompositions per weight where mu is adaptive, one elsewhere",
 )
 def coala(weight: Tensor, statistics: LayerStatistics, *, mu: Mu = "adaptive", mu0: Mu0 = 1.0) -> Spectrum:

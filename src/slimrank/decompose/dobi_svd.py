@@ -16,6 +16,7 @@ from slimrank.statistics.truncation import column_basis
     title="Dobi-SVD: the projector nearest to those on each batch's leading outputs",
     paper="Wang et al., Dobi-SVD, arXiv 2502.02723",
     needs={"projectors", "rank"},
+    solves="per batch",
     cost="one eigen-decomposition per weight and batch: the slowest",
 )
 def dobi_svd(weight: Tensor, statistics: LayerStatistics) -> Spectrum:
@@ -30,4 +31,4 @@ def dobi_svd(weight: Tensor, statistics: LayerStatistics) -> Spectrum:
     values, vectors, notes = descending_eigen(statistics.projector.to(weight.device))
     tall = weight.shape[0] > weight.shape[1]
     basis = column_basis(weight) @ vectors if tall else vectors
-    return Spectrum(values.clamp(min=0).sqrt(), basis, "out", notes=notes)
+    return Spectrum(values.clamp(min=0).sqrt(), basis, "out", notes=(*statistics.notes, *notes))

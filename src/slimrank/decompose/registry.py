@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, create_model
 
@@ -24,6 +24,7 @@ class Member(NamedTuple):
     block: int
 
 
+Solves = Literal["once", "twice", "per batch"]
 Grouping = Callable[..., Sequence[Sequence[str]]]
 
 
@@ -38,6 +39,7 @@ class Decomposer:
         cost: one line for people, besides the pass that its needs take.
         needs: the statistics it asks for.
         solve: (weight m x n, LayerStatistics, **options) -> Spectrum. Pure; any device.
+        solves: how often it solves for a weight, for the forecast of time.
         groups: (members, **options) -> paths that share one factor A, for methods that do that; None for the others.
         options: their names, types, ranges and defaults, gathering settings included.
     """
@@ -48,6 +50,7 @@ class Decomposer:
     cost: str
     needs: frozenset[Need]
     solve: Solve
+    solves: Solves
     groups: Grouping | None
     options: type[BaseModel]
 
@@ -102,6 +105,7 @@ def decomposer(
     paper: str,
     needs: Iterable[Need] = (),
     cost: str = "one eigen-decomposition per weight, on its smaller side",
+    solves: Solves = "once",
     groups: Grouping | None = None,
 ) -> Callable[[Solve], Solve]:
     """Register the decorated function as the decomposer `id`.
@@ -115,6 +119,7 @@ def decomposer(
         paper: where it comes from.
         needs: the statistics it asks for, see `slimrank.statistics.needs.NEEDS`.
         cost: one line for people, besides the pass that the needs take.
+        solves: once for each weight, twice, or once for each batch as well.
         groups: for a method whose targets share a factor: which of them do.
 
     Raises:
@@ -127,7 +132,7 @@ def decomposer(
 
     def register(solve: Solve) -> Solve:
         options = create_model(id, __base__=options_of(solve), **_settings(asked))
-        DECOMPOSERS.add(Decomposer(id, title, paper, cost, asked, solve, groups, options))
+        DECOMPOSERS.add(Decomposer(id, title, paper, cost, asked, solve, solves, groups, options))
         return solve
 
     return register

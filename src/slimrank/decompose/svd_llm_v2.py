@@ -15,6 +15,7 @@ from slimrank.statistics.layer import LayerStatistics
     title="SVD-LLM V2: svd_llm with the eigen-root of the gram in the place of its Cholesky factor",
     paper="Wang et al., SVD-LLM V2, arXiv 2503.12340",
     needs={"column"},
+    cost="two eigen-decompositions per tall weight, one per other",
 )
 def svd_llm_v2(weight: Tensor, statistics: LayerStatistics) -> Spectrum:
     """Minimise || (W - W') X ||_F, as svd_llm does, with the root Q Lambda^(1/2) of X X^T (Theorem 3.1).

@@ -12,7 +12,9 @@ from slimrank.linalg.eigen import descending_eigen
 from slimrank.linalg.symmetric import congruence
 
 RootKind = Literal["cholesky", "eigen", "pseudo"]
-PSEUDO_TOLERANCE = 1e-10  # of the largest eigenvalue, below which "pseudo" takes an eigenvalue for zero
+PSEUDO_TOLERANCE = (
+    1e-6  # of the largest eigenvalue, below which "pseudo" takes one for zero; sums of float32 products err by 1e-7
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def make_root(c: Tensor | None, kind: RootKind) -> Root:
     Args:
         c: positive semidefinite.
         kind: "cholesky" where c is numerically positive definite, else "eigen"; "eigen": Q Lambda^(1/2), eigenvalues
-            below eps n lambda_max raised to that floor; "pseudo": the same with eigenvalues below 1e-10 lambda_max
+            below eps n lambda_max raised to that floor; "pseudo": the same with eigenvalues below 1e-6 lambda_max
             taken for zero, in R and in its pseudo-inverse.
 
     c is never shifted by its smallest eigenvalue: one massive activation makes that shift thousands of times larger

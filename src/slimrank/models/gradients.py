@@ -173,6 +173,8 @@ def check_differentiable(model: nn.Module) -> None:
         with evaluating(model), frozen(model), _differentiable_embeddings(model) as embedded, torch.enable_grad():
             loss = next_token_loss(_logits(model, batch, device), batch)
             torch.autograd.grad(loss, embedded[0])
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, IndexError, AttributeError) as error:  # NotImplementedError is a RuntimeError
         raise ModelError(
             f"no gradients pass through {type(model).__name__}: {error}",

@@ -125,6 +125,8 @@ class _Refinement:
             first = int(self.stage.load("streams")[1]["next"]) if self.stage.has("streams") else 0
             runner.embed(job.batches())
             self.compressed = list(runner.hidden)
+            if not self.anchor:
+                runner.hidden = []
             if first:
                 job.progress.note(f"resuming at block {first} of {len(runner)}")
                 self._take_up(first)
@@ -171,7 +173,7 @@ class _Refinement:
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {}
         for target in targets:
-            if target.path not in sums:
+            if target.path not in sums or sums[target.path].inputs.count == 0:
                 self._not_refined(target)
                 continue
             weight = weight_of(originals[target.path]).to(self.job.solver)

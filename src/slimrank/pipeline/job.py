@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimrank._version import __version__
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.registry import ALLOCATORS
 from slimrank.decompose.registry import DECOMPOSERS, Configured
@@ -60,17 +61,7 @@ class Job:
     def __init__(self, recipe: Recipe, progress: Progress, resumable: bool) -> None:
         self.recipe, self.progress, self.resumable = recipe, progress, resumable
         self.method: Configured = DECOMPOSERS.get(recipe.method).configured(recipe.method_options)
-        self.refiner = configured_refiner(recipe)
-        if self.refiner and self.refiner.refiner.changes_a and self.method.method.groups:
-            raise RecipeError(
-                f"the refiner '{recipe.refine}' changes factors that '{recipe.method}' shares between layers.",
-                "--refine update leaves them alone",
-            )
-        if self.refiner and self.refiner.following.stack_of_batch > recipe.batch_size:
-            raise RecipeError(
-                f"stack_of_batch averages windows of one batch; a batch has {recipe.batch_size}.",
-                f"--batch-size {self.refiner.following.stack_of_batch}",
-            )
+        self.refiner = configured_refiner(recipe, self.method)
         ALLOCATORS.get(recipe.allocation)
         self.device = resolve_device(recipe.device)
         self.solver = solving_device(self.device)
@@ -136,6 +127,7 @@ class Job:
             "resident": self.recipe.resident,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "slimrank": __version__,
         }
 
     def refinement_key(self) -> dict[str, Any]:
@@ -162,9 +154,9 @@ class Job:
 
     def announce(self) -> None:
         """Tell the progress which stages are coming, and how long each may take."""
-        work = workload(self.model, self.targets, self.texts.calibration_tokens, self.texts.evaluation_tokens)
-        backward, refines = self.method.gathering.backward, self.refiner is not None
-        self.progress.plan(stage_seconds(work, measure_machine(self.device), backward, refines))
+        tokens = self.texts.calibration_tokens, self.texts.evaluation_tokens
+        work = workload(self.recipe, self.model, self.targets, self.method, *tokens)
+        self.progress.plan(stage_seconds(work, measure_machine(self.device)))
 
     def batches(self) -> Sequence[Batch]:
         """The calibration windows in batches; none for a method that needs no text."""

@@ -27,7 +27,12 @@ class Following(BaseModel):
               "weight on the compressed model's inputs (self); between: a mixture."),
     ] = 0.5  # fmt: skip
     ridge: Annotated[
-        float, Field(ge=0, description="Pull towards the original weight, in units of the mean input energy.")
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="Pull towards the original weight, in units of the mean input energy.",
+        ),
     ] = 1e-3
     bias: Annotated[
         Literal["none", "existing", "all"],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.layers.dense import weight_of
-from slimrank.statistics.gradients import token_scales
+from slimrank.statistics.gradients import token_norms, token_scales
 from slimrank.statistics.layer import LayerStatistics, all_tokens, as_windows, window_tokens
 from slimrank.statistics.needs import Gathering
 from slimrank.statistics.sums import ChannelSums, GramSum, SampleGradients, weight_gradient_squares
@@ -96,7 +96,11 @@ class Collector:
                     f"leave it out: --ignore '{path}'",
                 )
             first = self.statistics[leader]
-            mine.inputs, mine.channels = first.inputs, first.channels
+            if leader != path and first.inputs is None and self._sums_inputs(path, mine):
+                self._add_gram(path, mine, all_tokens(x.detach(), self._mask))
+            else:
+                mine.inputs = first.inputs
+            mine.channels = first.channels
             return self._own_view(path, x, args) if self._pulls(mine) and x.requires_grad else None
 
         return observe
@@ -110,9 +114,8 @@ class Collector:
     def _add_inputs(self, path: str, mine: LayerStatistics, rows: Tensor) -> None:
         needs, n = self.gathering.needs, rows.shape[-1]
         finite = True
-        if "gram" in needs or ("column" in needs and not self._by_outputs(path, mine)):
-            mine.inputs = mine.inputs or GramSum.empty(n, self.device)
-            finite = mine.inputs.add(rows)
+        if self._sums_inputs(path, mine):
+            self._add_gram(path, mine, rows)
         if "channels" in needs:
             mine.channels = mine.channels or ChannelSums.empty(n, self.device)
             finite = mine.channels.add(rows) and finite
@@ -121,6 +124,14 @@ class Collector:
             finite = batch.add(rows) and finite
             self._batch_grams[path] = batch.gram
         self._check(path, finite, "inputs")
+
+    def _sums_inputs(self, path: str, mine: LayerStatistics) -> bool:
+        needs = self.gathering.needs
+        return "gram" in needs or ("column" in needs and not self._by_outputs(path, mine))
+
+    def _add_gram(self, path: str, mine: LayerStatistics, rows: Tensor) -> None:
+        mine.inputs = mine.inputs or GramSum.empty(rows.shape[-1], self.device)
+        self._check(path, mine.inputs.add(rows), "inputs")
 
     def _writes(self, path: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
@@ -140,8 +151,8 @@ class Collector:
         bias = getattr(module, "bias", None)
         rows = all_tokens(y if bias is None else y - bias, self._mask)
         mine.outputs = mine.outputs or GramSum.empty(mine.shape[0], self.device)
-        norms = torch.linalg.vector_norm(all_tokens(x, self._mask), dim=-1, dtype=torch.float32)
-        mine.input_energy += float(norms.double().square().sum())
+        norms = token_norms(all_tokens(x, self._mask))
+        mine.input_energy += float(norms.to(self.device, torch.float64).square().sum())
         self._check(path, mine.outputs.add(rows), "outputs")
 
     def _by_outputs(self, path: str, mine: LayerStatistics) -> bool:
@@ -169,11 +180,12 @@ class Collector:
 
     def _add_row(self, path: str, mine: LayerStatistics, g: Tensor) -> None:
         """Add output gradients, trimmed and clipped, or remember by how much for when their pull-back comes."""
-        norms = torch.linalg.vector_norm(g, dim=-1, dtype=torch.float32)
+        norms = token_norms(g)
         scales = self._token_scales(norms)
         if self._pulls(mine):
             self._scales[path] = scales
-            mine.gradient_energy += float(all_tokens((scales * norms)[..., None], self._mask).double().square().sum())
+            held = all_tokens((scales * norms)[..., None], self._mask).to(self.device, torch.float64)
+            mine.gradient_energy += float(held.square().sum())
         else:
             mine.gradients = mine.gradients or GramSum.empty(mine.shape[0], self.device)
             rows = all_tokens(g * scales[..., None], self._mask)

@@ -8,6 +8,11 @@ from torch import Tensor
 NEGLIGIBLE = 1e-10  # a gradient of smaller norm is left as it is
 
 
+def token_norms(vectors: Tensor) -> Tensor:
+    """Norms of token vectors (..., n), summed in float32 or better."""
+    return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.promote_types(vectors.dtype, torch.float32))
+
+
 def token_scales(norms: Tensor, trim: float, clip: tuple[float, float] | None) -> Tensor:
     """What to multiply each token's gradient with (windows x tokens), 0 for those left out.
 

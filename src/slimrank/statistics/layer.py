@@ -32,6 +32,7 @@ class LayerStatistics:
             in coordinates of an orthonormal basis of W's columns where m > n.
         rank: the planned rank; None where the target stays dense or nothing is planned yet.
         tokens: tokens seen.
+        notes: anything unusual met on the way, for the report.
     """
 
     shape: tuple[int, int]
@@ -48,6 +49,7 @@ class LayerStatistics:
     projector: Tensor | None = None
     rank: int | None = None
     tokens: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def gram(self) -> Tensor:

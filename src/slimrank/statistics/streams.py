@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimrank.errors import NonFiniteError
+from slimrank.errors import ModelError, NonFiniteError
 from slimrank.linalg.regression import Regression
 from slimrank.statistics.layer import all_tokens, as_windows
 from slimrank.statistics.sums import CHUNK, GramSum
@@ -43,7 +43,8 @@ class StreamSums:
         if self.cross is None:
             return finite
         for x, t in zip(inputs.split(CHUNK), wanted.split(CHUNK), strict=True):
-            self.cross += (t.float().t() @ x.float()).to(self.cross)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            self.cross += (t.to(wide).t() @ x.to(wide)).to(self.cross.device)
         return self.wanted.add(wanted) and finite
 
     def problem(self, weight: Tensor, centred: bool) -> Regression:
@@ -122,11 +123,16 @@ class StreamCollector:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             leader = next((name for known, name in self._seen if known is x), path)
-            if self._leaders.setdefault(path, leader) != path:
+            if self._leaders.setdefault(path, leader) != leader:
+                raise ModelError(
+                    f"the layer '{path}' reads the same tensor as '{leader}' in some batches only.",
+                    f"leave it out: --ignore '{path}'",
+                )
+            if leader != path:
                 self.sums[path] = self.sums[leader]
                 return
             self._seen.append((x, path))
-            wanted = x if self.anchor == 0 else torch.lerp(x, self._original[path].to(x), self.anchor)
+            wanted = self._wanted(path, x)
             if path not in self.sums:
                 self.sums[path] = StreamSums.empty(x.shape[-1], self.device, self.anchor == 0)
             if not self.sums[path].add(self._tokens(x), self._tokens(wanted)):
@@ -136,6 +142,18 @@ class StreamCollector:
                 )
 
         return observe
+
+    def _wanted(self, path: str, x: Tensor) -> Tensor:
+        """The mixture of what the layer reads in both models."""
+        if self.anchor == 0:
+            return x
+        original = self._original.get(path)
+        if original is None or original.shape != x.shape:
+            raise ModelError(
+                f"the layer '{path}' reads other tokens in the compressed model than in the original (experts?).",
+                "--refine-option anchor=0 does without the original",
+            )
+        return torch.lerp(x, original.to(x), self.anchor)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Real tokens, or means over `stack` windows, position by position."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -134,29 +135,48 @@ class SampleGradients:
     def row(self, column: Tensor) -> Tensor:
         """Sum of G_i V G_i^T (m x m) for a symmetric V (n x n)."""
         self._close()
-        parts = [d @ column @ d.t() for d in self._wide_dense(column)]
-        parts += [g.t() @ (x @ column @ x.t()) @ g for g, x in self._wide_tokens(column)]
-        return sum(parts[1:], parts[0])
+        total = column.new_zeros(self.shape[0], self.shape[0])
+        for dense in self.dense:
+            d = dense.to(column)
+            total += d @ column @ d.t()
+        for g, x in self._wide_tokens(column):
+            total += g.t() @ (x @ column @ x.t()) @ g
+        return total
 
     def column(self, row: Tensor) -> Tensor:
         """Sum of G_i^T Z G_i (n x n) for a symmetric Z (m x m)."""
         self._close()
-        parts = [d.t() @ row @ d for d in self._wide_dense(row)]
-        parts += [x.t() @ (g @ row @ g.t()) @ x for g, x in self._wide_tokens(row)]
-        return sum(parts[1:], parts[0])
+        total = row.new_zeros(self.shape[1], self.shape[1])
+        for dense in self.dense:
+            d = dense.to(row)
+            total += d.t() @ row @ d
+        for g, x in self._wide_tokens(row):
+            total += x.t() @ (g @ row @ g.t()) @ x
+        return total
 
-    def _wide_dense(self, like: Tensor) -> list[Tensor]:
-        return [d.to(like) for d in self.dense]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n); there must be a sample."""
+        if self.dense:
+            return self.dense[0].shape[0], self.dense[0].shape[1]
+        return self.tokens[0][0].shape[1], self.tokens[0][1].shape[1]
 
-    def _wide_tokens(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return [(g.to(like), x.to(like)) for g, x in self.tokens]
+    def _wide_tokens(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for g, x in self.tokens:
+            yield g.to(like), x.to(like)
 
 
 def weight_gradient_squares(g: Tensor, x: Tensor) -> Tensor:
-    """Column sums of the squares of g^T x (n, float64), from g (T x m) and x (T x n), by the cheaper of two ways."""
+    """Column sums of the squares of g^T x (n, float64), from g (T x m) and x (T x n), by the cheaper of two ways.
+
+    Gradients are scaled to 1 before they are squared: those of a long text would underflow in float32.
+    """
     t, m, n = len(g), g.shape[1], x.shape[1]
-    wide_g, wide_x = g.float(), x.float()
+    wide = torch.promote_types(g.dtype, torch.float32)
+    scale = float(g.abs().amax()) if t else 0.0
+    wide_g, wide_x = (g.to(wide) / scale if scale > 0 else g.to(wide)), x.to(wide)
     if t * (m + n) < m * n:
-        sums = ((wide_g @ wide_g.t() @ wide_x) * wide_x).double().sum(dim=0)
-        return sums.clamp(min=0)  # rounding, where gradients cancel
-    return (wide_g.t() @ wide_x).double().square().sum(dim=0)
+        sums = ((wide_g @ wide_g.t() @ wide_x) * wide_x).sum(dim=0).clamp(min=0)  # rounding, where gradients cancel
+    else:
+        sums = (wide_g.t() @ wide_x).square().sum(dim=0)
+    return sums.cpu().double() * scale**2

@@ -26,8 +26,12 @@ def truncate_output(mine: LayerStatistics, module: nn.Module, gram: Tensor, outp
     assert mine.rank is not None
     weight = weight_of(module).to(gram.device)
     full, tokens = min(mine.shape), output[..., 0].numel()
+    if tokens == 0:
+        return output
     rank = min(full, mine.rank) if tokens >= full else max(1, -(-mine.rank * tokens // full))
-    _, u = solve(weight, Metric.of(column=gram), rank=rank).factors(weight, rank)
+    leading = solve(weight, Metric.of(column=gram), rank=rank)
+    mine.notes = tuple(dict.fromkeys((*mine.notes, *leading.notes)))
+    _, u = leading.factors(weight, rank)
     coordinates = u if mine.shape[0] <= mine.shape[1] else column_basis(weight).t() @ u
     projector = coordinates @ coordinates.t()
     mine.projector = projector if mine.projector is None else mine.projector + projector
