@@ -282,6 +282,16 @@ def test_min_norm_is_svd_llm_where_inputs_have_full_rank(m, n):
         close(product(observed, solved("drone", observed, min_norm=True), rank), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("m, n", SHAPES)
+def test_min_norm_keeps_the_channels_beside_an_outlier(m, n, dtype):
+    """Seen by all tokens, if at 1e-7 of the energy of the one that is 3000 times larger."""
+    observed = observe({"gram"}, m, n, dtype=dtype, tokens=64, outlier=2)
+    for rank in (1, 4, min(m, n)):
+        expected = product(observed, solved("drone", observed), rank)
+        close(product(observed, solved("drone", observed, min_norm=True), rank), expected, 1e-2)
+
+
 # coala ---------------------------------------------------------------------------------------------------------
 
 

@@ -60,33 +60,53 @@ def make_root(c: Tensor | None, kind: RootKind) -> Root:
     Args:
         c: positive semidefinite.
         kind: "cholesky" where c is numerically positive definite, else "eigen"; "eigen": Q Lambda^(1/2), eigenvalues
-            below eps n lambda_max raised to that floor; "pseudo": the same with eigenvalues below 1e-6 lambda_max
-            taken for zero, in R and in its pseudo-inverse.
+            below eps n lambda_max raised to that floor; "pseudo": on the span of c only, zero beside it, with its
+            pseudo-inverse.
 
     c is never shifted by its smallest eigenvalue: one massive activation makes that shift thousands of times larger
     than the true smallest eigenvalue.
     """
     if c is None:
         return Root()
+    if kind == "pseudo":
+        return _diagonal_pseudo_root(c) if c.dim() == 1 else _pseudo_root(c)
     if c.dim() == 1:
-        return _eigen_root(None, c, kind, ())
+        return _eigen_root(None, c, ())
     if kind == "cholesky":
         factor, info = torch.linalg.cholesky_ex(c)
         if int(info) == 0:
             return Root(left=factor)
     values, vectors, notes = descending_eigen(c)
-    return _eigen_root(vectors, values, kind, notes)
+    return _eigen_root(vectors, values, notes)
 
 
-def _eigen_root(vectors: Tensor | None, values: Tensor, kind: RootKind, notes: tuple[str, ...]) -> Root:
+def _eigen_root(vectors: Tensor | None, values: Tensor, notes: tuple[str, ...]) -> Root:
     largest = values.amax().clamp(min=torch.finfo(values.dtype).tiny)
-    if kind == "pseudo":
-        kept = values > PSEUDO_TOLERANCE * largest
-        scale = torch.where(kept, values.clamp(min=0).sqrt(), 0)
-        return Root(vectors, scale, torch.where(kept, 1 / scale, 0), notes)
     floor = torch.finfo(values.dtype).eps * len(values) * largest
     clamped = int((values < floor).sum())
     if clamped:
         notes = (*notes, f"form is rank-deficient: {clamped} of {len(values)} eigenvalues raised to the floor")
     scale = values.clamp(min=floor).sqrt()
     return Root(vectors, scale, 1 / scale, notes)
+
+
+def _diagonal_pseudo_root(c: Tensor) -> Root:
+    scale = c.clamp(min=0).sqrt()
+    return Root(None, scale, _reciprocal(scale))
+
+
+def _pseudo_root(c: Tensor) -> Root:
+    """The span of c is told by its correlation matrix: a channel thousands of times the others hides none of them."""
+    deviation = c.diagonal().clamp(min=0).sqrt()
+    inverse = _reciprocal(deviation)
+    values, vectors, _ = descending_eigen(inverse[:, None] * c * inverse)
+    spanning = deviation[:, None] * vectors[:, values > PSEUDO_TOLERANCE * values[0]]
+    whole = torch.linalg.qr(spanning, mode="complete").Q
+    span, rest = whole[:, : spanning.shape[1]], whole[:, spanning.shape[1] :]
+    values, vectors, notes = descending_eigen(congruence(span.t(), c))
+    scale = torch.cat([values.clamp(min=0).sqrt(), values.new_zeros(rest.shape[1])])
+    return Root(torch.cat([span @ vectors, rest], dim=1), scale, _reciprocal(scale), notes)
+
+
+def _reciprocal(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, 1 / scale, 0)
