@@ -199,19 +199,26 @@ def _differentiable_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def whole_model_gradients(runner: BlockRunner, before: Callable[[Batch], None]) -> Iterator[None]:
-    """Run the model forwards and backwards batch by batch, nothing computed twice: for a model that is resident.
+    """Run the model forwards and backwards, nothing computed twice: for a model that is resident.
 
-    Memory is that of the activations of one batch in all blocks. Hooks see what they would in `step_back`.
+    Batches go through in parts whose logits are not too many; memory is that of the activations of one part in all
+    blocks. Hooks see what they would in `step_back`. Yields after every batch.
 
     Args:
         runner: in a resident session; need not have embedded anything.
-        before: called with each batch before the model runs on it.
+        before: called with each part before the model runs on it.
+
+    Raises:
+        NonFiniteError: the loss of a batch is NaN or infinite.
+        ModelError: the model gives no logits, or they do not depend on its blocks.
     """
     with frozen(runner.model), _differentiable_embeddings(runner.model) as embedded:
         for b, batch in enumerate(runner.batches):
-            before(batch)
-            with torch.enable_grad():
-                loss = next_token_loss(_logits(runner.model, batch, runner.device), batch)
-            check_loss(loss, runner.model, b)
-            torch.autograd.grad(loss, embedded[0])
+            for ids, mask, _ in _rows(batch, batch.input_ids, runner.model):
+                part = Batch(ids, mask)
+                before(part)
+                with torch.enable_grad():
+                    loss = next_token_loss(_logits(runner.model, part, runner.device), part)
+                check_loss(loss, runner.model, b)
+                torch.autograd.grad(loss, embedded[0])
             yield
