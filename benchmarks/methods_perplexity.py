@@ -94,6 +94,9 @@ def main():
     tokens = tokenise(read_source(args.test, "evaluation"), tokenizer)
     test = leading_windows(tokens, args.windows, args.seq_len, bos_of(tokenizer))
     results = json.loads(args.out.read_text()) if args.out.is_file() else {"rows": {}}
+    settings = {k: str(getattr(args, k)) for k in ("model", "text", "test", "samples", "seq_len", "windows")}
+    if results.setdefault("settings", settings) != settings:
+        sys.exit(f"{args.out} was measured with other settings: {results['settings']}")
     if "dense" not in results:
         results["dense"] = slimrank.perplexity(model, test).perplexity
     del model
