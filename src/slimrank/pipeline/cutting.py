@@ -218,8 +218,10 @@ class _Refinement:
         problem = sums.problem(weight, biased)
         a, b = (w.detach().to(weight.device, torch.float64) for w in (layer.A.weight, layer.B.weight))
         damped = problem.towards(weight, following.ridge)
-        stored_a = self.refiner.refine(damped, weight, a, b)[0].to(self.job.dtype)
-        stored_b = best_b(damped, stored_a).to(self.job.dtype)
+        new_a, new_b = self.refiner.refine(damped, weight, a, b)
+        stored_a = new_a.to(self.job.dtype)
+        cast = not torch.equal(stored_a.to(new_a), new_a)
+        stored_b = (best_b(damped, stored_a) if cast else new_b).to(self.job.dtype)
         product = stored_b.double() @ stored_a.double()
         bias = None
         if biased:
