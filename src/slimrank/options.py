@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -11,22 +11,30 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from slimrank.errors import RecipeError, nearest
 
 
-def options_of(function: Callable[..., Any]) -> type[BaseModel]:
-    """A model of the keyword-only parameters of a function: their annotations, ranges and defaults.
+def options_of(function: Callable[..., Any], settings: type[BaseModel], names: Iterable[str] = ()) -> type[BaseModel]:
+    """A model of the keyword-only parameters of a function, and of some settings: annotations, ranges and defaults.
+
+    Args:
+        function: the method.
+        settings: a model whose fields `names` are options of the method as well.
+        names: see above.
 
     Raises:
         TypeError: one of them has no default or no annotation.
     """
     hints = get_type_hints(function, include_extras=True)
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {
+        name: (settings.model_fields[name].annotation, settings.model_fields[name]) for name in names
+    }
+    own: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
         if name not in hints or parameter.default is inspect.Parameter.empty:
             raise TypeError(f"the option '{name}' of {function.__name__} needs an annotation and a default")
-        fields[name] = (hints[name], parameter.default)
+        own[name] = (hints[name], parameter.default)
     name = getattr(function, "__name__", "method")
-    return create_model(name, __config__=ConfigDict(frozen=True, extra="forbid"), **fields)
+    return create_model(name, __config__=ConfigDict(frozen=True, extra="forbid"), **{**own, **fields})
 
 
 def validated(model: type[BaseModel], given: Mapping[str, Any], owner: str) -> BaseModel:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel
 
 from slimrank.linalg.lowrank import Spectrum
 from slimrank.options import options_of, validated
@@ -131,15 +131,13 @@ def decomposer(
         raise ValueError(f"unknown needs {sorted(unknown)}; there are {sorted(NEEDS)}")
 
     def register(solve: Solve) -> Solve:
-        options = create_model(id, __base__=options_of(solve), **_settings(asked))
+        options = options_of(solve, Gathering, _settings(asked))
         DECOMPOSERS.add(Decomposer(id, title, paper, cost, asked, solve, solves, groups, options))
         return solve
 
     return register
 
 
-def _settings(needs: Iterable[Need]) -> dict[str, Any]:
-    """Fields of the gathering settings that steer these needs."""
-    names = [name for need in sorted(needs) for name in NEEDS[need].settings]
-    fields = Gathering.model_fields
-    return {name: (fields[name].annotation, fields[name]) for name in names}
+def _settings(needs: Iterable[Need]) -> list[str]:
+    """Names of the gathering settings that steer these needs."""
+    return [name for need in sorted(needs) for name in NEEDS[need].settings]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from slimrank.linalg.regression import Regression
@@ -101,12 +101,9 @@ def refiner(
     id: str, title: str, paper: str, changes_a: bool, settings: tuple[str, ...] = COMMON
 ) -> Callable[[Refine], Refine]:
     """Register the decorated function as the refiner `id`; its keyword-only parameters are its options."""
-    fields: dict[str, Any] = {
-        name: (Following.model_fields[name].annotation, Following.model_fields[name]) for name in settings
-    }
 
     def register(refine: Refine) -> Refine:
-        options = create_model(id, __base__=options_of(refine), **fields)
+        options = options_of(refine, Following, settings)
         REFINERS.add(Refiner(id, title, paper, changes_a, refine, options))
         return refine
 
