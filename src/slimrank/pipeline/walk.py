@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from slimrank.export.output import OutputFolder, need_space, write_manifest
-from slimrank.export.save import save_model, weight_bytes
-from slimrank.pipeline.cutting import cut
+from slimrank.export.save import mark_model, save_model, weight_bytes
+from slimrank.pipeline.cutting import Cut, Cutter
 from slimrank.pipeline.decomposing import decompose
 from slimrank.pipeline.job import CompressionResult, Job
+from slimrank.pipeline.refining import Refinement
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.report.record import Facts, build_record
 from slimrank.report.render import write_reports
-from slimrank.run import Run, remove_run
+from slimrank.run import Run, Stage, remove_run
 
 
 def compress(
@@ -60,7 +61,7 @@ def compress(
         before = job.measure_original(run)
         stage = run.stage(job.spectra_key())
         decompose(job, stage)
-        done = cut(job, stage, run.stage(job.refinement_key()) if job.refiner else None)
+        done = _cut(job, stage, run.stage(job.refinement_key()) if job.refiner else None)
         after = job.measure_result()
         facts = Facts(
             recipe=job.recipe, targets=job.targets, plan=job.plan, errors=done.rows, notes=[*job.notes, *done.notes],
@@ -77,6 +78,19 @@ def compress(
                 write_manifest(partial, record["provenance"])
                 write_reports(record, partial)
     return CompressionResult(job.model, job.tokenizer, job.plan, record, output.path if output else None)
+
+
+def _cut(job: Job, stage: Stage, refinement: Stage | None) -> Cut:
+    """Factors at the planned ranks in the place of the weights, refined where asked for."""
+    cutter = Cutter(job, stage)
+    try:
+        if refinement is not None:
+            Refinement(job, cutter, refinement).walk()
+        else:
+            cutter.walk()
+    finally:  # a model that is half cut says so too: saved as a native one it would load with random weights
+        mark_model(job.model)
+    return cutter.done
 
 
 @contextmanager
