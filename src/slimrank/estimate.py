@@ -76,7 +76,7 @@ def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
     decompose = sum(_solve_flops(*t.shape) for t in work.targets)
     cutting = decompose / 4 / machine.float64
     if work.refines:
-        cutting += (3 * forward + 4 * grams) / machine.float32 + decompose / machine.float64
+        cutting += (5 * forward + 4 * grams) / machine.float32 + decompose / machine.float64
     stored = 4 * sum(t.parameters for t in work.targets)
     return {
         "measure the original": evaluate / machine.float32,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from slimrank.layers.dense import weight_of
 from slimrank.layers.low_rank import LowRankLinear
 from slimrank.linalg.regression import best_b
+from slimrank.models.order import reading_order, run_until_read
 from slimrank.models.paging import page_out
 from slimrank.models.targets import Target
 from slimrank.pipeline.cutting import Cutter
@@ -23,8 +25,9 @@ from slimrank.statistics.streams import StreamCollector, StreamSums
 class Refinement:
     """Two streams of hidden states through the blocks: the original model's, and the compressed model's.
 
-    Each block runs once on the first (only where the target is anchored in it) and twice on the second: to gather
-    statistics with factors as they were cut, and to pass on what the refined factors give.
+    Layers of a block are solved for in the order in which they read, each with what the refined layers before it give
+    it: the block runs again for each stage, as far as the layers of that stage. In the end it runs on the second stream
+    once more, to pass on what the refined factors give. The first stream is there only where the target is anchored.
     """
 
     def __init__(self, job: Job, cutter: Cutter, stage: Stage) -> None:
@@ -82,30 +85,46 @@ class Refinement:
 
     def _block(self, index: int) -> None:
         self.cutter.cut_block(index)
-        targets = self._factored(index)
+        targets = {t.path: t for t in self._factored(index)}
         originals = self._let_go(index)
-        sums = self._gather(index, originals, [t.path for t in targets])
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {}
-        for target in targets:
-            if target.path not in sums or sums[target.path].inputs.count == 0:
-                self._not_refined(target)
-                continue
-            weight = weight_of(originals[target.path]).to(self.job.solver)
-            new, about[target.path] = self._refined(target, weight, sums[target.path])
-            tensors |= {f"{target.path}.{k}": v for k, v in new.items() if v is not None}
-            self._put(target, new)
-            self.cutter.done.rows[target.path]["refined"] = about[target.path]
+        stages = self._stages(index, list(targets))
+        for number, paths in enumerate(stages, 1):
+            sums = self._gather(index, originals, paths, last=number == len(stages))
+            for target in (targets[path] for path in paths):
+                if target.path not in sums or sums[target.path].inputs.count == 0:
+                    self._not_refined(target)
+                    continue
+                weight = weight_of(originals[target.path]).to(self.job.solver)
+                new, about[target.path] = self._refined(target, weight, sums[target.path])
+                tensors |= {f"{target.path}.{k}": v for k, v in new.items() if v is not None}
+                self._put(target, new)
+                self.cutter.done.rows[target.path]["refined"] = about[target.path]
         with self.runner.placed_block(index):
             for b, hidden in enumerate(self.compressed):
                 self.compressed[b] = self.runner.kept(self.runner.run(index, b, hidden))
         page_out(self.runner.blocks[index])
         if self.job.resumable:
-            self.stage.save(f"refined-{index:04d}", tensors, about)
-            original = named("original.", self.runner.hidden) if self.anchor else {}
-            self.stage.save("streams", {**original, **named("compressed.", self.compressed)}, {"next": index + 1})
+            self._store(index, tensors, about)
 
-    def _gather(self, index: int, originals: Mapping[str, nn.Module], paths: list[str]) -> dict[str, StreamSums]:
+    def _store(self, index: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        self.stage.save(f"refined-{index:04d}", tensors, about)
+        original = named("original.", self.runner.hidden) if self.anchor else {}
+        self.stage.save("streams", {**original, **named("compressed.", self.compressed)}, {"next": index + 1})
+
+    def _stages(self, index: int, paths: list[str]) -> list[list[str]]:
+        """Layers whose sums are gathered in one go, in order; at least one stage, for the streams to go on."""
+        if not self.refiner.following.true_sequential or not paths:
+            return [paths]
+        layers = {path: self.job.model.get_submodule(path) for path in paths}
+        with self.runner.placed_block(index):
+            return reading_order(layers, lambda: self.runner.run(index, 0, self.compressed[0]))
+
+    def _gather(
+        self, index: int, originals: Mapping[str, nn.Module], paths: list[str], last: bool
+    ) -> dict[str, StreamSums]:
+        """Sums of these layers; after the last of a block, the original stream has gone through it."""
         job, runner = self.job, self.runner
         collector = StreamCollector(
             originals={path: originals[path] for path in paths} if self.anchor else {},
@@ -118,10 +137,20 @@ class Refinement:
             for b, batch in enumerate(runner.batches):
                 collector.begin(batch.attention_mask, batch.input_ids.shape)
                 if self.anchor:
-                    with _swapped(job.model, originals):
-                        runner.hidden[b] = runner.kept(runner.run(index, b, runner.hidden[b]))
-                runner.run(index, b, self.compressed[b])
+                    self._run_original(index, b, originals, [] if last else paths)
+                if paths:
+                    layers = collector.compressed.values()
+                    run_until_read(layers, partial(runner.run, index, b, self.compressed[b]))
         return collector.sums
+
+    def _run_original(self, index: int, b: int, originals: Mapping[str, nn.Module], until: list[str]) -> None:
+        """The original block, as far as these layers, or to its end if there are none."""
+        run = partial(self.runner.run, index, b, self.runner.hidden[b])
+        with _swapped(self.job.model, originals):
+            if until:
+                run_until_read([originals[path] for path in until], run)
+            else:
+                self.runner.hidden[b] = self.runner.kept(run())
 
     def _refined(
         self, target: Target, weight: Tensor, sums: StreamSums

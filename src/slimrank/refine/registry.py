@@ -38,12 +38,17 @@ class Following(BaseModel):
         Literal["none", "existing", "all"],
         Field(description="Let biases make up for the mean error: those that exist, or new ones as well."),
     ] = "none"
+    true_sequential: Annotated[
+        bool,
+        Field(description="Solve for the layers of a block in the order in which they read, each with what the refined "
+              "ones before it give it; false: all at once, with what the factors as they were cut give."),
+    ] = True  # fmt: skip
     stack_of_batch: Annotated[
         int, Field(ge=1, description="Windows averaged, position by position, into one (1 is exact).")
     ] = 1
 
 
-COMMON = ("anchor", "ridge", "bias")
+COMMON = ("anchor", "ridge", "bias", "true_sequential")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,72 @@
+"""The order in which the layers of a block read their inputs, and running a block only as far as some of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _AllRead(Exception):  # noqa: N818 (control flow, never seen by users)
+    """Ends a forward pass: nothing after these layers is needed."""
+
+
+def reading_order(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> list[list[str]]:
+    """Layers in stages, so that a layer comes after all those whose answers its own input is made from.
+
+    Layers that read the same tensor are in one stage; so are layers whose paths differ by a number only (experts).
+    Those that `run` does not reach come last.
+
+    Args:
+        layers: module path -> module.
+        run: calls them.
+    """
+    stages: list[tuple[Tensor, list[str]]] = []
+
+    def observe(path: str, x: Tensor) -> None:
+        role = _role(path)
+        if any(role in roles for _, roles in stages):
+            return
+        for known, roles in stages:
+            if known is x:
+                roles.append(role)
+                return
+        stages.append((x, [role]))
+
+    def hook(path: str) -> Any:
+        return lambda module, args: observe(path, args[0])
+
+    handles = [layer.register_forward_pre_hook(hook(path)) for path, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    members = [[path for path in layers if _role(path) in roles] for _, roles in stages]
+    missing = [path for path in layers if not any(path in stage for stage in members)]
+    return [*members, missing] if missing else members
+
+
+def run_until_read(layers: Iterable[nn.Module], run: Callable[[], object]) -> None:
+    """Run only until each of these layers has been called; their own hooks see that call."""
+    waiting = set(layers)
+
+    def observe(module: nn.Module, args: Any) -> None:
+        waiting.discard(module)
+        if not waiting:
+            raise _AllRead
+
+    handles = [layer.register_forward_pre_hook(observe) for layer in waiting]
+    try:
+        with suppress(_AllRead):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _role(path: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
