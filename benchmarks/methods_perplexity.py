@@ -29,6 +29,7 @@ REFINED = {
         ("update self", "update", {"anchor": 0}),
         ("update mixture 0.5", "update", {"anchor": 0.5}),
         ("update anchored", "update", {"anchor": 1}),
+        ("update anchored at once", "update", {"anchor": 1, "true_sequential": False}),
         ("regress self", "regress", {"anchor": 0}),
         ("regress mixture 0.5", "regress", {"anchor": 0.5}),
         ("regress anchored", "regress", {"anchor": 1}),
