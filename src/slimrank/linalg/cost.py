@@ -6,6 +6,8 @@ back one smaller for about 5 % of ranks).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 Rank = int | Literal["dense"]
@@ -24,3 +26,32 @@ def pair_cost(m: int, n: int, rank: Rank) -> int:
 def max_pair_rank(m: int, n: int) -> int:
     """Largest rank at which the pair is smaller than the dense weight (0 when there is none)."""
     return (m * n - 1) // (m + n)
+
+
+def pivot_cost(m: int, n: int, rank: Rank) -> int:
+    """Parameters of a rank-r weight stored as r of its rows and the others' coordinates in them: r (m + n) - r^2."""
+    return dense_cost(m, n) if rank == "dense" else rank * (m + n - rank)
+
+
+def max_pivot_rank(m: int, n: int) -> int:
+    """Largest rank at which that is smaller than the dense weight: r (m + n) - r^2 = m n - (m - r) (n - r)."""
+    return min(m, n) - 1
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What a weight of m x n stores at a rank.
+
+    Attributes:
+        name: as in a plan.
+        of: (m, n, rank) -> parameters.
+        largest: (m, n) -> the largest rank that stores less than the dense weight.
+    """
+
+    name: str
+    of: Callable[[int, int, Rank], int]
+    largest: Callable[[int, int], int]
+
+
+PAIR = CostModel("pair", pair_cost, max_pair_rank)
+PIVOT = CostModel("pivot", pivot_cost, max_pivot_rank)

@@ -1,0 +1,78 @@
+"""Plans proven best, by mixed-integer programming (HiGHS, through scipy)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from slimrank.allocate.curve import Curve, Floats
+from slimrank.allocate.hull import Table, hull_steps
+from slimrank.allocate.knapsack import Solution, solve
+
+SECONDS = 120.0
+TOLERANCE = 1e-9  # relative gap at which HiGHS stops
+
+
+def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = SECONDS) -> Solution:
+    """As `knapsack.solve`, to the optimum, or as near to it as can be told in so many seconds (see the gap).
+
+    Candidates that no optimum can hold, by their reduced cost in the relaxation, are left out beforehand.
+
+    Raises:
+        BudgetError: the smallest candidates store more than the budget.
+    """
+    ordered = sorted(curves, key=lambda curve: curve.path)
+    known = solve(ordered, budget)
+    possible = _possible(ordered, budget, known)
+    costs = np.concatenate([c.costs for c in possible])
+    errors = np.concatenate([c.errors for c in possible])
+    scale = float(errors.max()) or 1.0
+    within = LinearConstraint(csr_array(costs[None, :] / max(budget, 1)), -np.inf, budget / max(budget, 1))
+    found = milp(
+        errors / scale,
+        integrality=np.ones(len(errors)),
+        bounds=Bounds(0, 1),
+        constraints=[one_each(possible), within],
+        options={"time_limit": seconds, "mip_rel_gap": TOLERANCE},
+    )
+    if found.x is None:
+        return known
+    solution = _solution(possible, found.x, float(found.mip_dual_bound) * scale)
+    return known if known.error < solution.error or solution.cost > budget else solution
+
+
+def one_each(curves: Sequence[Curve]) -> LinearConstraint:
+    """One candidate of every curve, all candidates in a row."""
+    lengths = [len(c) for c in curves]
+    count = sum(lengths)
+    matrix = csr_array((np.ones(count), np.arange(count), np.append(0, np.cumsum(lengths))), shape=(len(curves), count))
+    return LinearConstraint(matrix, 1, 1)
+
+
+def _solution(curves: Sequence[Curve], x: Floats, bound: float) -> Solution:
+    ends = np.cumsum([len(c) for c in curves])
+    chosen = [(curve, int(np.argmax(part))) for curve, part in zip(curves, np.split(x, ends[:-1]), strict=True)]
+    error = sum(float(curve.errors[pick]) for curve, pick in chosen)
+    cost = sum(int(curve.costs[pick]) for curve, pick in chosen)
+    return Solution({curve.path: curve.rank(pick) for curve, pick in chosen}, cost, error, min(bound, error))
+
+
+def _possible(curves: Sequence[Curve], budget: int, known: Solution) -> list[Curve]:
+    """Candidates whose reduced cost does not rule them out, given a plan and the multiplier of the relaxation."""
+    price = _price(curves, budget)
+    reduced = [curve.errors + price * curve.costs for curve in curves]
+    bound = sum(float(r.min()) for r in reduced) - price * budget
+    room = known.error - bound + TOLERANCE * known.error
+    return [curve.choose(r - r.min() <= room) for curve, r in zip(curves, reduced, strict=True)]
+
+
+def _price(curves: Sequence[Curve], budget: int) -> float:
+    """Error saved by one more parameter: the multiplier of the budget in the relaxation."""
+    table = Table.of(curves)
+    steps = hull_steps(table)
+    spent = table.total(steps.start)[0] + np.cumsum(steps.cost)
+    count = int(np.searchsorted(spent, budget, side="right"))
+    return float(steps.gain[count] / steps.cost[count]) if count < len(spent) else 0.0
