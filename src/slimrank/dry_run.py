@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,25 @@ from typing import Any
 import torch
 
 from slimrank.allocate.plan import RankPlan
+from slimrank.allocate.registry import ALLOCATORS, ConfiguredAllocator
 from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.estimate import measure_machine, peak_bytes, stage_seconds
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
 from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
-from slimrank.models.targets import find_targets
-from slimrank.planning import configured_refiner, make_plan, new_biases, units_of, workload
+from slimrank.models.targets import TargetSet, find_targets
+from slimrank.planning import (
+    Unit,
+    configured_refiner,
+    given_plan,
+    make_problem,
+    new_biases,
+    plan_of,
+    provisional,
+    units_of,
+    workload,
+)
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 
@@ -42,7 +54,8 @@ def preview(
     itemsize = stored_dtype(bones).itemsize if made.dtype == "auto" else getattr(torch, made.dtype).itemsize
     method = DECOMPOSERS.get(made.method).configured(made.method_options)
     refines = configured_refiner(made, method) is not None
-    plan = make_plan(made, bones, targets, units_of(method, targets), itemsize)
+    allocator = ALLOCATORS.get(made.allocation).configured(made.allocation_options)
+    plan = _plan(made, bones, targets, units_of(method, targets), itemsize, allocator)
     calibrates = method.gathering.calibrates or refines
     work = workload(
         made,
@@ -80,6 +93,17 @@ def preview(
         "seconds": stage_seconds(work, measure_machine(device)),
         "peak_memory": memory,
     }
+
+
+def _plan(
+    recipe: Recipe, model: Any, targets: TargetSet, units: Sequence[Unit], itemsize: int, allocator: ConfiguredAllocator
+) -> RankPlan:
+    plan = given_plan(recipe, targets, units)
+    if plan is not None:
+        return plan
+    problem = make_problem(recipe, model, targets, units, itemsize)
+    found = provisional(problem) if allocator.needs else allocator.allocate(problem)
+    return plan_of(found, recipe.allocation, problem, targets, units)
 
 
 def _kinds(plan: RankPlan) -> list[dict[str, Any]]:

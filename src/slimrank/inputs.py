@@ -12,6 +12,7 @@ from slimrank.calibration.sources import read_source
 from slimrank.calibration.windows import (
     bos_of,
     count_windows,
+    draw_apart,
     draw_windows,
     leading_windows,
     tokenise,
@@ -31,6 +32,7 @@ class Texts:
     """Token windows of a run; None where a text is not needed."""
 
     calibration: Tensor | None = None
+    search: Tensor | None = None
     evaluation: Tensor | None = None
     bos: bool = False
     notes: list[str] = field(default_factory=list)
@@ -39,6 +41,16 @@ class Texts:
     def calibration_tokens(self) -> int:
         """Tokens of calibration."""
         return 0 if self.calibration is None else self.calibration.numel()
+
+    @property
+    def search_tokens(self) -> int:
+        """Tokens that plans are measured on."""
+        return 0 if self.search is None else self.search.numel()
+
+    @property
+    def search_digest(self) -> str | None:
+        """sha256 of the search windows."""
+        return None if self.search is None else tokens_digest(self.search)
 
     @property
     def evaluation_tokens(self) -> int:
@@ -66,6 +78,7 @@ class RawTexts:
     """The texts as read; `calibration` is None for text that the model samples, or none at all."""
 
     calibrates: bool
+    searches: bool
     calibration: str | None
     evaluation: str | None
 
@@ -76,7 +89,7 @@ class RawTexts:
             DataError: too little text.
             RecipeError: no tokenizer, or windows longer than the model's context.
         """
-        if not self.calibrates and self.evaluation is None:
+        if not self.calibrates and not self.searches and self.evaluation is None:
             return Texts()
         if tokenizer is None:
             raise RecipeError(
@@ -88,7 +101,8 @@ class RawTexts:
         if self.evaluation is not None:
             evaluation = _evaluation(recipe, tokenise(self.evaluation, tokenizer), bos, notes)
         calibration = self._calibration(recipe, model, tokenizer, bos, progress) if self.calibrates else None
-        return Texts(calibration, evaluation, bos is not None, notes)
+        search = self._search(recipe, model, tokenizer, bos, notes, progress) if self.searches else None
+        return Texts(calibration, search, evaluation, bos is not None, notes)
 
     def _calibration(self, recipe: Recipe, model: Any, tokenizer: Any, bos: int | None, progress: Progress) -> Tensor:
         shape = recipe.samples, recipe.seq_len or DEFAULT_SEQ_LEN
@@ -96,6 +110,19 @@ class RawTexts:
             with placed([model], resolve_device(recipe.device), upcast=False):
                 return sample_windows(model, tokenizer, *shape, recipe.seed, progress)
         return draw_windows(tokenise(self.calibration, tokenizer), *shape, recipe.seed, bos)
+
+    def _search(
+        self, recipe: Recipe, model: Any, tokenizer: Any, bos: int | None, notes: list[str], progress: Progress
+    ) -> Tensor:
+        count, seq_len = recipe.search_samples, recipe.seq_len or DEFAULT_SEQ_LEN
+        if self.calibration is None:
+            with placed([model], resolve_device(recipe.device), upcast=False):
+                return sample_windows(model, tokenizer, count, seq_len, recipe.seed + 1, progress)
+        tokens = tokenise(self.calibration, tokenizer)
+        windows, apart = draw_apart(tokens, count, recipe.samples if self.calibrates else 0, seq_len, recipe.seed, bos)
+        if not apart:
+            notes.append("the calibration text is too short for search windows of their own: they overlap")
+        return windows
 
 
 def _evaluation(recipe: Recipe, tokens: Tensor, bos: int | None, notes: list[str]) -> Tensor:
@@ -106,7 +133,7 @@ def _evaluation(recipe: Recipe, tokens: Tensor, bos: int | None, notes: list[str
     return leading_windows(tokens, max(1, min(available, wanted)), seq_len, bos)
 
 
-def prepare_texts(recipe: Recipe, calibrates: bool) -> RawTexts:
+def prepare_texts(recipe: Recipe, calibrates: bool, searches: bool = False) -> RawTexts:
     """Read the texts of a recipe.
 
     Raises:
@@ -114,9 +141,10 @@ def prepare_texts(recipe: Recipe, calibrates: bool) -> RawTexts:
     """
     if recipe.evaluation == "self":
         raise DataError("a model is not evaluated on text that it sampled itself.", "--eval-text FILE")
-    own = recipe.calibration == "self" or not calibrates
+    own = recipe.calibration == "self" or not (calibrates or searches)
     return RawTexts(
         calibrates,
+        searches,
         None if own else read_source(recipe.calibration, "calibration"),
         None if recipe.evaluation is None else read_source(recipe.evaluation, "evaluation"),
     )

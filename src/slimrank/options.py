@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic.fields import FieldInfo
 
 from slimrank.errors import RecipeError, nearest
 
 
-def options_of(function: Callable[..., Any], settings: type[BaseModel], names: Iterable[str] = ()) -> type[BaseModel]:
+def options_of(function: Callable[..., Any], settings: Mapping[str, FieldInfo]) -> type[BaseModel]:
     """A model of the keyword-only parameters of a function, and of some settings: annotations, ranges and defaults.
 
     Args:
         function: the method.
-        settings: a model whose fields `names` are options of the method as well.
-        names: see above.
+        settings: fields of other models that are options of the method as well.
 
     Raises:
         TypeError: one of them has no default or no annotation.
     """
     hints = get_type_hints(function, include_extras=True)
-    fields: dict[str, Any] = {
-        name: (settings.model_fields[name].annotation, settings.model_fields[name]) for name in names
-    }
+    fields: dict[str, Any] = {name: (field.annotation, field) for name, field in settings.items()}
     own: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:

@@ -6,14 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from slimrank.allocate.budget import budget_in_parameters
+from slimrank.allocate.curve import Limits
 from slimrank.allocate.plan import RankPlan
-from slimrank.allocate.registry import ALLOCATORS
+from slimrank.allocate.problem import Allocation, Item, Problem
+from slimrank.allocate.shares import ranks_from_fractions
 from slimrank.decompose.registry import Configured, Member
 from slimrank.errors import RecipeError
 from slimrank.estimate import Workload
 from slimrank.models.structure import parameters_of
-from slimrank.models.targets import Target, TargetSet
+from slimrank.models.targets import Target, TargetSet, matches
 from slimrank.recipe import Recipe
 from slimrank.refine.registry import REFINERS, ConfiguredRefiner
 
@@ -89,19 +93,27 @@ def new_biases(recipe: Recipe, targets: Iterable[Target]) -> int:
     return sum(t.shape[0] for t in targets if not t.ties) if given else 0
 
 
-def make_plan(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence[Unit], itemsize: int) -> RankPlan:
-    """The plan that the recipe names, checked against the model, or one by its allocation.
+def given_plan(recipe: Recipe, targets: TargetSet, units: Sequence[Unit]) -> RankPlan | None:
+    """The plan that the recipe names, checked against the model.
 
     Raises:
-        PlanError: the plan does not fit the model.
-        BudgetError: no choice of ranks meets the budget.
+        PlanError: it does not fit the model.
     """
-    shapes = {t.path: t.shape for t in targets}
-    shares = {t.path: unit.path for unit in units for t in unit.targets[1:]}
-    if recipe.plan is not None:
-        plan = recipe.plan if isinstance(recipe.plan, RankPlan) else RankPlan.load(recipe.plan)
-        plan.check(shapes, shares)
-        return plan
+    if recipe.plan is None:
+        return None
+    plan = recipe.plan if isinstance(recipe.plan, RankPlan) else RankPlan.load(recipe.plan)
+    plan.check({t.path: t.shape for t in targets}, _shares(units))
+    return plan
+
+
+def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence[Unit], itemsize: int) -> Problem:
+    """What there is to allocate, without spectra.
+
+    Raises:
+        BudgetError: the smallest ranks store more than the budget.
+        PlanError: the recipe's `ranks` leave a target none.
+        RecipeError: a pattern in `ranks` matches no target.
+    """
     headers = HEADER_BYTES * (len(list(model.parameters())) + len(targets) + 2)
     budget = budget_in_parameters(
         targets.coverage.targets,
@@ -112,10 +124,56 @@ def make_plan(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence[Un
         recipe.max_bytes - headers if recipe.max_bytes is not None else None,
     )
     budget -= new_biases(recipe, (t for t in targets if not t.bias))
-    allocator = ALLOCATORS.get(recipe.allocation)
-    ranks = allocator.allocate({u.path: u.shape for u in units}, budget, recipe.rank_multiple)
-    every = {t.path: ranks[unit.path] for unit in units for t in unit.targets}
-    return RankPlan.build({path: every[path] for path in shapes}, shapes, allocator.id, budget, shares)
+    limits = _limits(recipe, [t.path for t in targets])
+    items = tuple(
+        Item(u.path, u.shape, u.targets[0].block, role_of(u.targets[0], targets.blocks_path), limits[u.path])
+        for u in units
+    )
+    problem = Problem(items, budget, recipe.rank_multiple)
+    problem.check()
+    return problem
+
+
+def plan_of(allocation: Allocation, id: str, problem: Problem, targets: TargetSet, units: Sequence[Unit]) -> RankPlan:
+    """Ranks of units as a plan of targets."""
+    every = {t.path: allocation.ranks[unit.path] for unit in units for t in unit.targets}
+    shapes = {t.path: t.shape for t in targets}
+    return RankPlan.build({path: every[path] for path in shapes}, shapes, id, problem.budget, _shares(units))
+
+
+def provisional(problem: Problem) -> Allocation:
+    """Uniform ranks, for whatever needs some before the allocation is known; any feasible budget has them."""
+    return Allocation(ranks_from_fractions(problem, np.zeros(len(problem.items))))
+
+
+def role_of(target: Target, blocks_path: str) -> str:
+    """The place of a target in its block, other numbers left out: equal for layers that do the same."""
+    inside = target.path.removeprefix(f"{blocks_path}.{target.block}.")
+    return ".".join("*" if part.isdigit() else part for part in inside.split("."))
+
+
+def _shares(units: Sequence[Unit]) -> dict[str, str]:
+    return {t.path: unit.path for unit in units for t in unit.targets[1:]}
+
+
+def _limits(recipe: Recipe, paths: Sequence[str]) -> dict[str, Limits]:
+    """What ranks each target may have; of several patterns that match, the last counts."""
+    found = dict.fromkeys(paths, Limits())
+    for pattern, limit in recipe.ranks.items():
+        matching = [path for path in paths if matches(path, [pattern])]
+        if not matching:
+            raise RecipeError(f"the pattern '{pattern}' of 'ranks' matches no target.", f"paths look like {paths[0]}")
+        found |= dict.fromkeys(matching, _limit(str(limit)))
+    return found
+
+
+def _limit(text: str) -> Limits:
+    if text == "dense":
+        return Limits(dense=True)
+    least, dots, most = text.partition("..")
+    if not dots:
+        return Limits(int(least), int(least))
+    return Limits(int(least or 1), int(most) if most else None)
 
 
 def workload(

@@ -46,6 +46,12 @@ class Recipe(BaseModel):
     )
     refine_options: dict[str, Any] = Field({}, description="Options of the refiner by name (see: slimrank methods ID).")
     allocation: str = Field("uniform", description="Rank allocation (see: slimrank methods).")
+    allocation_options: dict[str, Any] = Field(
+        {}, description="Options of the allocation by name (see: slimrank methods ID)."
+    )
+    ranks: dict[str, str | int] = Field(
+        {}, description="Rank of layers by pattern: a number, MIN..MAX (either may be left out), or dense."
+    )
     rank_multiple: int = Field(1, ge=1, description="Ranks are multiples of this (8 or 16 suit GPUs).")
     targets: tuple[str, ...] = Field((), description="Compress only layers that match one of these patterns.")
     ignore: tuple[str, ...] = Field((), description="Leave layers alone that match one of these patterns.")
@@ -60,6 +66,9 @@ class Recipe(BaseModel):
         description="Tokens per window, in calibration and evaluation; 512 or the model's context.",
     )
     batch_size: int = Field(8, ge=1, description="Windows that run through a block at a time.")
+    search_samples: int = Field(
+        16, ge=1, description="Windows that allocations measure plans on; none of them calibrates."
+    )
     seed: int = Field(0, ge=0, description="Seed of the calibration windows (and of `self` text).")
     device: str = Field("auto", description="Where to compute: auto, cpu, cuda, mps, ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -80,15 +89,23 @@ class Recipe(BaseModel):
     def _path_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
-    @field_validator("targets", "ignore")
+    @field_validator("targets", "ignore", "ranks")
     @classmethod
-    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _patterns(cls, value: Any) -> Any:
         for pattern in value:
             if pattern.startswith("re:"):
                 try:
                     re.compile(pattern[3:])
                 except re.error as error:
                     raise ValueError(f"'{pattern}' is no regular expression: {error}") from error
+        return value
+
+    @field_validator("ranks")
+    @classmethod
+    def _limits(cls, value: dict[str, str | int]) -> dict[str, str | int]:
+        for pattern, limit in value.items():
+            if not re.fullmatch(r"dense|\d+|\d*\.\.\d*", str(limit)):
+                raise ValueError(f"'{limit}' for '{pattern}' is neither a rank, nor MIN..MAX, nor dense")
         return value
 
     @model_validator(mode="after")

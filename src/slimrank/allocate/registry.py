@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from slimrank.allocate.plan import Shapes
-from slimrank.linalg.cost import Rank
+from pydantic import BaseModel
+
+from slimrank.allocate.measuring import Measuring
+from slimrank.allocate.problem import Allocation, Problem
+from slimrank.allocate.solving import Solving
+from slimrank.options import options_of, validated
 from slimrank.registry import Registry
 
-Allocate = Callable[[Shapes, int, int], Mapping[str, Rank]]
+Allocate = Callable[..., Allocation]
+Need = Literal["spectra", "divergence", "influence", "gradient"]
+NEEDS: dict[Need, str] = {
+    "spectra": "singular values of every weight in the metric of the method",
+    "divergence": "what the model's predictions lose when targets are cut one by one",
+    "influence": "how far each block turns its input",
+    "gradient": "gradients of the loss by soft ranks",
+}
 
 
 @dataclass(frozen=True)
@@ -20,23 +32,101 @@ class Allocator:
         id: its name in recipes.
         title: one line for people.
         paper: where it comes from.
-        allocate: (shapes by path, budget in parameters, rank multiple) -> rank by path.
+        needs: what it asks for; see `NEEDS`. Without any, a plan can be made before anything is computed.
+        allocate: (Problem, **options) -> Allocation.
+        options: their names, types, ranges and defaults.
     """
 
     id: str
     title: str
     paper: str
+    needs: frozenset[Need]
     allocate: Allocate
+    options: type[BaseModel]
+
+    def configured(self, given: Mapping[str, Any]) -> ConfiguredAllocator:
+        """The allocator with these options.
+
+        Raises:
+            RecipeError: an unknown option, or a value out of range.
+        """
+        chosen = validated(self.options, given, f"the allocation '{self.id}'").model_dump()
+        measuring = Measuring(**{name: chosen.pop(name) for name in Measuring.model_fields if name in chosen})
+        return ConfiguredAllocator(self, chosen, measuring)
+
+
+@dataclass(frozen=True)
+class ConfiguredAllocator:
+    """An allocator with its options."""
+
+    allocator: Allocator
+    options: Mapping[str, Any]
+    measuring: Measuring
+
+    def allocate(self, problem: Problem) -> Allocation:
+        """Ranks within the budget.
+
+        Raises:
+            BudgetError: no choice of ranks meets the budget.
+        """
+        problem.check()
+        found = self.allocator.allocate(problem, **self.options)
+        _check(problem, found, self.allocator.id)
+        return found
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it asks for."""
+        return self.allocator.needs
+
+    @property
+    def measures(self) -> bool:
+        """Whether it needs search tokens."""
+        return bool(self.needs - {"spectra"})
+
+    def described(self) -> dict[str, Any]:
+        """All that a result depends on, for JSON."""
+        measuring = self.measuring.model_dump() if "divergence" in self.needs else {}
+        return {"id": self.allocator.id, **self.options, **measuring}
 
 
 ALLOCATORS: Registry[Allocator] = Registry("slimrank.allocate", "rank allocation")
 
 
-def allocator(id: str, title: str, paper: str) -> Callable[[Allocate], Allocate]:
-    """Register the decorated function as the allocator `id`."""
+def allocator(
+    id: str, title: str, paper: str, needs: Iterable[Need] = (), solves: bool = False
+) -> Callable[[Allocate], Allocate]:
+    """Register the decorated function as the allocator `id`; its keyword-only parameters are its options.
+
+    Args:
+        id: its name in recipes.
+        title: one line for people.
+        paper: where it comes from.
+        needs: what it asks for, see `NEEDS`.
+        solves: it takes the options of the budget solver, as `solving`.
+    """
+    asked = frozenset(needs)
+    unknown = asked - NEEDS.keys()
+    if unknown:
+        raise ValueError(f"unknown needs {sorted(unknown)}; there are {sorted(NEEDS)}")
 
     def register(allocate: Allocate) -> Allocate:
-        ALLOCATORS.add(Allocator(id, title, paper, allocate))
+        solving = Solving.model_fields if solves else {}
+        measuring = Measuring.model_fields if "divergence" in asked else {}
+        options = options_of(allocate, {**solving, **measuring})
+        ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, options))
         return allocate
 
     return register
+
+
+def _check(problem: Problem, found: Allocation, id: str) -> None:
+    """Every allocator keeps the budget, and gives every target one of its candidates."""
+    known = {item.path: choice for item, choice in zip(problem.items, problem.choices, strict=True)}
+    assert found.ranks.keys() == known.keys(), f"{id} left out {known.keys() - found.ranks.keys()}"
+    cost = 0
+    for item in problem.items:
+        rank = found.ranks[item.path]
+        assert (rank if rank != "dense" else -1) in known[item.path][0], f"{id} gave '{item.path}' rank {rank}"
+        cost += problem.cost.of(*item.shape, rank)
+    assert cost <= problem.budget, f"{id} stores {cost}, over its budget of {problem.budget}"

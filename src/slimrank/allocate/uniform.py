@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import numpy as np
 
-from slimrank.allocate.plan import Shapes
+from slimrank.allocate.problem import Allocation, Item, Problem
 from slimrank.allocate.registry import allocator
+from slimrank.allocate.shares import bounds, floors, project, ranks_of
 from slimrank.errors import BudgetError
-from slimrank.linalg.cost import Rank, dense_cost, pair_cost
 
 
 @allocator(
@@ -15,26 +15,30 @@ from slimrank.linalg.cost import Rank, dense_cost, pair_cost
     title="Uniform: every target keeps the same fraction of its parameters",
     paper="the baseline of all papers",
 )
-def uniform(shapes: Shapes, budget: int, rank_multiple: int = 1) -> Mapping[str, Rank]:
-    """The largest ranks with cost(rank) <= budget / total * cost(dense), per target; dense where that fits.
+def uniform(problem: Problem) -> Allocation:
+    """The largest ranks with cost(rank) <= fraction * cost(dense), per target; dense where that fits.
 
     Equal shapes get equal ranks. The slack is below one step of every target taken alone; it is not handed out,
-    since that would break the equality.
+    since that would break the equality. Targets whose ranks are bounded keep within their bounds, and the others share
+    what is left.
 
     Raises:
         BudgetError: a target cannot reach even the smallest rank within its share.
     """
-    total = sum(dense_cost(*shape) for shape in shapes.values())
-    ranks: dict[str, Rank] = {}
-    for path, (m, n) in shapes.items():
-        share = m * n * budget // total
-        rank = share // (m + n) // rank_multiple * rank_multiple
-        ranks[path] = "dense" if share >= m * n else rank
-        if rank < 1:
-            least = max(pair_cost(*shape, rank_multiple) / dense_cost(*shape) for shape in shapes.values())
-            raise BudgetError(
-                f"'{path}' ({m} x {n}) may store {share:,} parameters; rank {rank_multiple} alone takes "
-                f"{pair_cost(m, n, rank_multiple):,}.",
-                f"a keep_ratio of at least {least:.4f}" + (", or a smaller rank_multiple" if rank_multiple > 1 else ""),
-            )
-    return ranks
+    low, high = bounds(problem)
+    bounded = np.array([item.limits.least > 1 for item in problem.items])
+    shares = project(np.zeros(len(low)), problem.sizes, np.where(bounded, low, 0), high, problem.budget) * problem.sizes
+    picks = floors(problem, shares)
+    for item, (ranks, costs), pick, share in zip(problem.items, problem.choices, picks, shares, strict=True):
+        if pick < 0:
+            raise _too_small(problem, item, int(ranks[0]), int(costs[0]), float(share), low)
+    return Allocation(ranks_of(problem, picks))
+
+
+def _too_small(problem: Problem, item: Item, rank: int, cost: int, share: float, low: np.ndarray) -> BudgetError:
+    smaller = ", or a smaller rank_multiple" if problem.multiple > 1 else ""
+    return BudgetError(
+        f"'{item.path}' ({item.shape[0]} x {item.shape[1]}) may store {share:,.0f} parameters; its smallest rank "
+        f"({rank if rank > 0 else 'dense'}) alone takes {cost:,}.",
+        f"a keep_ratio of at least {low.max():.4f}{smaller}, or an allocation that need not treat all layers alike",
+    )

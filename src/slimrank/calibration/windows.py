@@ -36,9 +36,25 @@ def draw_windows(tokens: Tensor, samples: int, seq_len: int, seed: int, bos: int
         DataError: fewer tokens than one window needs.
     """
     length = _length(tokens, seq_len, bos, needed=1)
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - length + 1, (samples,), generator=generator)
-    return _with_bos(torch.stack([tokens[s : s + length] for s in starts.tolist()]), bos)
+    return _windows(tokens, _starts(len(tokens) - length + 1, samples, seed), length, bos)
+
+
+def draw_apart(
+    tokens: Tensor, count: int, samples: int, seq_len: int, seed: int, bos: int | None = None
+) -> tuple[Tensor, bool]:
+    """`count` more windows, and whether none of them overlaps one of the `samples` that `draw_windows` draws.
+
+    Raises:
+        DataError: fewer tokens than one window needs.
+    """
+    length = _length(tokens, seq_len, bos, needed=1)
+    places = len(tokens) - length + 1
+    free = torch.ones(places, dtype=torch.bool)
+    for start in _starts(places, samples, seed).tolist():
+        free[max(0, start - length + 1) : start + length] = False
+    apart = bool(free.any())
+    open_places = free.nonzero().flatten() if apart else torch.arange(places)
+    return _windows(tokens, open_places[_starts(len(open_places), count, seed + 1)], length, bos), apart
 
 
 def leading_windows(tokens: Tensor, windows: int, seq_len: int, bos: int | None = None) -> Tensor:
@@ -59,6 +75,14 @@ def count_windows(tokens: Tensor, seq_len: int, bos: int | None = None) -> int:
 def tokens_digest(windows: Tensor) -> str:
     """sha256 of the token ids and their shape."""
     return hashlib.sha256(str(tuple(windows.shape)).encode() + windows.numpy().tobytes()).hexdigest()
+
+
+def _starts(places: int, count: int, seed: int) -> Tensor:
+    return torch.randint(places, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def _windows(tokens: Tensor, starts: Tensor, length: int, bos: int | None) -> Tensor:
+    return _with_bos(torch.stack([tokens[s : s + length] for s in starts.tolist()]), bos)
 
 
 def _length(tokens: Tensor, seq_len: int, bos: int | None, needed: int) -> int:

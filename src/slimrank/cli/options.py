@@ -69,6 +69,20 @@ Allocation = Annotated[
         rich_help_panel=_WHAT,
     ),
 ]
+AllocationOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allocation-option", help="Option of the allocation, as NAME=VALUE; repeatable.", rich_help_panel=_WHAT
+    ),
+]
+Ranks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rank",
+        help="Bound the rank of layers: PATTERN=N, PATTERN=MIN..MAX or PATTERN=dense; repeatable.",
+        rich_help_panel=_WHAT,
+    ),
+]
 RankMultiple = Annotated[
     int | None,
     typer.Option("--rank-multiple", help="Make ranks multiples of this.  \\[default: 1]", rich_help_panel=_WHAT),
@@ -97,6 +111,12 @@ Calibration = Annotated[
 Samples = Annotated[
     int | None,
     typer.Option("--samples", help="Calibration windows.  \\[default: 128]", rich_help_panel=_DATA),
+]
+SearchSamples = Annotated[
+    int | None,
+    typer.Option(
+        "--search-samples", help="Windows that plans are measured on.  \\[default: 16]", rich_help_panel=_DATA
+    ),
 ]
 SeqLen = Annotated[
     int | None, typer.Option("--seq-len", help="Tokens per window.  \\[default: 512]", rich_help_panel=_DATA)
@@ -175,11 +195,14 @@ def recipe_flags(
     refine: Refine = None,
     refine_option: RefineOptions = None,
     allocation: Allocation = None,
+    allocation_option: AllocationOptions = None,
+    rank: Ranks = None,
     rank_multiple: RankMultiple = None,
     target: Targets = None,
     ignore: Ignore = None,
     calibration: Calibration = None,
     samples: Samples = None,
+    search_samples: SearchSamples = None,
     seq_len: SeqLen = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
@@ -194,12 +217,12 @@ def recipe_flags(
     """Options of a recipe out of the flags that were given."""
     flags = {
         "keep_ratio": keep, "keep_total": keep_total, "max_bytes": max_bytes, "plan": plan,
-        "method": method, "method_options": _pairs(option), "refine": refine,
-        "refine_options": _pairs(refine_option), "allocation": allocation, "rank_multiple": rank_multiple,
-        "targets": target, "ignore": ignore, "calibration": calibration, "samples": samples,
-        "seq_len": seq_len, "batch_size": batch_size, "seed": seed, "evaluation": eval_text,
-        "windows": windows, "device": device, "dtype": dtype, "resident": resident,
-        "max_shard_size": max_shard_size,
+        "method": method, "method_options": _pairs(option), "refine": refine, "refine_options": _pairs(refine_option),
+        "allocation": allocation, "allocation_options": _pairs(allocation_option), "ranks": _pairs(rank),
+        "rank_multiple": rank_multiple, "targets": target, "ignore": ignore, "calibration": calibration,
+        "samples": samples, "search_samples": search_samples, "seq_len": seq_len, "batch_size": batch_size,
+        "seed": seed, "evaluation": eval_text, "windows": windows, "device": device, "dtype": dtype,
+        "resident": resident, "max_shard_size": max_shard_size,
     }  # fmt: skip
     return recipe_options(preset, recipe, flags, no_eval)
 
@@ -234,7 +257,11 @@ def recipe_options(
     given = {name: value for name, value in flags.items() if value is not None and value is not False and value != []}
     if any(name in given for name in BUDGETS):
         options = {name: value for name, value in options.items() if name not in BUDGETS}
-    for which, extra in (("method", "method_options"), ("refine", "refine_options")):
+    for which, extra in (
+        ("method", "method_options"),
+        ("refine", "refine_options"),
+        ("allocation", "allocation_options"),
+    ):
         if given.get(which, options.get(which)) == options.get(which) and extra in options:
             given[extra] = {**options[extra], **given.get(extra, {})}
         elif extra in options:

@@ -131,7 +131,7 @@ def decomposer(
         raise ValueError(f"unknown needs {sorted(unknown)}; there are {sorted(NEEDS)}")
 
     def register(solve: Solve) -> Solve:
-        options = options_of(solve, Gathering, _settings(asked))
+        options = options_of(solve, {name: Gathering.model_fields[name] for name in _settings(asked)})
         DECOMPOSERS.add(Decomposer(id, title, paper, cost, asked, solve, solves, groups, options))
         return solve
 

@@ -44,7 +44,7 @@ def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
     return (losses * (mask[:, 1:] * mask[:, :-1]).flatten()).sum()
 
 
-class _Bypass(Patched):
+class Bypass(Patched):
     """No block computes anything; the last gives back the hidden states that are set here."""
 
     final: Tensor
@@ -54,6 +54,8 @@ class _Bypass(Patched):
         self.answer = answer
 
     def stand_in(self, index: int) -> Callable[..., Any]:
+        """See `Patched`."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             last = index == len(self.blocks) - 1
             return self.answer(self.final if last else (args[0] if args else kwargs["hidden_states"]))
@@ -76,19 +78,19 @@ def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[Tensor]:
     head = runner.model.get_output_embeddings()  # type: ignore[operator]
     outside = [*modules_outside(runner.model, runner.blocks), *([head] if head is not None else [])]
     gradients: list[Tensor] = []
-    with runner.placed(*outside), frozen(runner.model), _Bypass(runner.blocks, runner.answer) as bypass:
+    with runner.placed(*outside), frozen(runner.model), Bypass(runner.blocks, runner.answer) as bypass:
         for b, batch in enumerate(runner.batches):
             parts = []
-            for ids, mask, hidden in _rows(batch, final[b], runner.model):
-                bypass.final = hidden.to(runner.device).detach().requires_grad_()
-                parts.append(_loss_gradient(runner, Batch(ids, mask), bypass.final, b))
+            for rows in rows_of(batch, runner.model):
+                bypass.final = final[b][rows].to(runner.device).detach().requires_grad_()
+                parts.append(_loss_gradient(runner, _part(batch, rows), bypass.final, b))
             gradients.append(runner.kept(torch.cat(parts)))
     return gradients
 
 
 def _loss_gradient(runner: BlockRunner, batch: Batch, final: Tensor, b: int) -> Tensor:
     with torch.enable_grad():
-        loss = next_token_loss(_logits(runner.model, batch, runner.device), batch)
+        loss = next_token_loss(logits_of(runner.model, batch, runner.device), batch)
     check_loss(loss, runner.model, b)
     return torch.autograd.grad(loss, final)[0]
 
@@ -111,19 +113,22 @@ def check_loss(loss: Tensor, model: nn.Module, b: int) -> None:
         )
 
 
-def _logits(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+def logits_of(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """Logits of a batch, computed on the device that the model is on."""
     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
     return model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
 
 
-def _rows(batch: Batch, hidden: Tensor, model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+def rows_of(batch: Batch, model: nn.Module) -> Iterator[slice]:
     """Parts of a batch whose logits are not too many."""
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
     size = max(1, LOGITS_AT_ONCE // (batch.input_ids.shape[1] * vocabulary))
     for start in range(0, len(batch.input_ids), size):
-        part = slice(start, start + size)
-        mask = batch.attention_mask
-        yield batch.input_ids[part], None if mask is None else mask[part], hidden[part]
+        yield slice(start, start + size)
+
+
+def _part(batch: Batch, rows: slice) -> Batch:
+    return Batch(batch.input_ids[rows], None if batch.attention_mask is None else batch.attention_mask[rows])
 
 
 def step_back(
@@ -171,7 +176,7 @@ def check_differentiable(model: nn.Module) -> None:
     batch = Batch(torch.arange(PROBE_TOKENS, device=device)[None])
     try:
         with evaluating(model), frozen(model), _differentiable_embeddings(model) as embedded, torch.enable_grad():
-            loss = next_token_loss(_logits(model, batch, device), batch)
+            loss = next_token_loss(logits_of(model, batch, device), batch)
             torch.autograd.grad(loss, embedded[0])
     except torch.OutOfMemoryError:
         raise
@@ -214,11 +219,11 @@ def whole_model_gradients(runner: BlockRunner, before: Callable[[Batch], None]) 
     """
     with frozen(runner.model), _differentiable_embeddings(runner.model) as embedded:
         for b, batch in enumerate(runner.batches):
-            for ids, mask, _ in _rows(batch, batch.input_ids, runner.model):
-                part = Batch(ids, mask)
+            for rows in rows_of(batch, runner.model):
+                part = _part(batch, rows)
                 before(part)
                 with torch.enable_grad():
-                    loss = next_token_loss(_logits(runner.model, part, runner.device), part)
+                    loss = next_token_loss(logits_of(runner.model, part, runner.device), part)
                 check_loss(loss, runner.model, b)
                 torch.autograd.grad(loss, embedded[0])
             yield

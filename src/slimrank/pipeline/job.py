@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimrank._version import __version__
 from slimrank.allocate.plan import RankPlan
+from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import ALLOCATORS
 from slimrank.decompose.registry import DECOMPOSERS, Configured
 from slimrank.errors import RecipeError
@@ -30,7 +31,16 @@ from slimrank.models.paging import page_out
 from slimrank.models.placement import placed, resolve_device, solving_device
 from slimrank.models.structure import find_blocks
 from slimrank.models.targets import TargetSet, find_targets
-from slimrank.planning import Unit, configured_refiner, make_plan, units_of, workload
+from slimrank.planning import (
+    Unit,
+    configured_refiner,
+    given_plan,
+    make_problem,
+    plan_of,
+    provisional,
+    units_of,
+    workload,
+)
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.run import Run
@@ -62,7 +72,7 @@ class Job:
         self.recipe, self.progress, self.resumable = recipe, progress, resumable
         self.method: Configured = DECOMPOSERS.get(recipe.method).configured(recipe.method_options)
         self.refiner = configured_refiner(recipe, self.method)
-        ALLOCATORS.get(recipe.allocation)
+        self.allocator = ALLOCATORS.get(recipe.allocation).configured(recipe.allocation_options)
         self.device = resolve_device(recipe.device)
         self.solver = solving_device(self.device)
         self.upcast = self.device.type == "cpu"
@@ -76,7 +86,8 @@ class Job:
         recipe = self.recipe
         if isinstance(recipe.plan, str):
             RankPlan.load(recipe.plan)
-        texts = prepare_texts(recipe, self.calibrates)
+        searches = recipe.plan is None and self.allocator.measures
+        texts = prepare_texts(recipe, self.calibrates, searches)
         if isinstance(model, (str, Path)):
             self.progress.note(f"loading {model}")
             model, tokenizer = load(model, recipe.dtype, self.progress)
@@ -90,7 +101,7 @@ class Job:
         self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore)
         check_loadable(model)
         self.units: list[Unit] = units_of(self.method, self.targets)
-        self.plan = make_plan(recipe, model, self.targets, self.units, self.dtype.itemsize)
+        self._plan()
         self.digest = digest(model)
         page_out(model)
         if self.method.gathering.backward:
@@ -100,6 +111,27 @@ class Job:
         self.notes += [
             f"{t.path}: shared with {', '.join(t.ties)}; its own inputs count" for t in self.targets if t.ties
         ]
+
+    def _plan(self) -> None:
+        """The plan that is given, or what there is to allocate and a plan to go on with until it is."""
+        plan = given_plan(self.recipe, self.targets, self.units)
+        self.problem: Problem | None = None
+        if plan is None:
+            self.problem = make_problem(self.recipe, self.model, self.targets, self.units, self.dtype.itemsize)
+            known = provisional(self.problem) if self.allocator.needs else self.allocator.allocate(self.problem)
+            plan = self.plan_of(known)
+        self.plan = plan
+        self._ranks_at_first = plan.factored()
+
+    def plan_of(self, allocation: Allocation) -> RankPlan:
+        """An allocation as a plan of all targets."""
+        assert self.problem is not None
+        return plan_of(allocation, self.recipe.allocation, self.problem, self.targets, self.units)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether ranks are found from spectra or measurements, after decomposing."""
+        return self.problem is not None and bool(self.allocator.needs)
 
     @property
     def calibrates(self) -> bool:
@@ -121,7 +153,7 @@ class Job:
         return {
             **self.identity(),
             "method": self.method.described(),
-            "ranks": self.plan.factored() if at_ranks else None,
+            "ranks": self._ranks_at_first if at_ranks else None,
             "device": self.device.type,
             "batch": self.recipe.batch_size,
             "resident": self.recipe.resident,
@@ -129,6 +161,10 @@ class Job:
             "torch": torch.__version__,
             "slimrank": __version__,
         }
+
+    def allocation_key(self) -> dict[str, Any]:
+        """Everything that measurements of the model's targets depend on."""
+        return {**self.spectra_key(), "search": self.texts.search_digest, "dtype": str(self.dtype)}
 
     def refinement_key(self) -> dict[str, Any]:
         """Everything that refined factors depend on."""

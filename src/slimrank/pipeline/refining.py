@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from slimrank.layers.low_rank import LowRankLinear
 from slimrank.linalg.regression import best_b
 from slimrank.models.order import reading_order, run_until_read
 from slimrank.models.paging import page_out
+from slimrank.models.swap import swapped
 from slimrank.models.targets import Target
 from slimrank.pipeline.cutting import Cutter
 from slimrank.pipeline.job import Job, hidden_states, named
@@ -146,7 +146,7 @@ class Refinement:
     def _run_original(self, index: int, b: int, originals: Mapping[str, nn.Module], until: list[str]) -> None:
         """The original block, as far as these layers, or to its end if there are none."""
         run = partial(self.runner.run, index, b, self.runner.hidden[b])
-        with _swapped(self.job.model, originals):
+        with swapped(self.job.model, originals):
             if until:
                 run_until_read([originals[path] for path in until], run)
             else:
@@ -189,16 +189,3 @@ class Refinement:
 
 def _relative(problem: Any, product: Tensor) -> float:
     return (max(0.0, problem.loss(product)) / problem.energy) ** 0.5 if problem.energy > 0 else 0.0
-
-
-@contextmanager
-def _swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Other modules at these paths, for the time of the context."""
-    mine = {path: model.get_submodule(path) for path in modules}
-    try:
-        for path, module in modules.items():
-            model.set_submodule(path, module)
-        yield
-    finally:
-        for path, module in mine.items():
-            model.set_submodule(path, module)

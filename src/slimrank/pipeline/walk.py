@@ -10,6 +10,7 @@ from typing import Any
 
 from slimrank.export.output import OutputFolder, need_space, write_manifest
 from slimrank.export.save import mark_model, save_model, weight_bytes
+from slimrank.pipeline.allocating import allocate
 from slimrank.pipeline.cutting import Cut, Cutter
 from slimrank.pipeline.decomposing import decompose
 from slimrank.pipeline.job import CompressionResult, Job
@@ -61,6 +62,7 @@ def compress(
         before = job.measure_original(run)
         stage = run.stage(job.spectra_key())
         decompose(job, stage)
+        allocate(job, run, stage)
         done = _cut(job, stage, run.stage(job.refinement_key()) if job.refiner else None)
         after = job.measure_result()
         facts = Facts(

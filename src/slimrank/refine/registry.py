@@ -108,7 +108,7 @@ def refiner(
     """Register the decorated function as the refiner `id`; its keyword-only parameters are its options."""
 
     def register(refine: Refine) -> Refine:
-        options = options_of(refine, Following, settings)
+        options = options_of(refine, {name: Following.model_fields[name] for name in settings})
         REFINERS.add(Refiner(id, title, paper, changes_a, refine, options))
         return refine
 

@@ -1,0 +1,30 @@
+"""ASVD's threshold search on LEMS' curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slimrank.allocate.curve import Curve
+from slimrank.allocate.lems import Alpha, Anchors, Gamma, Search, biased
+from slimrank.allocate.measured import anchored_curves
+from slimrank.allocate.problem import Allocation, Problem
+from slimrank.allocate.registry import allocator
+from slimrank.allocate.shares import ranks_of
+from slimrank.allocate.threshold import least_maximum
+
+
+@allocator(
+    id="asvd_plus",
+    title="The least divergence that no target alone exceeds, by LEMS' curves",
+    paper="ASVD+ of the LEMS reference code",
+    needs=["spectra", "divergence"],
+)
+def asvd_plus(
+    problem: Problem, *, anchors: Anchors = (0.1,), alpha: Alpha = 0.0, gamma: Gamma = 0.0, search: Search = False
+) -> Allocation:
+    """As `lems`, the largest error instead of the sum."""
+
+    def solve(curves: Sequence[Curve]) -> Allocation:
+        return Allocation(ranks_of(problem, least_maximum(curves, problem.budget)), tuple(curves))
+
+    return biased(problem, anchored_curves(problem, anchors), alpha, gamma, search, solve)

@@ -1,0 +1,51 @@
+"""Ranks out of a plan file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from slimrank.allocate.plan import RankPlan
+from slimrank.allocate.problem import Allocation, Problem
+from slimrank.allocate.registry import allocator
+from slimrank.errors import BudgetError, PlanError, nearest
+
+File = Annotated[str, Field(description="JSON, as 'slimrank plan --save' and every compressed model's plan.json.")]
+
+
+@allocator(
+    id="from_plan",
+    title="Ranks out of a plan file",
+    paper="any plan, made by hand or by another run",
+)
+def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
+    """The ranks of a file, which must name every target and keep within the budget.
+
+    Raises:
+        PlanError: no such file, not a plan, other targets or shapes, or ranks that are no candidates.
+        BudgetError: it stores more than the budget.
+    """
+    plan = RankPlan.load(file)
+    known = {item.path for item in problem.items}
+    ranks = {}
+    for item, (candidates, _) in zip(problem.items, problem.choices, strict=True):
+        if item.path not in plan.targets:
+            raise PlanError(f"the plan '{file}' lacks '{item.path}'.", nearest(item.path, plan.targets))
+        rank = plan.targets[item.path].rank
+        if (-1 if rank == "dense" else rank) not in candidates:
+            raise PlanError(
+                f"the plan '{file}' gives '{item.path}' rank {rank}, which it may not have here.",
+                "another --rank-multiple or --rank; 'slimrank plan --save' makes one that fits",
+            )
+        ranks[item.path] = rank
+    shared = {path for path, target in plan.targets.items() if target.shares}
+    for path in plan.targets.keys() - known - shared:
+        raise PlanError(f"the plan '{file}' names '{path}', which is no target.", nearest(path, known))
+    cost = sum(problem.cost.of(*item.shape, ranks[item.path]) for item in problem.items)
+    if cost > problem.budget:
+        raise BudgetError(
+            f"the plan '{file}' stores {cost:,} parameters, over the budget of {problem.budget:,}.",
+            f"a keep_ratio of at least {cost / problem.sizes.sum():.4f}; or --plan {file}, which is its own budget",
+        )
+    return Allocation(ranks)

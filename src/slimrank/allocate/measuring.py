@@ -1,0 +1,26 @@
+"""How divergence is measured: options of every allocator that does."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DROPPED = 256  # positions of a long window
+
+
+class Measuring(BaseModel):
+    """Options of the divergence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: Annotated[float, Field(gt=0, description="Logits are divided by it before they are compared.")] = 0.6
+    dropped: Annotated[
+        int | None,
+        Field(ge=0, description="Leading positions of a window that do not count; null: 256, or half a short window."),
+    ] = None
+
+    def positions(self, seq_len: int) -> int:
+        """Leading positions to drop of windows of this length; at least two are left."""
+        wanted = min(DROPPED, seq_len // 2) if self.dropped is None else self.dropped
+        return min(wanted, seq_len - 2)

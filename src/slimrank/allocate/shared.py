@@ -1,0 +1,50 @@
+"""Equal ranks for layers of the same role in consecutive blocks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from slimrank.allocate.curve import Curve
+from slimrank.allocate.problem import Allocation, Item, Problem
+from slimrank.allocate.registry import allocator
+from slimrank.allocate.solving import least_error
+from slimrank.errors import RecipeError
+
+Layers = Annotated[int, Field(ge=1, description="Consecutive blocks whose layers of the same role get one rank.")]
+
+
+@allocator(
+    id="shared",
+    title="Least sum of squared errors, one rank for the same layer of consecutive blocks",
+    paper="Basis Sharing, arXiv 2410.03765, and LEMS-shared: groups of equal rank",
+    needs=["spectra"],
+    solves=True,
+)
+def shared(problem: Problem, *, layers: Layers = 2, **solving: Any) -> Allocation:
+    """As `spectrum`; the curves of a group are added up, so that it is one item of the knapsack.
+
+    With `basis_sharing` what shares a factor is one item already.
+    """
+    if layers > 1 and (solving["monotone"] or solving["block_floor"] > 0 or solving["block_cap"] < 1):
+        raise RecipeError("side constraints by block do not go with ranks shared between blocks.", "layers=1")
+    curves = {curve.path: curve for curve in problem.curves()}
+    groups: defaultdict[tuple[str, tuple[int, int], int], list[Item]] = defaultdict(list)
+    for item in problem.items:
+        groups[item.role, item.shape, item.block // layers].append(item)
+    merged = [_sum([curves[item.path] for item in members]) for members in groups.values()]
+    found = least_error(problem, merged, solving)
+    ranks = {item.path: found.ranks[members[0].path] for members in groups.values() for item in members}
+    return Allocation({item.path: ranks[item.path] for item in problem.items}, tuple(curves.values()), found.gap)
+
+
+def _sum(curves: Sequence[Curve]) -> Curve:
+    """One curve for several of the same shape, over the candidates that all have."""
+    common = [r for r in curves[0].ranks.tolist() if all(r in c.ranks for c in curves)]
+    parts = [c.choose(np.isin(c.ranks, common)) for c in curves]
+    costs = np.sum([p.costs for p in parts], axis=0)
+    return Curve(curves[0].path, parts[0].ranks, costs, np.sum([p.errors for p in parts], axis=0))

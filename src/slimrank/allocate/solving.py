@@ -1,0 +1,51 @@
+"""How curves become ranks: options of every allocator that minimises a sum of errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from slimrank.allocate.constrained import Constraints, solve_constrained
+from slimrank.allocate.curve import Curve
+from slimrank.allocate.exact import solve_exactly
+from slimrank.allocate.knapsack import solve
+from slimrank.allocate.problem import Allocation, Problem
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Solving(BaseModel):
+    """Options of the budget solver."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    solver: Annotated[
+        Literal["lagrange", "exact"],
+        Field(description="lagrange: fast, and says how far it may be from the best; exact: HiGHS, to the best."),
+    ] = "lagrange"
+    monotone: Annotated[bool, Field(description="No block keeps a larger fraction than the one before it.")] = False
+    block_floor: Annotated[float, Field(ge=0, le=1, description="Least fraction that a block keeps.")] = 0.0
+    block_cap: Annotated[float, Field(gt=0, le=1, description="Largest fraction that a block keeps.")] = 1.0
+
+
+def least_error(problem: Problem, curves: Sequence[Curve], options: dict[str, Any]) -> Allocation:
+    """The allocation of least total error, by the options of `Solving`.
+
+    Raises:
+        BudgetError: no choice of ranks meets the budget and the constraints.
+    """
+    chosen = Solving(**options)
+    constraints = Constraints(
+        {item.path: item.block for item in problem.items},
+        {item.path: item.parameters for item in problem.items},
+        chosen.monotone,
+        chosen.block_floor,
+        chosen.block_cap,
+    )
+    if constraints.any:
+        found = solve_constrained(curves, problem.budget, constraints)
+    else:
+        found = (solve_exactly if chosen.solver == "exact" else solve)(curves, problem.budget)
+    return Allocation(found.ranks, tuple(curves), found.gap)

@@ -1,0 +1,67 @@
+"""Keep more of the layers whose truncation loses more, within each role."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from slimrank.allocate.curve import Floats
+from slimrank.allocate.problem import Allocation, Problem
+from slimrank.allocate.registry import allocator
+from slimrank.allocate.shares import ranks_from_fractions
+
+Variant = Annotated[
+    Literal["relative", "literal"],
+    Field(
+        description="relative: shares by -log of the relative loss; literal: by 1 / log of the loss, as in the paper."
+    ),
+]
+TINY = 1e-12
+
+
+@allocator(
+    id="svd_llm_v2",
+    title="Within each role, compression shared out by the loss at the uniform rank",
+    paper="Wang et al., SVD-LLM V2, arXiv 2503.12340",
+    needs=["spectra"],
+)
+def svd_llm_v2(problem: Problem, *, variant: Variant = "relative") -> Allocation:
+    """removed_l = removed * s_l / mean(s), the mean over all layers of the same role, weighed by their sizes.
+
+    s = 1 / ln L with L = || W X - W'_r X || at the uniform rank is the paper's; it depends on how many tokens L was
+    summed over, and changes sign at L = 1. s = -ln(L / || W X ||) does neither and falls with the loss as well.
+    """
+    losses = _losses(problem)
+    removed = 1 - problem.keep_ratio
+    fractions = np.empty(len(problem.items))
+    roles: defaultdict[str, list[int]] = defaultdict(list)
+    for index, item in enumerate(problem.items):
+        roles[item.role].append(index)
+    for members in roles.values():
+        share = _shares(losses[members], variant)
+        sizes = problem.sizes[members]
+        mean = float((share * sizes).sum() / sizes.sum())
+        fractions[members] = 1 - removed * (share / mean if mean > TINY and np.isfinite(mean) else 1.0)
+    return Allocation(ranks_from_fractions(problem, fractions))
+
+
+def _shares(losses: Floats, variant: str) -> Floats:
+    if variant == "relative":
+        return -np.log(np.clip(losses[:, 1], TINY, 1 - TINY))
+    logs = np.log(np.maximum(losses[:, 0], TINY))
+    return 1 / np.where(np.abs(logs) > TINY, logs, TINY)
+
+
+def _losses(problem: Problem) -> Floats:
+    """Loss of each layer at its uniform rank, and the same relative to all of it."""
+    rows = []
+    for item in problem.items:
+        tail = problem.tail(item)
+        m, n = item.shape
+        rank = min(int(problem.keep_ratio * m * n / (m + n)), len(tail) - 1)
+        loss = float(tail[rank]) ** 0.5
+        rows.append((loss, loss / max(float(tail[0]) ** 0.5, TINY)))
+    return np.array(rows)

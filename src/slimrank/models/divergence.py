@@ -1,0 +1,73 @@
+"""How far the predictions of a changed model are from those of the original, from final hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+from slimrank.models.blocks import Batch, BlockRunner
+from slimrank.models.gradients import Bypass, logits_of, modules_outside, rows_of
+
+
+class Scorer:
+    """Compares final hidden states with those of the original model, through the output head.
+
+    Both run in the same precision. Logits are made for a few windows at a time, the original's once for all that is
+    compared with them, and never kept.
+
+    Args:
+        runner: has embedded the windows to compare on.
+        temperature: logits are divided by it for the divergence (not for the likelihood).
+        dropped: leading positions of each window that do not count.
+    """
+
+    def __init__(self, runner: BlockRunner, temperature: float, dropped: int) -> None:
+        self.runner, self.temperature, self.dropped = runner, temperature, dropped
+        self.original: list[Tensor] = []
+
+    def kept(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """What must be kept of final hidden states (batch x tokens x width): the positions that count."""
+        return [self.runner.kept(h[:, self.dropped :]) for h in hidden]
+
+    def score(self, finals: Sequence[Sequence[Tensor]]) -> list[tuple[float, float]]:
+        """Divergence from the original and negative log-likelihood of the text, in nats a token, of each of `finals`.
+
+        KL(original || changed) of the next-token distributions, over the positions that count. NaN or infinity is
+        passed on.
+        """
+        runner = self.runner
+        assert runner.answer is not None
+        head = runner.model.get_output_embeddings()  # type: ignore[operator]
+        outside = [*modules_outside(runner.model, runner.blocks), *([head] if head is not None else [])]
+        sums = torch.zeros(len(finals), 2, dtype=torch.float64)
+        counts = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad(), runner.placed(*outside), Bypass(runner.blocks, runner.answer) as bypass:
+            for ids, parts in self._parts(finals):
+                logits = self._logits(bypass, ids, parts[0])
+                expected = log_softmax(logits / self.temperature, dim=-1)
+                for index, part in enumerate(parts[1:]):
+                    logits = self._logits(bypass, ids, part)
+                    found = log_softmax(logits / self.temperature, dim=-1)
+                    sums[index, 0] += (expected.exp() * (expected - found)).sum(dim=-1).double().sum().cpu()
+                    sums[index, 1] += _likelihood(logits, ids)
+                counts += torch.tensor([ids.numel(), ids[:, 1:].numel()])
+        return [(float(kl), float(nll)) for kl, nll in sums / counts]
+
+    def _parts(self, finals: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Token ids and hidden states, the original's first, of some windows at a time."""
+        for b, batch in enumerate(self.runner.batches):
+            ids = batch.input_ids[:, self.dropped :]
+            for part in rows_of(Batch(ids), self.runner.model):
+                yield ids[part], [hidden[b][part] for hidden in (self.original, *finals)]
+
+    def _logits(self, bypass: Bypass, ids: Tensor, hidden: Tensor) -> Tensor:
+        bypass.final = hidden.to(self.runner.device)
+        return logits_of(self.runner.model, Batch(ids), self.runner.device).float()
+
+
+def _likelihood(logits: Tensor, ids: Tensor) -> float:
+    labels = ids[:, 1:].to(logits.device)
+    return float(cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none").double().sum())

@@ -1,0 +1,182 @@
+"""The model that is to be compressed, measured on the search windows: see `allocate.problem.Probe`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from slimrank.allocate.measuring import Measuring
+from slimrank.allocate.problem import Effect, Transform
+from slimrank.errors import NonFiniteError
+from slimrank.linalg.cost import Rank
+from slimrank.models.blocks import Batch
+from slimrank.models.divergence import Scorer
+from slimrank.models.gradients import frozen, logits_of, next_token_loss
+from slimrank.models.swap import swapped
+from slimrank.pipeline.job import Job
+from slimrank.pipeline.spectra import Spectra
+from slimrank.planning import Unit
+from slimrank.run import Stage
+
+
+class ModelProbe:
+    """Effects of cutting targets, on search windows.
+
+    A change in block b leaves everything before b as it was: the original's hidden states go through the blocks once,
+    and for each target only the blocks from its own on are run. What was measured is stored block by block.
+
+    Args:
+        job: knows the model and the search windows.
+        spectra: what factors are cut from.
+        stage: where measurements are kept.
+        measuring: temperature and dropped positions.
+    """
+
+    def __init__(self, job: Job, spectra: Spectra, stage: Stage, measuring: Measuring) -> None:
+        assert job.texts.search is not None
+        self.job, self.spectra, self.stage = job, spectra, stage
+        self.units = {unit.path: unit for unit in job.units}
+        self.runner = job.runner(job.recipe.resident)
+        self._batches = [Batch(ids) for ids in job.texts.search.split(job.recipe.batch_size)]
+        self._scorer = Scorer(self.runner, measuring.temperature, measuring.positions(int(job.texts.search.shape[1])))
+        self._embedded: list[Tensor] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ModelProbe:
+        self._stack.enter_context(self.runner.session())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    # divergence ---------------------------------------------------------------------------------------------
+
+    def single(self, ranks: Mapping[str, Sequence[int]]) -> dict[str, list[Effect]]:
+        """Effects of each target alone at some ranks."""
+        known = self._known()
+        missing = {p: [r for r in found if str(r) not in known.get(p, {})] for p, found in ranks.items()}
+        self.job.progress.stage("allocate", sum(map(len, ranks.values())))
+        self.job.progress.step(sum(map(len, ranks.values())) - sum(map(len, missing.values())))
+        if any(missing.values()):
+            self._embed()
+            hidden = list(self._embedded)
+            for index in range(len(self.runner)):
+                mine = [(p, r) for p, some in missing.items() for r in some if min(self.units[p].blocks) == index]
+                for path, effects in self._block(index, hidden, mine).items():
+                    known.setdefault(path, {}).update(effects)
+                if mine:
+                    self.stage.save("effects", {}, known)
+                hidden = self._through(hidden, index, index + 1)
+        return {p: [Effect(*known[p][str(r)]) for r in found] for p, found in ranks.items()}
+
+    def _block(
+        self, index: int, hidden: list[Tensor], cuts: Sequence[tuple[str, int]]
+    ) -> dict[str, dict[str, tuple[float, float]]]:
+        """Effects of cuts that begin in this block, all compared with the original at once."""
+        finals = []
+        for path, rank in cuts:
+            with swapped(self.job.model, self.spectra.layers(self.units[path], rank)):
+                finals.append(self._scorer.kept(self._through(hidden, index, len(self.runner))))
+            self.job.progress.step()
+        found: dict[str, dict[str, tuple[float, float]]] = {}
+        for (path, rank), effect in zip(cuts, self._scorer.score(finals) if cuts else [], strict=True):
+            if not torch.isfinite(torch.tensor(effect)).all():
+                raise NonFiniteError(f"the divergence of '{path}' at rank {rank} is NaN or infinite.", _FLOAT32)
+            found.setdefault(path, {})[str(rank)] = effect
+        return found
+
+    def joint(self, ranks: Mapping[str, Rank]) -> Effect:
+        """Effect of all targets at these ranks."""
+        self._embed()
+        layers: dict[str, nn.Module] = {}
+        for path, rank in ranks.items():
+            layers |= self.spectra.layers(self.units[path], rank) if rank != "dense" else {}
+        with swapped(self.job.model, layers):
+            final = self._scorer.kept(self._through(self._embedded, 0, len(self.runner)))
+        effect = Effect(*self._scorer.score([final])[0])
+        if not torch.isfinite(torch.tensor(effect)).all():
+            raise NonFiniteError("the divergence of a plan is NaN or infinite.", _FLOAT32)
+        return effect
+
+    def _known(self) -> dict[str, dict[str, tuple[float, float]]]:
+        return self.stage.load("effects")[1] if self.stage.has("effects") else {}
+
+    def _embed(self) -> None:
+        """The windows' embeddings, and the original's final hidden states; once."""
+        if self._embedded:
+            return
+        self.runner.embed(self._batches)
+        self._embedded = list(self.runner.hidden)
+        self._scorer.original = self._scorer.kept(self._through(self._embedded, 0, len(self.runner)))
+
+    def _through(self, hidden: Sequence[Tensor], first: int, last: int) -> list[Tensor]:
+        """Hidden states after blocks first .. last - 1."""
+        found = list(hidden)
+        for index in range(first, last):
+            with self.runner.placed_block(index):
+                found = [self.runner.kept(self.runner.run(index, b, h)) for b, h in enumerate(found)]
+        return found
+
+    # influence ----------------------------------------------------------------------------------------------
+
+    def influence(self) -> list[float]:
+        """Of each decoder block: the mean over tokens of the cosine of its input and its output."""
+        self.runner.embed(self._batches)
+        hidden, found = list(self.runner.hidden), []
+        for index in range(len(self.runner)):
+            after = self._through(hidden, index, index + 1)
+            pairs = zip(hidden, after, strict=True)
+            cosines = [cosine_similarity(a.double(), b.double(), dim=-1).flatten() for a, b in pairs]
+            found.append(float(torch.cat(cosines).mean()))
+            hidden = after
+        return found
+
+    # gradients ----------------------------------------------------------------------------------------------
+
+    def batches(self) -> int:
+        """How many batches of search windows there are."""
+        return len(self._batches)
+
+    def factors(self, path: str) -> tuple[Tensor, Tensor]:
+        """A and B of a target at its full rank, on the device that the model is run on."""
+        unit = self.units[path]
+        a, parts = self.spectra.factors(unit, self.spectra.of(unit)[0].full_rank)
+        return a.to(self.job.device), torch.cat(list(parts)).to(self.job.device)
+
+    def loss(self, transforms: Mapping[str, Transform], batch: int) -> Tensor:
+        """Next-token loss in nats a token, with these layers answering what their transforms say."""
+        ids = self._batches[batch].input_ids
+        with self._whole(), _transformed(self.job.model, self.units, transforms), torch.enable_grad():
+            logits = logits_of(self.job.model, Batch(ids), self.job.device)
+            return next_token_loss(logits, Batch(ids)) / ids[:, 1:].numel()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """The whole model on the device, its weights frozen."""
+        with frozen(self.job.model), self.runner.placed(self.job.model):
+            yield
+
+
+@contextmanager
+def _transformed(model: nn.Module, units: Mapping[str, Unit], transforms: Mapping[str, Transform]) -> Iterator[None]:
+    """Layers that answer something else."""
+    handles = []
+    for path, transform in transforms.items():
+
+        def hook(module: nn.Module, args: Any, output: Tensor, transform: Transform = transform) -> Tensor:
+            return transform(args[0], output)
+
+        handles += [model.get_submodule(t.path).register_forward_hook(hook) for t in units[path].targets]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_FLOAT32 = "run in float32 (--dtype float32)"

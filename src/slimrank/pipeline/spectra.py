@@ -1,0 +1,70 @@
+"""Spectra as the run has stored them, and factors cut from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimrank.layers.dense import weight_of
+from slimrank.layers.low_rank import LowRankLinear
+from slimrank.linalg.lowrank import Spectrum
+from slimrank.pipeline.job import Job
+from slimrank.planning import Unit
+from slimrank.run import Stage
+
+FILES = 2  # that are kept in memory
+
+
+class Spectra:
+    """The stored spectra of a job's units."""
+
+    def __init__(self, job: Job, stage: Stage) -> None:
+        self.job, self.stage = job, stage
+        self._files: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+
+    def of(self, unit: Unit) -> tuple[Spectrum, dict[str, Any]]:
+        """The spectrum of a unit, and what was noted beside it."""
+        tensors, about = self._file(f"block-{self._stored_under(unit):04d}")
+        mine = about[unit.path]
+        spectrum = Spectrum(
+            values=tensors[f"{unit.path}.values"],
+            basis=tensors[f"{unit.path}.basis"],
+            side=mine["side"],
+            dual=tensors.get(f"{unit.path}.dual"),
+            beyond=mine["beyond"],
+            notes=tuple(mine["notes"]),
+        )
+        return spectrum, mine
+
+    def factors(self, unit: Unit, rank: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A (rank x n), and B (m x rank) of each target; float32, or float64 where the weight is."""
+        weight = torch.cat([weight_of(self.job.model.get_submodule(t.path)).to(self.job.solver) for t in unit.targets])
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        a, b = self.of(unit)[0].factors(weight, rank, dtype)
+        return a, b.split([t.shape[0] for t in unit.targets])
+
+    def layers(self, unit: Unit, rank: int) -> dict[str, nn.Module]:
+        """Low-rank layers for the targets of a unit, ties included, in the dtype of their weights."""
+        a, parts = self.factors(unit, rank)
+        found: dict[str, nn.Module] = {}
+        for target, part in zip(unit.targets, parts, strict=True):
+            old = self.job.model.get_submodule(target.path)
+            weight = old.get_parameter("weight")
+            bias = None if old.bias is None else old.bias.detach()
+            b = part.to(weight.device, weight.dtype).contiguous()
+            layer = LowRankLinear.from_factors(a.to(weight.device, weight.dtype).contiguous(), b, bias)
+            found |= dict.fromkeys((target.path, *target.ties), layer.requires_grad_(False))
+        return found
+
+    def _file(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if name not in self._files:
+            while len(self._files) >= FILES:
+                self._files.pop(next(iter(self._files)))
+            self._files[name] = self.stage.load(name, str(self.job.solver))
+        return self._files[name]
+
+    def _stored_under(self, unit: Unit) -> int:
+        backwards = self.job.method.gathering.backward and not self.job.recipe.resident
+        return min(unit.blocks) if backwards else max(unit.blocks)
