@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 import slimrank
 from helpers import byte_tokenizer, save_tiny, text, tiny_model
 from slimrank.allocate.plan import RankPlan
-from slimrank.allocate.uniform import uniform
+from slimrank.allocate.problem import Item, Problem
+from slimrank.allocate.registry import ALLOCATORS
 from slimrank.calibration.windows import draw_windows, tokenise
 from slimrank.cli import main
 from slimrank.decompose.registry import DECOMPOSERS, Configured
@@ -998,7 +999,8 @@ def test_a_budget_of_exactly_one_rank_gives_that_rank():
     for rank in range(1, 901):
         for budget, cut in ((rank * (m + n), rank), (rank * (m + n) + m + n - 1, rank)):
             expected = cut if budget < m * n else "dense"
-            assert uniform({"layer": (m, n)}, budget, 1) == {"layer": expected}
+            given = Problem((Item("layer", (m, n)),), budget)
+            assert ALLOCATORS.get("uniform").configured({}).allocate(given).ranks == {"layer": expected}
 
 
 def test_ranks_of_a_plan_are_those_of_the_layers():
@@ -1077,7 +1079,7 @@ def test_options_on_the_command_line(capsys, tiny_folder, text_file, tmp_path, a
 def test_the_list_of_methods(capsys):
     code, shown, _ = run(capsys, "methods")
     assert code == 0
-    assert all(name in shown for name in [*METHODS, *REFINERS.all(), "uniform"])
+    assert all(name in shown for name in [*METHODS, *REFINERS.all(), *ALLOCATORS.all()])
     assert "backward pass" in shown
     assert "no pass over text" in shown
     code, shown, _ = run(capsys, "methods", "--json")
@@ -1088,19 +1090,31 @@ def test_the_list_of_methods(capsys):
     assert {m["id"] for m in listed["decompose"] if m["pass"] == "none"} == {"svd"}
 
 
-@pytest.mark.parametrize("id", [*METHODS, *REFINERS.all(), "uniform"])
+@pytest.mark.parametrize("id", sorted({*METHODS, *REFINERS.all(), *ALLOCATORS.all()}))
 def test_one_method(capsys, id):
     code, shown, _ = run(capsys, "methods", id)
-    record = json.loads(run(capsys, "methods", id, "--json")[1])
+    found = json.loads(run(capsys, "methods", id, "--json")[1])
     assert code == 0
-    assert record["id"] == id
-    assert record["paper"] in shown.replace("\n", " ")
-    for name, about in record["options"].items():
-        assert name in shown
-        assert about["description"]
-        assert about["range"]
-    if not record["options"]:
-        assert "It has no options." in shown
+    for record in found if isinstance(found, list) else [found]:
+        assert record["id"] == id
+        assert record["paper"] in shown.replace("\n", " ")
+        for name, about in record["options"].items():
+            assert name in shown
+            assert about["description"]
+            assert about["range"]
+        if not record["options"]:
+            assert "It has no options." in shown
+
+
+def test_a_method_and_an_allocation_of_one_name(capsys):
+    """`asvd` is both."""
+    assert [entry["kind"] for entry in json.loads(run(capsys, "methods", "asvd", "--json")[1])] == [
+        "decompose",
+        "allocate",
+    ]
+    _, shown, _ = run(capsys, "methods", "asvd")
+    assert "--method asvd" in shown
+    assert "--allocation asvd" in shown
 
 
 def test_ranges_and_defaults_of_a_method(capsys):

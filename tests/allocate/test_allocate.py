@@ -6,13 +6,18 @@ from hypothesis import strategies as st
 
 from slimrank.allocate.budget import budget_in_parameters
 from slimrank.allocate.plan import RankPlan
+from slimrank.allocate.problem import Item, Problem
 from slimrank.allocate.registry import ALLOCATORS
-from slimrank.allocate.uniform import uniform
 from slimrank.errors import BudgetError, PlanError, RecipeError
 from slimrank.linalg.cost import dense_cost, max_pair_rank, pair_cost
 
 SHAPES = {"a": (576, 576), "b": (192, 576), "c": (1536, 576), "d": (576, 1536), "e": (576, 576)}
 TOTAL = sum(m * n for m, n in SHAPES.values())
+
+
+def uniform(shapes, budget, multiple):
+    items = tuple(Item(path, shape) for path, shape in shapes.items())
+    return ALLOCATORS.get("uniform").configured({}).allocate(Problem(items, budget, multiple)).ranks
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000))
@@ -61,7 +66,7 @@ def test_infeasible_budgets_say_what_is_feasible():
     with pytest.raises(BudgetError, match=r"keep_ratio of at least 0\.0"):
         uniform(SHAPES, TOTAL // 1000, 1)
     with pytest.raises(BudgetError, match="smaller rank_multiple"):
-        uniform(SHAPES, TOTAL // 10, 256)
+        uniform(SHAPES, TOTAL // 2, 128)
     with pytest.raises(RecipeError, match="did you mean 'uniform'"):
         ALLOCATORS.get("unifrom")
 

@@ -51,7 +51,7 @@ class Effect(NamedTuple):
     nll: float
 
 
-Transform = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a layer -> what it is to answer instead
+Transform = Callable[[Tensor, Tensor, slice], Tensor]  # (input, output, rows of the item's weight) -> new output
 
 
 class Probe(Protocol):

@@ -18,9 +18,15 @@ Allocate = Callable[..., Allocation]
 Need = Literal["spectra", "divergence", "influence", "gradient"]
 NEEDS: dict[Need, str] = {
     "spectra": "singular values of every weight in the metric of the method",
-    "divergence": "what the model's predictions lose when targets are cut one by one",
+    "divergence": "what the model's predictions lose when targets are cut",
     "influence": "how far each block turns its input",
     "gradient": "gradients of the loss by soft ranks",
+}
+COSTS: dict[Need, str] = {
+    "spectra": "seconds",
+    "divergence": "half a forward pass over the search text for each layer and rank that is measured",
+    "influence": "one forward pass over the search text",
+    "gradient": "a forward and a backward pass over a batch of the search text for each step",
 }
 
 
@@ -43,6 +49,12 @@ class Allocator:
     needs: frozenset[Need]
     allocate: Allocate
     options: type[BaseModel]
+
+    @property
+    def cost(self) -> str:
+        """One line for people."""
+        measured = sorted(self.needs - {"spectra"})
+        return "; ".join(COSTS[need] for need in measured) or "seconds"
 
     def configured(self, given: Mapping[str, Any]) -> ConfiguredAllocator:
         """The allocator with these options.

@@ -79,9 +79,11 @@ def ranks_from_fractions(problem: Problem, fractions: Floats) -> dict[str, Rank]
     wanted = project(fractions, problem.sizes, *bounds(problem), problem.budget)
     picks = floors(problem, wanted * problem.sizes)
     left = problem.budget - sum(int(costs[p]) for (_, costs), p in zip(problem.choices, picks, strict=True))
+    order = sorted(range(len(picks)), key=lambda i: problem.items[i].path)
     while True:
         best, worth = None, -np.inf
-        for i, (_, costs) in enumerate(problem.choices):
+        for i in order:
+            costs = problem.choices[i][1]
             if picks[i] + 1 < len(costs) and costs[picks[i] + 1] - costs[picks[i]] <= left:
                 short = wanted[i] - costs[picks[i]] / problem.sizes[i]
                 if short > worth + 1e-15:

@@ -26,7 +26,7 @@ def uniform(problem: Problem) -> Allocation:
         BudgetError: a target cannot reach even the smallest rank within its share.
     """
     low, high = bounds(problem)
-    bounded = np.array([item.limits.least > 1 for item in problem.items])
+    bounded = np.array([item.limits.dense or item.limits.least > 1 for item in problem.items])
     shares = project(np.zeros(len(low)), problem.sizes, np.where(bounded, low, 0), high, problem.budget) * problem.sizes
     picks = floors(problem, shares)
     for item, (ranks, costs), pick, share in zip(problem.items, problem.choices, picks, shares, strict=True):

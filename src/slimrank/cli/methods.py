@@ -12,6 +12,8 @@ import typer
 from slimrank.cli import options as o
 from slimrank.cli.console import print_json, print_table, print_text
 
+FLAGS = {"decompose": "--method", "refine": "--refine", "allocate": "--allocation"}
+
 
 def methods(
     id: Annotated[str | None, typer.Argument(help="One of them, to see its options.", show_default=False)] = None,
@@ -23,8 +25,12 @@ def methods(
     """
     listed = _listed()
     if id is not None:
-        entry = _find(listed, id)
-        print_json(entry) if json else _show(entry)
+        entries = _find(listed, id)
+        if json:
+            print_json(entries[0] if len(entries) == 1 else entries)
+        else:
+            for entry in entries:
+                _show(entry)
     elif json:
         print_json(listed)
     else:
@@ -33,6 +39,7 @@ def methods(
 
 def _listed() -> dict[str, list[dict[str, Any]]]:
     from slimrank.allocate.registry import ALLOCATORS
+    from slimrank.allocate.registry import NEEDS as ALLOCATION_NEEDS
     from slimrank.decompose.registry import DECOMPOSERS
     from slimrank.options import table
     from slimrank.refine.registry import REFINERS
@@ -50,34 +57,41 @@ def _listed() -> dict[str, list[dict[str, Any]]]:
         "refine": [
             {
                 "id": r.id, "title": r.title, "pass": "forward", "needs": ["gram"],
-                "cost": "two or three passes block by block",
+                "cost": "two to five passes block by block",
                 "paper": r.paper, "options": table(r.options),
             }
             for r in REFINERS.all().values()
         ],
         "allocate": [
-            {"id": a.id, "title": a.title, "pass": "none", "needs": [], "cost": "none", "paper": a.paper, "options": {}}
+            {
+                "id": a.id, "title": a.title, "pass": "search" if a.needs - {"spectra"} else "none",
+                "needs": sorted(a.needs), "gathers": [ALLOCATION_NEEDS[need] for need in sorted(a.needs)],
+                "cost": a.cost, "paper": a.paper, "options": table(a.options),
+            }
             for a in ALLOCATORS.all().values()
         ],
     }  # fmt: skip
 
 
-def _find(listed: dict[str, list[dict[str, Any]]], id: str) -> dict[str, Any]:
+def _find(listed: dict[str, list[dict[str, Any]]], id: str) -> list[dict[str, Any]]:
+    """All entries of that id: a method and an allocation may share one."""
     from slimrank.errors import RecipeError, nearest
 
-    known = {entry["id"]: {"kind": kind, **entry} for kind, entries in listed.items() for entry in entries}
-    if id not in known:
-        raise RecipeError(f"there is no method '{id}'.", nearest(id, known))
-    return known[id]
+    entries = [{"kind": kind, **entry} for kind, some in listed.items() for entry in some]
+    found = [entry for entry in entries if entry["id"] == id]
+    if not found:
+        raise RecipeError(f"there is no method '{id}'.", nearest(id, {entry["id"]: None for entry in entries}))
+    return found
 
 
 def _tables(listed: dict[str, list[dict[str, Any]]]) -> None:
     width = shutil.get_terminal_size((100, 24)).columns
-    for kind, option in (("decompose", "--method"), ("refine", "--refine"), ("allocate", "--allocation")):
+    for kind, option in FLAGS.items():
         print_text(f"\n{option}")
         for entry in listed[kind]:
             needs = f"needs {', '.join(entry['needs'])}" if entry["needs"] else "needs no statistics"
-            passes = "no pass over text" if entry["pass"] == "none" else f"{entry['pass']} pass"
+            names = {"none": "no pass over text", "search": "measures the model"}
+            passes = names.get(entry["pass"], f"{entry['pass']} pass")
             about = f"{passes}; {needs}; cost: {entry['cost']}"
             lines = [wrapped for text in (entry["title"], about, entry["paper"]) for wrapped in _wrap(text, width)]
             print_text("\n".join(f"{name:16}{line}" for name, line in zip_longest([entry["id"]], lines, fillvalue="")))
@@ -89,12 +103,11 @@ def _wrap(text: str, width: int) -> list[str]:
 
 
 def _show(entry: dict[str, Any]) -> None:
-    print_text(
-        f"{entry['id']}: {entry['title']}\nsource: {entry['paper']}\npass: {entry['pass']}; cost: {entry['cost']}"
-    )
+    print_text(f"\n{FLAGS[entry['kind']]} {entry['id']}: {entry['title']}")
+    print_text(f"source: {entry['paper']}\npass: {entry['pass']}; cost: {entry['cost']}")
     for gathered in entry.get("gathers", []):
         print_text(f"needs: {gathered}")
-    flag = {"decompose": "--option", "refine": "--refine-option"}.get(entry["kind"])
+    flag = {"decompose": "--option", "refine": "--refine-option", "allocate": "--allocation-option"}[entry["kind"]]
     rows = [
         (name, str(about["default"]), about["range"], about["description"]) for name, about in entry["options"].items()
     ]

@@ -167,16 +167,19 @@ def _transformed(model: nn.Module, units: Mapping[str, Unit], transforms: Mappin
     """Layers that answer something else."""
     handles = []
     for path, transform in transforms.items():
-
-        def hook(module: nn.Module, args: Any, output: Tensor, transform: Transform = transform) -> Tensor:
-            return transform(args[0], output)
-
-        handles += [model.get_submodule(t.path).register_forward_hook(hook) for t in units[path].targets]
+        start = 0
+        for target in units[path].targets:
+            rows = slice(start, start := start + target.shape[0])
+            handles.append(model.get_submodule(target.path).register_forward_hook(_hook(transform, rows)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hook(transform: Transform, rows: slice) -> Any:
+    return lambda module, args, output: transform(args[0], output, rows)
 
 
 _FLOAT32 = "run in float32 (--dtype float32)"

@@ -1,0 +1,68 @@
+"""Gradient descent on soft ranks: what FermiGrad and Dobi-SVD share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimrank.allocate.curve import Floats
+from slimrank.allocate.problem import Problem
+
+
+def stored(problem: Problem, ranks: Tensor) -> Tensor:
+    """Parameters of all items at real-valued ranks, differentiable; none stores more than its dense weight."""
+    costs: list[Any] = [problem.cost.of(*i.shape, r) for i, r in zip(problem.items, cast(Any, ranks), strict=True)]
+    return torch.minimum(torch.stack(costs), torch.from_numpy(problem.sizes))
+
+
+def full_ranks(problem: Problem) -> Tensor:
+    """min(m, n) of every item, float64."""
+    return torch.tensor([min(item.shape) for item in problem.items], dtype=torch.float64)
+
+
+def ranks_of_fractions(problem: Problem, fractions: Floats) -> Tensor:
+    """Real-valued ranks at which items store these fractions of their parameters, by bisection."""
+    top = full_ranks(problem)
+    low, high = torch.ones_like(top), top.clone()
+    wanted = torch.from_numpy(fractions * problem.sizes)
+    for _ in range(60):
+        middle = (low + high) / 2
+        over = stored(problem, middle) > wanted
+        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+    return low
+
+
+def descend(
+    start: Tensor,
+    top: Tensor,
+    steps: int,
+    rate: float,
+    objective: Callable[[Tensor, int], Tensor],
+) -> Floats:
+    """Adam on ranks as fractions of the full ones, clamped to [1, full rank]; the mean of the last quarter of steps.
+
+    Args:
+        start: ranks to begin with.
+        top: full ranks.
+        steps: how many.
+        rate: step size, as a fraction of the full rank.
+        objective: (ranks, step) -> what is to be minimised.
+    """
+    fractions = (start / top).clone().requires_grad_()
+    optimiser = torch.optim.Adam([fractions], lr=rate)
+    kept: list[Tensor] = []
+    for step in range(steps):
+        optimiser.zero_grad()
+        with torch.enable_grad():
+            loss = objective(fractions * top, step)
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            fractions.copy_(torch.minimum(torch.maximum(fractions, 1 / top), torch.ones_like(top)))
+        if step >= steps - max(1, steps // 4):
+            kept.append((fractions * top).detach().clone())
+    return np.asarray(torch.stack(kept).mean(dim=0).numpy(), dtype=np.float64)

@@ -1,0 +1,255 @@
+"""What single allocators promise: identities, neutral settings, and the best plan where it is known."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from problems import SHAPES, problem
+from slimrank.allocate.curve import Curve
+from slimrank.allocate.dobi import SoftTruncation
+from slimrank.allocate.hull import Table
+from slimrank.allocate.knapsack import solve
+from slimrank.allocate.lems import depth_bias
+from slimrank.allocate.mrcs import greedy
+from slimrank.allocate.problem import Item, Problem
+from slimrank.allocate.registry import ALLOCATORS
+from slimrank.allocate.shares import project
+from slimrank.allocate.threshold import least_maximum
+from slimrank.errors import RecipeError
+from slimrank.linalg.cost import PAIR, PIVOT
+
+
+def allocate(id, given, **options):
+    return ALLOCATORS.get(id).configured(options).allocate(given)
+
+
+def total(given, ranks):
+    return given.probe.joint(ranks).kl
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.8])
+def test_measured_divergences_that_add_up_give_the_best_plan(keep):
+    """Here the divergence is importance times energy, so LEMS' curves are exact; the metric's own are not."""
+    given = problem(keep)
+    best = total(given, allocate("lems", given, solver="exact").ranks)
+    for id in ALLOCATORS.all():
+        if id not in ("from_plan", "dobi"):
+            options = {"steps": 8} if id == "fermigrad" else {}
+            assert total(given, allocate(id, given, **options).ranks) >= best * (1 - 1e-9)
+    assert total(given, allocate("lems", given).ranks) <= best * 1.01
+    assert best < total(given, allocate("spectrum", given).ranks) < total(given, allocate("uniform", given).ranks)
+
+
+@pytest.mark.parametrize("anchors", [[0.1], [0.2, 0.6], [0.1, 0.4, 0.8]])
+def test_the_curve_goes_through_what_was_measured(anchors):
+    given = problem(0.6)
+    found = allocate("lems", given, anchors=anchors)
+    for item, curve in zip(given.items, found.curves, strict=True):
+        for fraction in anchors:
+            rank = max(1, round(fraction * PAIR.largest(*item.shape)))
+            measured = given.probe.single({item.path: [rank]})[item.path][0].kl
+            assert curve.errors[curve.index(rank)] == pytest.approx(measured, rel=1e-9)
+
+
+def test_depth_bias():
+    """Against the formula, term by term, and the figures of the reference code."""
+    for blocks, alpha, gamma in itertools.product((1, 2, 8), (0.0, 1.0, 3.0), (0.0, 5.0)):
+        sums = [sum((k + 1) ** -alpha for k in range(b, blocks)) for b in range(blocks)]
+        expected = [1 + gamma * (s - sums[-1]) / max(sums[0] - sums[-1], 1e-12) for s in sums]
+        assert depth_bias(blocks, alpha, gamma) == pytest.approx(expected)
+    assert depth_bias(8, 0, 5).round(2).tolist() == [6, 5.29, 4.57, 3.86, 3.14, 2.43, 1.71, 1]
+    assert depth_bias(8, 1, 5).round(2).tolist() == [6, 4.07, 3.11, 2.46, 1.98, 1.6, 1.28, 1]
+
+
+def test_gamma_zero_is_no_bias_and_is_always_tried():
+    given = problem(0.6)
+    plain = allocate("lems", given)
+    assert allocate("lems", given, gamma=0.0, alpha=2.0).ranks == plain.ranks
+    assert allocate("lems", given, gamma=5.0).ranks != plain.ranks
+    searched = allocate("lems", given, search=True, gamma=5.0)
+    assert total(given, searched.ranks) <= total(given, plain.ranks)
+    assert "gamma 0 of" in searched.notes[0]
+
+
+def test_the_bias_gives_first_blocks_more():
+    given = problem(0.6, blocks=6, alike=True)
+
+    def kept(gamma):
+        ranks = allocate("lems", given, gamma=gamma).ranks
+        sizes = np.array([PAIR.of(*i.shape, ranks[i.path]) for i in given.items])
+        return sizes[: len(SHAPES) * 2].sum()
+
+    assert kept(8.0) > kept(0.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_threshold_is_the_smallest(seed):
+    curves = problem(0.5, seed=seed).curves()
+    budget = problem(0.5, seed=seed).budget
+    table = Table.of(curves)
+    picks = least_maximum(curves, budget)
+    worst = table.errors[np.arange(len(picks)), picks].max()
+    thresholds = np.unique(table.errors[np.isfinite(table.errors)])
+    fitting = [t for t in thresholds if table.total(np.argmax(table.errors <= t, axis=1))[0] <= budget]
+    assert worst <= min(fitting)
+
+
+def test_greedy_with_tiny_quotas_is_the_threshold():
+    given = problem(0.5)
+    curves = given.curves()
+    table = Table.of(curves)
+    worst = [
+        table.errors[np.arange(len(p)), p].max()
+        for p in (greedy(curves, given.budget, 3000), least_maximum(curves, given.budget))
+    ]
+    assert worst[0] == pytest.approx(worst[1], rel=0.1)
+
+
+def test_asvd_stops_at_a_perplexity():
+    given = problem(0.9)
+    full, stopped = allocate("asvd", given), allocate("asvd", given, max_rise=1e9)
+    assert total(given, stopped.ranks) > total(given, full.ranks)
+    rise = float(np.exp(total(given, full.ranks))) * 1.5
+    found = allocate("asvd", given, max_rise=rise)
+    assert np.exp(total(given, found.ranks)) <= rise
+    size = sum(PAIR.of(*i.shape, found.ranks[i.path]) for i in given.items)
+    assert size < given.budget
+
+
+def test_svd_llm_v2():
+    alike = problem(0.6, alike=True)
+    uniform = allocate("uniform", alike).ranks
+    for variant in ("relative", "literal"):
+        ranks = allocate("svd_llm_v2", alike, variant=variant).ranks
+        assert all(abs(ranks[p] - uniform[p]) <= 1 for p in ranks)
+    given = problem(0.6, blocks=5)
+    ranks = allocate("svd_llm_v2", given).ranks
+    for role in SHAPES:
+        members = [i for i in given.items if i.role == role]
+        at = [min(int(0.6 * PAIR.largest(*i.shape)), min(i.shape) - 1) for i in members]
+        loss = [given.tail(i)[r] / given.tail(i)[0] for i, r in zip(members, at, strict=True)]
+        kept = [PAIR.of(*i.shape, ranks[i.path]) for i in members]
+        assert [kept[j] for j in np.argsort(loss)] == sorted(kept)
+    scaled = {path: (values * 1000, 0.0) for path, (values, _) in given.spectra.items()}
+    assert allocate("svd_llm_v2", replace(given, spectra=scaled)).ranks == ranks
+    assert allocate("svd_llm_v2", replace(given, spectra=scaled), variant="literal").ranks != ranks
+
+
+def test_atp():
+    given = problem(0.6, blocks=5, alike=True)
+    flat = allocate("atp", given, spread=0.0, trials=1).ranks
+    steep = allocate("atp", given, spread=1.0, trials=1).ranks
+    uniform = allocate("uniform", given).ranks
+    assert all(abs(flat[p] - uniform[p]) <= 1 for p in flat)
+    for role in SHAPES:
+        falling = [PAIR.of(*i.shape, steep[i.path]) for i in given.items if i.role == role]
+        assert falling == sorted(falling, reverse=True)
+        assert falling[0] > falling[-1]
+    best = allocate("atp", given)
+    assert total(given, best.ranks) <= min(total(given, flat), total(given, steep))
+    assert "divergence" in best.notes[0]
+    one = problem(0.6, blocks=1)
+    assert allocate("atp", one).ranks
+
+
+def test_ada_cr():
+    given = problem(0.6, blocks=5, alike=True)
+    neutral = allocate("ada_cr", given, least=0.6).ranks
+    assert all(abs(neutral[p] - r) <= 1 for p, r in allocate("uniform", given).ranks.items())
+    ranks = allocate("ada_cr", given, least=0.3).ranks
+    for role in SHAPES:  # the known model's first blocks change their input most
+        kept = [PAIR.of(*i.shape, ranks[i.path]) for i in given.items if i.role == role]
+        assert kept == sorted(kept, reverse=True)
+        assert kept[0] > kept[-1]
+    turned = allocate("ada_cr", given, least=0.3, importance="similarity").ranks
+    assert turned["layers.0.mlp.up"] < turned["layers.4.mlp.up"]
+
+
+def test_shared_ranks():
+    given = problem(0.6, blocks=6)
+    ranks = allocate("shared", given, layers=3).ranks
+    for role, half in itertools.product(SHAPES, range(2)):
+        assert len({ranks[f"layers.{3 * half + b}.{role}"] for b in range(3)}) == 1
+    assert allocate("shared", given, layers=1).ranks == allocate("spectrum", given).ranks
+    with pytest.raises(RecipeError, match="do not go with ranks shared"):
+        allocate("shared", given, monotone=True)
+
+
+def test_side_constraints_through_an_allocator():
+    given = problem(0.6, blocks=4)
+    ranks = allocate("spectrum", given, monotone=True, block_floor=0.4).ranks
+    sizes = [PAIR.of(*i.shape, ranks[i.path]) for i in given.items]
+    kept = np.reshape(sizes, (4, len(SHAPES))).sum(axis=1) / given.sizes[: len(SHAPES)].sum()
+    assert kept.tolist() == sorted(kept.tolist(), reverse=True)
+    assert kept.min() >= 0.4
+
+
+@pytest.mark.parametrize("cost", [PAIR, PIVOT], ids=lambda c: c.name)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (4.0, 1.0)])
+def test_fermigrad_finds_the_best_of_two_layers(cost, weights):
+    """The toy of the paper's figure, smaller: within a rank of brute force where the loss is a sum."""
+    from problems import KnownModel
+
+    items = (Item("a", (64, 64), 0, "a"), Item("b", (64, 64), 1, "b"))
+    k = np.arange(1, 65)
+    values = {"a": np.exp(-k / 12.0), "b": np.exp(-k / 40.0)}
+    probe = KnownModel(items, values, dict(zip("ab", weights, strict=True)))
+    budget = int(0.6 * 2 * 64 * 64)
+    given = Problem(items, budget, 1, cost, {p: (v, 0.0) for p, v in values.items()}, probe)
+    settings = {"steps": 300, "rate": 0.01, "penalty": 300.0}
+    plans = [allocate("fermigrad", given, start=start, **settings).ranks for start in ("spectrum", "uniform")]
+    found = min(plans, key=lambda ranks: probe.joint(ranks).kl)
+    numbers = [64 if found[p] == "dense" else found[p] for p in "ab"]
+    best = min(
+        ((probe.joint({"a": r, "b": q}).kl, r, q) for r in k.tolist() for q in k.tolist()
+         if min(cost.of(64, 64, r), 4096) + min(cost.of(64, 64, q), 4096) <= budget),
+    )  # fmt: skip
+    assert abs(numbers[0] - best[1]) <= 2
+    assert probe.joint(found).kl <= best[0] * 1.1
+
+
+def test_gradients_by_soft_truncation(monkeypatch):
+    monkeypatch.setattr("slimrank.allocate.dobi.BLUR", 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((6, 4), (4, 6), (5, 5), (2, 5, 7)):
+        y = torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+        t = torch.rand(min(shape[-2:]), dtype=torch.float64, generator=generator).requires_grad_()
+        assert torch.autograd.gradcheck(SoftTruncation.apply, (y, t))
+
+
+@pytest.mark.parametrize("values", [[2.0, 2.0, 2.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.0] * 4])
+def test_gradients_are_finite_at_equal_singular_values(values):
+    u, v = (torch.linalg.qr(torch.randn(n, 4, generator=torch.Generator().manual_seed(n))).Q for n in (6, 5))
+    y = (u * torch.tensor(values) @ v.T).requires_grad_()
+    t = torch.tensor([1.0, 0.7, 0.2, 0.0, 0.0], requires_grad=True)
+    SoftTruncation.apply(y, t).square().sum().backward()
+    assert bool(torch.isfinite(y.grad).all())
+    assert bool(torch.isfinite(t.grad).all())
+
+
+def test_a_sharp_step_cuts_at_the_rank():
+    y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    u, s, vh = torch.linalg.svd(y, full_matrices=False)
+    cut = SoftTruncation.apply(y, torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(cut, (u[:, :2] * s[:2]) @ vh[:2])
+
+
+def test_projection_keeps_what_it_should():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        wanted, sizes = rng.normal(0.6, 0.4, 12), rng.integers(1, 100, 12).astype(float)
+        low, high = np.full(12, 0.1), np.full(12, 1.0)
+        total = rng.uniform(0.15, 0.95) * sizes.sum()
+        found = project(wanted, sizes, low, high, total)
+        assert (found * sizes).sum() == pytest.approx(total, rel=1e-9)
+        inside = (found > low + 1e-9) & (found < high - 1e-9)
+        assert np.ptp((found - wanted)[inside]) < 1e-9 if inside.any() else True
+        assert bool((found[wanted.argsort()][1:] >= found[wanted.argsort()][:-1] - 1e-12).all())
+
+
+def test_a_curve_that_several_plans_share():
+    curve = Curve("a", np.array([1, 2]), np.array([3, 6]), np.array([2.0, 1.0]))
+    assert solve([curve], 6).ranks == {"a": 2}

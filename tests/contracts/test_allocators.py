@@ -1,0 +1,189 @@
+"""Every registered allocator through the same tests."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from problems import KnownModel, problem
+from slimrank.allocate.curve import Limits
+from slimrank.allocate.plan import RankPlan
+from slimrank.allocate.registry import ALLOCATORS
+from slimrank.errors import BudgetError, PlanError, RecipeError
+from slimrank.linalg.cost import PIVOT
+
+IDS = list(ALLOCATORS.all())
+QUICK = {"fermigrad": {"steps": 4}, "dobi": {"steps": 2}, "atp": {"trials": 3}, "asvd": {"fractions": [0.3, 0.6, 0.9]}}
+EXACT = [id for id in IDS if id not in ("fermigrad", "dobi")]
+KEEPS = [0.4, 0.5, 0.8, 0.95]
+ADDITIVE = ["spectrum", "lems"]  # they minimise the very sum that `problem` is made of, or one of its parts
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Options that make an allocator quick; `from_plan` gets the plan of uniform ranks."""
+
+    def chosen(id, given, **more):
+        if id != "from_plan":
+            return {**QUICK.get(id, {}), **more}
+        shapes = {item.path: item.shape for item in given.items}
+        ranks = ALLOCATORS.get("uniform").configured({}).allocate(given).ranks
+        RankPlan.build(ranks, shapes, "uniform", given.budget).save(tmp_path / "plan.json")
+        return {"file": str(tmp_path / "plan.json"), **more}
+
+    return chosen
+
+
+def allocate(id, given, options, **more):
+    return ALLOCATORS.get(id).configured(options(id, given, **more)).allocate(given)
+
+
+def cost(given, ranks):
+    return sum(given.cost.of(*item.shape, ranks[item.path]) for item in given.items)
+
+
+def steps(given, ranks):
+    """What the next candidate of each item would take."""
+    for item, (candidates, costs) in zip(given.items, given.choices, strict=True):
+        rank = ranks[item.path]
+        index = candidates.tolist().index(-1 if rank == "dense" else rank)
+        if index + 1 < len(costs):
+            yield item, int(costs[index + 1] - costs[index])
+
+
+def slack_is_spent(id, given, ranks):
+    """The budget contract. `uniform`, and plans made by it, keep equal shapes equal; so does `shared` roles."""
+    left = given.budget - cost(given, ranks)
+    alike = {}
+    for item, step in steps(given, ranks):
+        key = (item.shape, item.role, item.block // 2) if id == "shared" else item.shape
+        alike[key] = alike.get(key, 0) + step if id in ("uniform", "from_plan", "shared") else step
+        if id not in ("uniform", "from_plan", "shared"):
+            assert step > left
+    if id == "shared":
+        assert all(step > left for step in alike.values())
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("id", IDS)
+def test_the_budget_is_kept_and_spent(id, keep, multiple, options):
+    given = problem(keep, multiple)
+    ranks = allocate(id, given, options).ranks
+    assert list(ranks) == [item.path for item in given.items]
+    assert cost(given, ranks) <= given.budget
+    slack_is_spent(id, given, ranks)
+    for item in given.items:
+        assert ranks[item.path] == "dense" or ranks[item.path] % multiple == 0
+        assert ranks[item.path] == "dense" or 1 <= ranks[item.path] < min(item.shape)
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_keeping_all_is_dense(id, options):
+    assert set(allocate(id, problem(1.0), options).ranks.values()) == {"dense"}
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_the_same_again(id, options):
+    assert allocate(id, problem(0.6), options).ranks == allocate(id, problem(0.6), options).ranks
+
+
+@pytest.mark.parametrize("id", EXACT)
+def test_the_order_of_layers_does_not_matter(id, options):
+    given = problem(0.6)
+    turned = replace(given, items=given.items[::-1])
+    assert allocate(id, turned, options).ranks == allocate(id, given, options).ranks
+
+
+@pytest.mark.parametrize("id", [id for id in EXACT if id not in ("ada_cr", "atp")])
+def test_equal_layers_get_nearly_equal_ranks(id, options):
+    """Up to one step, which the budget allows some of them and not others."""
+    given = problem(0.6, alike=True, blocks=4)
+    ranks = allocate(id, given, options, **({"gamma": 0.0} if id in ("lems", "asvd_plus", "mrcs_plus") else {})).ranks
+    for role in {item.role for item in given.items}:
+        numbers = [ranks[i.path] for i in given.items if i.role == role]
+        numbers = [min(i.shape) if r == "dense" else r for i, r in zip(given.items, numbers, strict=False)]
+        if id in ("spectrum", "lems", "shared"):
+            continue  # what is dense in one and factored in another is no step
+        assert max(numbers) - min(numbers) <= 1
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_budgets_below_the_smallest_ranks(id, options):
+    given = problem(0.6)
+    least = sum(int(costs[0]) for _, costs in given.choices)
+    with pytest.raises(BudgetError, match="keep_ratio of at least"):
+        ALLOCATORS.get(id).configured(QUICK.get(id, {})).allocate(replace(given, budget=least - 1))
+    if id not in ("uniform", "from_plan"):
+        assert cost(given, allocate(id, replace(given, budget=least), options).ranks) == least
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_limits_are_kept(id, options):
+    given = problem(0.6)
+    limits = {
+        "layers.0.attn.q": Limits(dense=True),
+        "layers.1.attn.q": Limits(9, 9),
+        "layers.1.mlp.up": Limits(20, None),
+        "layers.2.mlp.up": Limits(1, 4),
+    }
+    items = tuple(replace(i, limits=limits.get(i.path, i.limits)) for i in given.items)
+    bounded = replace(given, items=items)
+    ranks = allocate(id, bounded, options, **({"layers": 1} if id == "shared" else {})).ranks
+    assert ranks["layers.0.attn.q"] == "dense"
+    assert ranks["layers.1.attn.q"] == 9
+    assert ranks["layers.1.mlp.up"] == "dense" or ranks["layers.1.mlp.up"] >= 20
+    assert ranks["layers.2.mlp.up"] <= 4
+    assert cost(given, ranks) <= given.budget
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_pivots_cost_less(id, options):
+    given = problem(0.6, cost=PIVOT)
+    ranks = allocate(id, given, options).ranks
+    assert cost(given, ranks) <= given.budget
+    slack_is_spent(id, given, ranks)
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_unknown_options_are_errors(id):
+    with pytest.raises(RecipeError, match=f"the allocation '{id}' has no option 'nonsense'"):
+        ALLOCATORS.get(id).configured({"nonsense": 1})
+
+
+@pytest.mark.parametrize("id", [id for id in IDS if "spectra" in ALLOCATORS.get(id).needs])
+def test_spectra_that_are_cut_short_are_refused(id, options):
+    given = problem(0.6)
+    spectra = {path: (values[:5], 0.0) for path, (values, _) in given.spectra.items()}
+    with pytest.raises(PlanError, match=r"the spectrum of 'layers\.\d\.\w+\.\w+' holds 5 of"):
+        allocate(id, replace(given, spectra=spectra), options)
+
+
+class Broken(KnownModel):
+    def single(self, ranks):
+        return {path: [effect._replace(kl=np.nan) for effect in some] for path, some in super().single(ranks).items()}
+
+
+@pytest.mark.parametrize("id", ["lems", "asvd", "asvd_plus", "mrcs_plus"])
+def test_divergences_that_are_not_finite_are_never_zero(id, options):
+    given = problem(0.6)
+    probe = Broken(given.items, given.probe.values, given.probe.importance)
+    with pytest.raises(PlanError, match=r"'layers\.0\.attn\.q' is not finite"):
+        allocate(id, replace(given, probe=probe), options)
+
+
+@pytest.mark.parametrize("id", ["spectrum", "lems", "asvd_plus", "mrcs_plus"])
+@pytest.mark.parametrize("keep", [0.4, 0.7])
+def test_a_layer_that_matters_more_gets_no_less(id, keep, options):
+    sizes = []
+    for factor in (0.1, 1.0, 10.0):
+        given = problem(keep)
+        path = "layers.1.mlp.up"
+        values, beyond = given.spectra[path]
+        spectra = {**given.spectra, path: (values * factor**0.5, beyond)} if id == "spectrum" else given.spectra
+        importance = {**given.probe.importance, path: given.probe.importance[path] * factor}
+        probe = KnownModel(given.items, given.probe.values, importance)
+        ranks = allocate(id, replace(given, spectra=spectra, probe=probe), options).ranks
+        sizes.append(given.cost.of(96, 48, ranks[path]))
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
