@@ -1,19 +1,23 @@
 """Allocations on tiny models: measurements against brute force, plans through `compress`, resuming, bad input."""
 
 import copy
+import json
+import re
 
 import pytest
 import torch
 
-import slimrank
-from helpers import byte_tokenizer, tiny_model
+from helpers import byte_tokenizer, save_tiny, tiny_model
+from problems import problem
+from slimrank.allocate.additivity import additivity
+from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.problem import Allocation
 from slimrank.allocate.registry import ALLOCATORS, allocator
 from slimrank.calibration.windows import draw_apart, draw_windows, tokenise
 from slimrank.errors import BudgetError, NonFiniteError, PlanError, RecipeError
 from slimrank.layers.dense import weight_of
 from slimrank.models.targets import find_targets
-from test_methods_end_to_end import SAMPLES, SEQ_LEN, TEXT, compress
+from test_methods_end_to_end import SAMPLES, SEQ_LEN, TEXT, compress, run
 
 SEARCH = 3
 QUICK = {"fermigrad": {"steps": 2}, "dobi": {"steps": 1}, "atp": {"trials": 2}, "asvd": {"fractions": [0.5, 0.9]}}
@@ -114,7 +118,7 @@ def test_influence_is_the_cosine_of_inputs_and_outputs(looking):
 
 
 def test_soft_ranks_at_their_ends_and_their_gradient(looking):
-    """Nothing missing is the original; all beyond the rank missing is the cut model; the slope is that of differences."""
+    """Nothing missing is the original; all beyond the rank missing is the cut model."""
 
     def look(problem):
         from slimrank.allocate.fermigrad import Masks
@@ -264,8 +268,72 @@ def test_a_divergence_that_is_not_finite_names_the_layer(monkeypatch):
     from slimrank.models.divergence import Scorer
 
     monkeypatch.setattr(Scorer, "score", lambda self, finals: [(float("nan"), 1.0)] * len(finals))
-    with pytest.raises(NonFiniteError, match=r"divergence of 'model\.layers\.0\.self_attn\.q_proj' at rank 1"):
+    with pytest.raises(NonFiniteError, match=r"divergence of 'model\.layers\.0\.self_attn\.q_proj' at rank 2"):
         allocated("lems")
+
+
+def test_plan_computes_what_the_allocation_needs_and_compress_goes_on_from_there(capsys, tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXT))
+    shared = [
+        folder, "--keep", 0.6, "--allocation", "lems", "--samples", SAMPLES, "--seq-len", SEQ_LEN, "--search-samples",
+        SEARCH, "--calibration", tmp_path / "text.txt", "--run-dir", tmp_path / "run",
+    ]  # fmt: skip
+    code, shown, error = run(capsys, "plan", *shared, "--save", tmp_path / "plan.json")
+    assert code == 0, error
+    rows = [line.strip("│ ").split("│") for line in shown.splitlines() if re.match(r"│ +\d+ │", line)]
+    assert len(rows) == 3
+    plan = RankPlan.load(tmp_path / "plan.json")
+    for block, row in enumerate(rows):
+        for name, cell in zip(("q_proj", "k_proj", "v_proj", "o_proj"), row[1:5], strict=True):
+            target = plan.targets[f"model.layers.{block}.self_attn.{name}"]
+            kept = 100 * target.parameters / (target.shape[0] * target.shape[1])
+            assert cell.strip() == ("--" if target.rank == "dense" else f"{kept:.0f}")
+    assert "predicted error" in shown
+    assert "no plan of this size has an error less by more than" in shown
+    record = json.loads(run(capsys, "plan", *shared, "--json")[1])
+    assert record["allocation"]["id"] == "lems"
+    assert len(record["allocation"]["additivity"]["measured"]) == 20
+    assert record["plan"] == plan.model_dump(mode="json")
+    monkeypatch.setattr("slimrank.pipeline.probe.ModelProbe._block", None)
+    code, shown, error = run(capsys, "compress", *shared, "--no-eval", "--json", "--out", tmp_path / "out")
+    assert code == 0, error
+    made = json.loads(shown)
+    assert made["allocation"] == record["allocation"]
+    assert RankPlan.load(tmp_path / "out" / "plan.json").targets == plan.targets
+    followed = compress(plan=str(tmp_path / "plan.json"), keep_ratio=None)
+    assert followed.plan == plan
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Ranks by `lems`" in report
+    assert "rank correlation" in report
+
+
+def test_flags_of_the_command_line(capsys, tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXT))
+    code, shown, error = run(
+        capsys, "compress", folder, "--keep", 0.6, "--no-eval", "--json", "--out", tmp_path / "out", "--samples",
+        SAMPLES, "--seq-len", SEQ_LEN, "--calibration", tmp_path / "text.txt", "--allocation", "spectrum", "--allocation-option",
+        "scale=relative", "--rank", "*.mlp.*=3..6", "--rank", "o_proj=dense", "--rank-multiple", 3,
+    )  # fmt: skip
+    assert code == 0, error
+    record = json.loads(shown)
+    assert record["allocation"]["scale"] == "relative"
+    for row in record["targets"]:
+        if ".mlp." in row["path"]:
+            assert row["rank"] in (3, 6)
+        if "o_proj" in row["path"]:
+            assert row["rank"] == "dense"
+
+
+def test_additivity_where_errors_do_add_up():
+    given = problem(0.6)
+    curves = ALLOCATORS.get("lems").configured({}).allocate(given).curves
+    found = additivity(given, curves, 12)
+    assert found.predicted == pytest.approx(found.measured, rel=1e-6)
+    assert found.spearman == pytest.approx(1.0)
+    shuffled = [curve.scaled(float(1 + 50 * (i % 3 == 0))) for i, curve in enumerate(curves)]
+    assert additivity(given, shuffled, 12).spearman < 0.99
 
 
 # search windows --------------------------------------------------------------------------------------------------
@@ -295,4 +363,3 @@ def test_targets_of_other_blocks_have_the_same_role():
     roles = [role_of(t, targets.blocks_path) for t in targets]
     assert roles[:7] == roles[7:14]
     assert roles[0] == "self_attn.q_proj"
-    assert slimrank is not None

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from slimrank.models.targets import find_targets as find_targets
     from slimrank.pipeline import CompressionResult as CompressionResult
     from slimrank.pipeline import compress as compress
+    from slimrank.pipeline import find_plan as find_plan
     from slimrank.recipe import Recipe as Recipe
 
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "SlimrankError": "errors",
     "compress": "pipeline",
     "decomposer": "decompose.registry",
+    "find_plan": "pipeline",
     "find_targets": "models.targets",
     "load": "models.load",
     "perplexity": "evaluate.perplexity",

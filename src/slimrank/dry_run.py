@@ -39,7 +39,7 @@ def preview(
     """What `compress` would do with the same arguments.
 
     Returns:
-        A record with "plan" (as `RankPlan`), "size", "coverage", "kinds" (one row for each layer name),
+        A record with "plan" (as `RankPlan`), "blocks_path", "size", "coverage", "kinds" (one row for each layer name),
         "seconds" (by stage) and "peak_memory" (bytes). Seconds and memory are estimates.
 
     Raises:
@@ -80,6 +80,7 @@ def preview(
     )
     return {
         "plan": plan,
+        "blocks_path": targets.blocks_path,
         "size": {
             "keep_ratio": linears / plan.dense_parameters,
             "keep_total": after / coverage.total,

@@ -20,6 +20,14 @@ class Measuring(BaseModel):
         Field(ge=0, description="Leading positions of a window that do not count; null: 256, or half a short window."),
     ] = None
 
+    plans: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Random plans measured to tell, in the report, whether errors of layers add up; 0: none.",
+        ),
+    ] = 20
+
     def positions(self, seq_len: int) -> int:
         """Leading positions to drop of windows of this length; at least two are left."""
         wanted = min(DROPPED, seq_len // 2) if self.dropped is None else self.dropped

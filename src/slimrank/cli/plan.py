@@ -9,6 +9,7 @@ import typer
 
 from slimrank.cli import options as o
 from slimrank.cli.console import ConsoleProgress, duration, print_json, print_table, print_text, say_quietly
+from slimrank.cli.heatmap import show_plan, show_trade_off
 
 
 @o.takes_recipe
@@ -18,11 +19,17 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Where compress would write; only looked at.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="As for compress; only looked at.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the rank plan here, for compress --plan.")] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Keep what an allocation computes here, so that compress --run-dir does not do it again."),
+    ] = None,
     json: o.Json = False,
 ) -> None:
-    """Show what compress would do: sizes, ranks, time, memory, layers left out. Loads no weights.
+    """Show what compress would do: sizes, ranks by block and layer, time, memory, layers left out.
 
-    Example: slimrank plan demo --keep 0.8 --save plan.json
+    Loads no weights, unless the allocation goes by spectra or measurements: those are computed then.
+
+    Example: slimrank plan demo --keep 0.8 --method kfac_svd --allocation spectrum --save plan.json --run-dir run
     """
     from slimrank.dry_run import preview
     from slimrank.export.output import OutputFolder
@@ -31,14 +38,33 @@ def plan(
         OutputFolder(out, overwrite)
     say_quietly()
     with ConsoleProgress() as progress:
-        record = preview(model, progress=progress, **chosen)
+        found, allocation = _computed(model, chosen, run_dir, progress)
+        record = preview(model, progress=progress, **found)
     made = record.pop("plan")
+    record["allocation"] = allocation
     if save is not None:
         made.save(save)
     if json:
         print_json({**record, "plan": made.model_dump()})
     else:
         _show(model, record, save)
+        show_plan(made, record["blocks_path"])
+        show_trade_off(allocation)
+
+
+def _computed(
+    model: str, chosen: dict[str, Any], run_dir: Path | None, progress: ConsoleProgress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe with a plan in the place of its budget, where the allocation has to be computed."""
+    from slimrank.allocate.registry import ALLOCATORS
+    from slimrank.pipeline import find_plan
+    from slimrank.recipe import BUDGETS, Recipe
+
+    recipe = Recipe.make(chosen)
+    if recipe.plan is not None or not ALLOCATORS.get(recipe.allocation).needs:
+        return chosen, {"id": recipe.allocation}
+    plan, about = find_plan(model, recipe=recipe, run_dir=run_dir, progress=progress)
+    return {**{k: v for k, v in chosen.items() if k not in BUDGETS}, "plan": plan}, about
 
 
 def _show(model: str, record: dict[str, Any], save: Path | None) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
+import numpy as np
+
+from slimrank.allocate.additivity import additivity
+from slimrank.allocate.knapsack import TradeOff, trade_off
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.pipeline.job import Job
 from slimrank.pipeline.probe import ModelProbe
@@ -12,29 +17,56 @@ from slimrank.pipeline.spectra import Spectra
 from slimrank.run import Run, Stage
 
 
-def allocate(job: Job, run: Run, stage: Stage) -> Allocation | None:
-    """Find the ranks and make them the job's plan; None where the plan was there from the start.
+def allocate(job: Job, run: Run, stage: Stage) -> dict[str, Any]:
+    """Find the ranks and make them the job's plan, unless it was there from the start.
 
     Args:
         job: its spectra are in `stage`.
         run: keeps measurements, so that they are not made twice.
         stage: of the spectra.
+
+    Returns:
+        What there is to report of it.
     """
     if not job.allocates:
-        return None
+        return {"id": job.plan.allocation}
     assert job.problem is not None
     spectra = Spectra(job, stage)
-    key = {**job.allocation_key(), "measuring": job.allocator.measuring.model_dump()}
+    key = {**job.allocation_key(), "measuring": job.allocator.measuring.model_dump(exclude={"plans"})}
     with job.timed("allocate", 1), ExitStack() as stack:
         problem = with_spectra(job.problem, spectra, job)
         if job.allocator.measures:
             probe = ModelProbe(job, spectra, run.stage(key), job.allocator.measuring)
             problem = replace(problem, probe=stack.enter_context(probe))
         found = job.allocator.allocate(problem)
+        about = _about(job, problem, found)
         job.progress.step()
     job.plan = job.plan_of(found)
     job.notes += [f"allocation: {note}" for note in found.notes]
-    return found
+    return about
+
+
+def _about(job: Job, problem: Problem, found: Allocation) -> dict[str, Any]:
+    about = {**job.allocator.described(), "gap": found.gap}
+    if found.curves:
+        curves = {curve.path: curve for curve in found.curves}
+        about["predicted"] = sum(float(c.errors[c.index(found.ranks[p])]) for p, c in curves.items())
+        about["trade_off"] = _sketch(trade_off(found.curves), float(problem.sizes.sum()))
+    plans = job.allocator.measuring.plans
+    if found.curves and plans > 1 and "divergence" in job.allocator.needs:
+        about["additivity"] = asdict(additivity(problem, found.curves, plans))
+    return about
+
+
+def _sketch(path: TradeOff, whole: float) -> list[dict[str, float]]:
+    """Predicted error at some sizes along the whole path."""
+    sizes = [k / 20 for k in range(1, 21)]
+    places = np.searchsorted(path.costs, [size * whole for size in sizes], side="right") - 1
+    return [
+        {"keep_ratio": size, "error": float(path.errors[place])}
+        for size, place in zip(sizes, places.tolist(), strict=True)
+        if place >= 0
+    ]
 
 
 def with_spectra(problem: Problem, spectra: Spectra, job: Job) -> Problem:

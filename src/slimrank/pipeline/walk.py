@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from slimrank.allocate.plan import RankPlan
 from slimrank.export.output import OutputFolder, need_space, write_manifest
 from slimrank.export.save import mark_model, save_model, weight_bytes
 from slimrank.pipeline.allocating import allocate
@@ -62,13 +63,14 @@ def compress(
         before = job.measure_original(run)
         stage = run.stage(job.spectra_key())
         decompose(job, stage)
-        allocate(job, run, stage)
+        allocation = allocate(job, run, stage)
         done = _cut(job, stage, run.stage(job.refinement_key()) if job.refiner else None)
         after = job.measure_result()
         facts = Facts(
             recipe=job.recipe, targets=job.targets, plan=job.plan, errors=done.rows, notes=[*job.notes, *done.notes],
             before=before, after=after, seconds=job.seconds, identity=job.identity(), new_biases=done.new_biases,
             dtype=str(job.dtype).removeprefix("torch."), device=str(job.device), method=job.method.described(),
+            allocation=allocation,
         )  # fmt: skip
         record = build_record(facts)
         if output is not None:
@@ -80,6 +82,40 @@ def compress(
                 write_manifest(partial, record["provenance"])
                 write_reports(record, partial)
     return CompressionResult(job.model, job.tokenizer, job.plan, record, output.path if output else None)
+
+
+def find_plan(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    recipe: Recipe | None = None,
+    run_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> tuple[RankPlan, dict[str, Any]]:
+    """The plan that `compress` would follow with the same arguments, without cutting anything.
+
+    Decomposes and measures as far as the allocation needs it; with `run_dir` what is found is kept there, and
+    `compress` does not compute it again.
+
+    Returns:
+        The plan, and what there is to tell of the allocation ("gap", "trade_off", "additivity", ...).
+
+    Raises:
+        SlimrankError: see `slimrank.errors`.
+    """
+    made = Recipe.merged(recipe, options).model_copy(update={"evaluation": None})
+    job = Job(made, progress or Progress(), resumable=run_dir is not None)
+    job.load(model, tokenizer)
+    with _run_folder(None, run_dir) as folder:
+        run = Run(folder, job.identity())
+        job.announce()
+        need_space(folder, job.stored_bytes())
+        stage = run.stage(job.spectra_key())
+        if job.allocates:
+            decompose(job, stage)
+        about = allocate(job, run, stage)
+    return job.plan, about
 
 
 def _cut(job: Job, stage: Stage, refinement: Stage | None) -> Cut:

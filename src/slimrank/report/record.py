@@ -32,6 +32,7 @@ class Facts:
     device: str
     new_biases: int
     method: dict[str, Any]
+    allocation: dict[str, Any]
 
 
 def build_record(facts: Facts) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def build_record(facts: Facts) -> dict[str, Any]:
         "before": facts.before,
         "after": facts.after,
         "coverage": _coverage(facts.targets),
+        "allocation": facts.allocation,
         "targets": _targets(facts),
         "notes": facts.notes,
         "seconds": facts.seconds,

@@ -1,0 +1,66 @@
+"""A rank plan as a heat map of blocks and layers, and the curve of error against size."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from slimrank.allocate.plan import PlannedTarget, RankPlan
+
+BAR = 40  # characters
+TINY = 1e-9  # of the largest error: rounding
+
+
+def show_plan(plan: RankPlan, blocks_path: str) -> None:
+    """Percent of its parameters that each layer keeps: a row for each block, a column for each kind of layer."""
+    cells: dict[int, dict[str, list[PlannedTarget]]] = {}
+    for path, target in plan.targets.items():
+        found = re.match(re.escape(blocks_path) + r"\.(\d+)\.?(.*)", path)
+        block, inside = (int(found[1]), found[2]) if found else (0, path)
+        role = re.sub(r"\.\d+(?=\.|$)", ".*", inside)
+        cells.setdefault(block, {}).setdefault(role, []).append(target)
+    roles = list(dict.fromkeys(role for row in cells.values() for role in row))
+    table = Table(title="percent kept, by block and layer (-- is dense)", title_justify="left", pad_edge=False)
+    for heading in ("block", *(role.rpartition(".")[2] for role in roles)):
+        table.add_column(heading, justify="right")
+    for block, row in sorted(cells.items()):
+        table.add_row(str(block), *(_cell(row.get(role, [])) for role in roles))
+    Console().print(table)
+
+
+def _cell(targets: list[PlannedTarget]) -> Text:
+    if not targets:
+        return Text("")
+    kept = sum(t.parameters for t in targets) / sum(t.shape[0] * t.shape[1] for t in targets)
+    if all(t.rank == "dense" for t in targets):
+        return Text("--", style="on color(22)")
+    shade = 232 + round(23 * (1 - min(1.0, kept)))
+    style = f"{'white' if shade < 244 else 'black'} on color({shade})"
+    return Text(f"{100 * kept:.0f}", style=style)
+
+
+def show_trade_off(allocation: dict[str, Any]) -> None:
+    """Predicted error at several sizes, as bars of its logarithm; nothing where there is no prediction."""
+    from math import log10
+
+    from slimrank.cli.console import print_text
+
+    points = allocation.get("trade_off", [])
+    points = [p for p in points if p["error"] > TINY * points[0]["error"]]
+    if len(points) < 2:
+        return
+    logs = [log10(p["error"]) for p in points]
+    span = max(logs) - min(logs) or 1.0
+    print_text("\npredicted error (sum over layers, logarithmic) against the fraction of the linears that is kept")
+    for point, value in zip(points, logs, strict=True):
+        bar = "#" * max(1, round(BAR * (value - min(logs)) / span))
+        print_text(f"{point['keep_ratio']:5.2f}  {point['error']:10.4g}  {bar}")
+    if allocation.get("gap") is not None:
+        print_text(f"no plan of this size has an error less by more than {100 * allocation['gap']:.3f} %")
+    if "additivity" in allocation:
+        print_text(f"rank correlation of predicted and measured divergence: {allocation['additivity']['spearman']:.2f}")
