@@ -312,9 +312,10 @@ def test_flags_of_the_command_line(capsys, tmp_path):
     folder = save_tiny(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n\n".join(TEXT))
     code, shown, error = run(
-        capsys, "compress", folder, "--keep", 0.6, "--no-eval", "--json", "--out", tmp_path / "out", "--samples",
-        SAMPLES, "--seq-len", SEQ_LEN, "--calibration", tmp_path / "text.txt", "--allocation", "spectrum", "--allocation-option",
-        "scale=relative", "--rank", "*.mlp.*=3..6", "--rank", "o_proj=dense", "--rank-multiple", 3,
+        capsys, "compress", folder, "--keep", 0.6, "--no-eval", "--json", "--out", tmp_path / "out",
+        "--samples", SAMPLES, "--seq-len", SEQ_LEN, "--calibration", tmp_path / "text.txt",
+        "--allocation", "spectrum", "--allocation-option", "scale=relative",
+        "--rank", "*.mlp.*=3..6", "--rank", "o_proj=dense", "--rank-multiple", 3,
     )  # fmt: skip
     assert code == 0, error
     record = json.loads(shown)

@@ -11,7 +11,12 @@ from slimrank.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = {"compress": ["--samples", "4", "--windows", "2"], "demo": ["--samples", "4"], "evaluate": ["--windows", "2"]}
+SHORT = {
+    "compress": ["--samples", "4", "--windows", "2"],
+    "plan": ["--samples", "4"],
+    "demo": ["--samples", "4"],
+    "evaluate": ["--windows", "2"],
+}
 
 
 def blocks(language):
