@@ -64,6 +64,7 @@ def preview(
         method,
         calibration_tokens=made.samples * seq_len if calibrates else 0,
         evaluation_tokens=made.windows * seq_len if made.evaluation else 0,
+        seq_len=seq_len,
     )
     biases = new_biases(made, (t for t in targets if not t.bias and plan.targets[t.path].rank != "dense"))
     linears = plan.parameters + biases

@@ -36,6 +36,7 @@ class Workload:
         backward: whether it needs gradients.
         refines: whether factors are refined after the cut.
         solves: eigen-problems per weight.
+        search: forward passes over the search text, times its tokens.
         samples: weight gradients held per weight (0 for a method that needs none).
     """
 
@@ -49,6 +50,7 @@ class Workload:
     refines: bool = False
     solves: int = 1
     samples: int = 0
+    search: float = 0.0
 
 
 def measure_machine(device: torch.device) -> Machine:
@@ -81,6 +83,7 @@ def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
     return {
         "measure the original": evaluate / machine.float32,
         "calibrate and decompose": calibrate / machine.float32 + work.solves * decompose / machine.float64,
+        "allocate": 2 * work.search * (work.matrices + work.head) / machine.float32,
         "cut and refine factors" if work.refines else "cut factors": cutting,
         "measure the result": evaluate / machine.float32,
         "write": stored / 1e9,

@@ -12,6 +12,7 @@ from slimrank.allocate.budget import budget_in_parameters
 from slimrank.allocate.curve import Limits
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.problem import Allocation, Item, Problem
+from slimrank.allocate.registry import ALLOCATORS
 from slimrank.allocate.shares import ranks_from_fractions
 from slimrank.decompose.registry import Configured, Member
 from slimrank.errors import RecipeError
@@ -176,6 +177,14 @@ def _limit(text: str) -> Limits:
     return Limits(int(least or 1), int(most) if most else None)
 
 
+def _search(recipe: Recipe, layers: int) -> float:
+    """Forward passes over the search text."""
+    if recipe.plan is not None:
+        return 0.0
+    allocator = ALLOCATORS.get(recipe.allocation).configured(recipe.allocation_options)
+    return allocator.passes(layers, -(-recipe.search_samples // recipe.batch_size))
+
+
 def workload(
     recipe: Recipe,
     model: Any,
@@ -183,6 +192,7 @@ def workload(
     method: Configured,
     calibration_tokens: int,
     evaluation_tokens: int,
+    seq_len: int,
 ) -> Workload:
     """What a compression of the model will compute."""
     head = model.get_output_embeddings()
@@ -198,5 +208,6 @@ def workload(
         backward=gathering.backward,
         refines=recipe.refine is not None,
         solves={"once": 1, "twice": 2, "per batch": 1 + batches}[method.method.solves],
+        search=_search(recipe, len(targets)) * recipe.search_samples * seq_len,
         samples=-(-recipe.samples // gathering.accumulate) if "gradients" in gathering.needs else 0,
     )

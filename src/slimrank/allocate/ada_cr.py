@@ -26,6 +26,7 @@ Importance = Annotated[
     title="Keep ratios by block, in proportion to how much the block changes its input",
     paper="Li et al., AdaSVD, arXiv 2502.01403 (adaCR)",
     needs=["influence"],
+    passes=lambda options, layers, batches: 1.0,
 )
 def ada_cr(problem: Problem, *, least: Least = None, importance: Importance = "change") -> Allocation:
     """fraction_b = least + I_b / mean(I) * (keep - least), clipped to what ranks store, shifted to the budget."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slimrank.allocate.curve import Curve
-from slimrank.allocate.lems import Alpha, Anchors, Gamma, Search, biased
+from slimrank.allocate.lems import Alpha, Anchors, Gamma, Search, biased, measuring_passes
 from slimrank.allocate.measured import anchored_curves
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import allocator
@@ -18,6 +18,7 @@ from slimrank.allocate.threshold import least_maximum
     title="The least divergence that no target alone exceeds, by LEMS' curves",
     paper="ASVD+ of the LEMS reference code",
     needs=["spectra", "divergence"],
+    passes=measuring_passes,
 )
 def asvd_plus(
     problem: Problem, *, anchors: Anchors = (0.1,), alpha: Alpha = 0.0, gamma: Gamma = 0.0, search: Search = False

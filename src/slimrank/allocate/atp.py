@@ -23,6 +23,7 @@ Trials = Annotated[int, Field(ge=1, description="Spreads from 0 to `spread` that
     title="Keep ratios that fall with depth in an arithmetic progression",
     paper="ATP, determining layer-wise sparsity by an arithmetic progression",
     needs=["divergence"],
+    passes=lambda options, layers, batches: float(options["trials"]),
 )
 def atp(problem: Problem, *, spread: Spread = 1.0, trials: Trials = 11) -> Allocation:
     """fraction_b = keep + beta (1/2 - b / (blocks - 1)), beta the one of least divergence among `trials`.

@@ -26,6 +26,7 @@ BLUR = 1e-3  # of the largest singular value: gaps below it do not make gradient
     title="Gradient descent through softly truncated activations",
     paper="Dobi-SVD, arXiv 2502.02723",
     needs=["gradient"],
+    passes=lambda options, layers, batches: 15.0 * options["steps"] / batches,
 )
 def dobi(
     problem: Problem, *, steps: Steps = 20, rate: Rate = 0.0025, penalty: Penalty = 200.0, sharpness: Sharpness = 10.0

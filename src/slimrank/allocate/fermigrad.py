@@ -30,6 +30,7 @@ WARM, COLD = 1 / 64, 1 / 640  # temperatures, as fractions of the full rank
     title="Gradient descent on soft ranks under a penalty on the size",
     paper="FermiGrad, arXiv 2512.03062",
     needs=["spectra", "gradient"],
+    passes=lambda options, layers, batches: 7.0 * options["steps"] / batches,
 )
 def fermigrad(
     problem: Problem, *, steps: Steps = 60, rate: Rate = 0.005, penalty: Penalty = 100.0, start: Start = "spectrum"

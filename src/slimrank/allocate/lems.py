@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,11 +25,17 @@ Search = Annotated[bool, Field(description="Measure plans of several alphas and 
 GRID = (0.0, 1.0, 2.5), (0.0, 1.5, 5.0)  # of alpha, of gamma
 
 
+def measuring_passes(options: Mapping[str, Any], layers: int, batches: int) -> float:
+    """Half a pass for each layer and anchor, and one for each plan that is tried."""
+    return 0.5 * layers * len(options["anchors"]) + 7 * options["search"]
+
+
 @allocator(
     id="lems",
     title="Least sum of measured divergences, carried over all ranks by the spectra",
     paper="LEMS; reference code lems-svd",
     needs=["spectra", "divergence"],
+    passes=measuring_passes,
     solves=True,
 )
 def lems(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slimrank.allocate.curve import Curve
-from slimrank.allocate.lems import Alpha, Anchors, Gamma, Search, biased
+from slimrank.allocate.lems import Alpha, Anchors, Gamma, Search, biased, measuring_passes
 from slimrank.allocate.measured import anchored_curves
 from slimrank.allocate.mrcs import Steps, greedy
 from slimrank.allocate.problem import Allocation, Problem
@@ -18,6 +18,7 @@ from slimrank.allocate.shares import ranks_of
     title="Greedy cuts by a falling quota, each where LEMS' divergence after it is least",
     paper="MRCS+ of the LEMS reference code",
     needs=["spectra", "divergence"],
+    passes=measuring_passes,
 )
 def mrcs_plus(
     problem: Problem,

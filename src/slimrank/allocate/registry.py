@@ -15,6 +15,7 @@ from slimrank.options import options_of, validated
 from slimrank.registry import Registry
 
 Allocate = Callable[..., Allocation]
+Passes = Callable[[Mapping[str, Any], int, int], float]
 Need = Literal["spectra", "divergence", "influence", "gradient"]
 NEEDS: dict[Need, str] = {
     "spectra": "singular values of every weight in the metric of the method",
@@ -40,6 +41,7 @@ class Allocator:
         paper: where it comes from.
         needs: what it asks for; see `NEEDS`. Without any, a plan can be made before anything is computed.
         allocate: (Problem, **options) -> Allocation.
+        passes: (options, layers, batches of search text) -> forward passes over the search text, about.
         options: their names, types, ranges and defaults.
     """
 
@@ -48,6 +50,7 @@ class Allocator:
     paper: str
     needs: frozenset[Need]
     allocate: Allocate
+    passes: Passes
     options: type[BaseModel]
 
     @property
@@ -96,6 +99,11 @@ class ConfiguredAllocator:
         """Whether it needs search tokens."""
         return bool(self.needs - {"spectra"})
 
+    def passes(self, layers: int, batches: int) -> float:
+        """About how many forward passes over the search text it takes."""
+        plans = self.measuring.plans if self.allocator.needs >= {"spectra", "divergence"} else 0
+        return self.allocator.passes(self.options, layers, batches) + plans
+
     def described(self) -> dict[str, Any]:
         """All that a result depends on, for JSON."""
         measuring = self.measuring.model_dump() if "divergence" in self.needs else {}
@@ -106,7 +114,12 @@ ALLOCATORS: Registry[Allocator] = Registry("slimrank.allocate", "rank allocation
 
 
 def allocator(
-    id: str, title: str, paper: str, needs: Iterable[Need] = (), solves: bool = False
+    id: str,
+    title: str,
+    paper: str,
+    needs: Iterable[Need] = (),
+    solves: bool = False,
+    passes: Passes = lambda options, layers, batches: 0.0,
 ) -> Callable[[Allocate], Allocate]:
     """Register the decorated function as the allocator `id`; its keyword-only parameters are its options.
 
@@ -116,6 +129,7 @@ def allocator(
         paper: where it comes from.
         needs: what it asks for, see `NEEDS`.
         solves: it takes the options of the budget solver, as `solving`.
+        passes: for the forecast of time, see `Allocator`.
     """
     asked = frozenset(needs)
     unknown = asked - NEEDS.keys()
@@ -126,7 +140,7 @@ def allocator(
         solving = Solving.model_fields if solves else {}
         measuring = Measuring.model_fields if "divergence" in asked else {}
         options = options_of(allocate, {**solving, **measuring})
-        ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, options))
+        ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, passes, options))
         return allocate
 
     return register

@@ -191,7 +191,7 @@ class Job:
     def announce(self) -> None:
         """Tell the progress which stages are coming, and how long each may take."""
         tokens = self.texts.calibration_tokens, self.texts.evaluation_tokens
-        work = workload(self.recipe, self.model, self.targets, self.method, *tokens)
+        work = workload(self.recipe, self.model, self.targets, self.method, *tokens, self.recipe.seq_len or 0)
         self.progress.plan(stage_seconds(work, measure_machine(self.device)))
 
     def batches(self) -> Sequence[Batch]:
