@@ -2,9 +2,9 @@
 
     python benchmarks/allocation_perplexity.py --text TRAIN.txt --test TEST.txt --out results.json --runs DIR
 
-Calibration 64 x 512 tokens, evaluation the first 40 windows of 512; plans are measured on --search-samples windows of the
-calibration text. Cells that stand in --out already are not computed again; --runs keeps calibrations and measurements.
-Writes JSON, and prints the table as Markdown, with the seconds that each allocation took.
+Calibration 64 x 512 tokens, evaluation the first 40 windows of 512; plans are measured on --search-samples windows of
+the calibration text. Cells that stand in --out already are not computed again; --runs keeps calibrations and
+measurements. Writes JSON, and prints the table as Markdown, with the seconds that each allocation took.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from scipy.sparse import csr_array
 
 from slimrank.allocate.curve import Curve, Floats
 from slimrank.allocate.hull import Table, hull_steps
-from slimrank.allocate.knapsack import Solution, solve
+from slimrank.allocate.knapsack import Solution, possible, relaxed, solve
 
 SECONDS = 120.0
 TOLERANCE = 1e-9  # relative gap at which HiGHS stops
@@ -26,21 +26,24 @@ def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = SECONDS
     """
     ordered = sorted(curves, key=lambda curve: curve.path)
     known = solve(ordered, budget)
-    possible = _possible(ordered, budget, known)
-    costs = np.concatenate([c.costs for c in possible])
-    errors = np.concatenate([c.errors for c in possible])
+    table = Table.of(ordered)
+    steps = hull_steps(table)
+    count, bound = relaxed(table, steps, budget)
+    core = possible(ordered, bound, known.error, steps.price(count))
+    costs = np.concatenate([c.costs for c in core])
+    errors = np.concatenate([c.errors for c in core])
     scale = float(errors.max()) or 1.0
     within = LinearConstraint(csr_array(costs[None, :] / max(budget, 1)), -np.inf, budget / max(budget, 1))
     found = milp(
         errors / scale,
         integrality=np.ones(len(errors)),
         bounds=Bounds(0, 1),
-        constraints=[one_each(possible), within],
+        constraints=[one_each(core), within],
         options={"time_limit": seconds, "mip_rel_gap": TOLERANCE},
     )
     if found.x is None:
         return known
-    solution = _solution(possible, found.x, float(found.mip_dual_bound) * scale)
+    solution = _solution(core, found.x, float(found.mip_dual_bound) * scale)
     return known if known.error < solution.error or solution.cost > budget else solution
 
 
@@ -58,21 +61,3 @@ def _solution(curves: Sequence[Curve], x: Floats, bound: float) -> Solution:
     error = sum(float(curve.errors[pick]) for curve, pick in chosen)
     cost = sum(int(curve.costs[pick]) for curve, pick in chosen)
     return Solution({curve.path: curve.rank(pick) for curve, pick in chosen}, cost, error, min(bound, error))
-
-
-def _possible(curves: Sequence[Curve], budget: int, known: Solution) -> list[Curve]:
-    """Candidates whose reduced cost does not rule them out, given a plan and the multiplier of the relaxation."""
-    price = _price(curves, budget)
-    reduced = [curve.errors + price * curve.costs for curve in curves]
-    bound = sum(float(r.min()) for r in reduced) - price * budget
-    room = known.error - bound + TOLERANCE * known.error
-    return [curve.choose(r - r.min() <= room) for curve, r in zip(curves, reduced, strict=True)]
-
-
-def _price(curves: Sequence[Curve], budget: int) -> float:
-    """Error saved by one more parameter: the multiplier of the budget in the relaxation."""
-    table = Table.of(curves)
-    steps = hull_steps(table)
-    spent = table.total(steps.start)[0] + np.cumsum(steps.cost)
-    count = int(np.searchsorted(spent, budget, side="right"))
-    return float(steps.gain[count] / steps.cost[count]) if count < len(spent) else 0.0

@@ -64,6 +64,10 @@ class Steps:
     cost: Integers
     gain: Floats
 
+    def price(self, count: int) -> float:
+        """Error that one more parameter would save after the first `count` steps: the multiplier of the budget."""
+        return float(self.gain[count] / self.cost[count]) if count < len(self.cost) else 0.0
+
     def picks(self, count: int) -> Integers:
         """The plan after the first `count` steps."""
         chosen = self.start.copy()

@@ -18,7 +18,8 @@ from slimrank.linalg.cost import Rank
 
 ROUNDS = 40  # of exchanges; each one lowers the error
 BEYOND = 8  # steps beyond the budget that are tried, and made room for
-GOOD = 2e-4  # relative gap that is good enough
+GOOD = 1e-5  # relative gap that is good enough
+SLIVER = 1e-9  # of the error: rounding
 
 
 Room = Callable[[Integers], Integers]
@@ -72,11 +73,24 @@ def solve(curves: Sequence[Curve], budget: int) -> Solution:
     check_feasible(ordered, budget)
     table = Table.of(ordered)
     steps = hull_steps(table)
-    count, bound = _relaxed(table, steps, budget)
-    picks = _best_start(table, steps, count, budget, bound)
+    count, bound = relaxed(table, steps, budget)
+    picks = steps.picks(count)
+    fill(table, picks, budget)
+    if table.total(picks)[1] - bound > GOOD * table.total(picks)[1]:
+        core = possible(ordered, bound, table.total(picks)[1], steps.price(count))
+        better = _best_start(core, budget, bound)
+        picks = np.array([c.index(core[i].rank(p)) for i, (c, p) in enumerate(zip(ordered, better, strict=True))])
+        fill(table, picks, budget)
     cost, error = table.total(picks)
     ranks = {curve.path: curve.rank(int(pick)) for curve, pick in zip(ordered, picks, strict=True)}
     return Solution({curve.path: ranks[curve.path] for curve in curves}, cost, error, min(bound, error))
+
+
+def possible(curves: Sequence[Curve], bound: float, error: float, price: float) -> list[Curve]:
+    """Candidates that a plan of less than this error may hold, by their reduced cost at the price of a parameter."""
+    reduced = [curve.errors + price * curve.costs for curve in curves]
+    room = error - bound + SLIVER * error
+    return [curve.choose(r - r.min() <= room) for curve, r in zip(curves, reduced, strict=True)]
 
 
 def trade_off(curves: Sequence[Curve]) -> TradeOff:
@@ -105,7 +119,7 @@ def check_feasible(curves: Sequence[Curve], budget: int) -> None:
         )
 
 
-def _relaxed(table: Table, steps: Steps, budget: int) -> tuple[int, float]:
+def relaxed(table: Table, steps: Steps, budget: int) -> tuple[int, float]:
     """How many steps fit in a row, and the optimum of the linear relaxation."""
     cost, error = table.total(steps.start)
     spent = cost + np.cumsum(steps.cost)
@@ -117,8 +131,11 @@ def _relaxed(table: Table, steps: Steps, budget: int) -> tuple[int, float]:
     return count, max(bound, 0.0)
 
 
-def _best_start(table: Table, steps: Steps, count: int, budget: int, bound: float) -> Integers:
-    """From the steps that fit; and, where that is not good enough, from some more: one may be too large to miss."""
+def _best_start(curves: Sequence[Curve], budget: int, bound: float) -> Integers:
+    """Improved from the steps that fit; and from some more, less what they are over: one may be too large to miss."""
+    table = Table.of(curves)
+    steps = hull_steps(table)
+    count, _ = relaxed(table, steps, budget)
     best, least = steps.picks(count), np.inf
     for n in range(count, min(count + BEYOND, len(steps.cost)) + 1):
         picks = _improved(table, steps.picks(n), budget)
