@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from problems import SHAPES, problem
-from slimrank.allocate.curve import Curve
+from slimrank.allocate.curve import Curve, Limits
 from slimrank.allocate.dobi import SoftTruncation
 from slimrank.allocate.hull import Table
 from slimrank.allocate.knapsack import solve
@@ -18,7 +18,7 @@ from slimrank.allocate.problem import Item, Problem
 from slimrank.allocate.registry import ALLOCATORS
 from slimrank.allocate.shares import project
 from slimrank.allocate.threshold import least_maximum
-from slimrank.errors import RecipeError
+from slimrank.errors import PlanError, RecipeError
 from slimrank.linalg.cost import PAIR, PIVOT
 
 
@@ -176,6 +176,10 @@ def test_shared_ranks():
     assert allocate("shared", given, layers=1).ranks == allocate("spectrum", given).ranks
     with pytest.raises(RecipeError, match="do not go with ranks shared"):
         allocate("shared", given, monotone=True)
+    bounded = {"layers.0.mlp.up": Limits(3, 3), "layers.1.mlp.up": Limits(5, 5)}
+    items = tuple(replace(i, limits=bounded.get(i.path, i.limits)) for i in given.items)
+    with pytest.raises(PlanError, match=r"no rank is allowed for all of layers\.0\.mlp\.up, layers\.1\.mlp\.up"):
+        allocate("shared", replace(given, items=items))
 
 
 def test_side_constraints_through_an_allocator():

@@ -13,7 +13,7 @@ from slimrank.allocate.curve import Curve
 from slimrank.allocate.problem import Allocation, Item, Problem
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.solving import least_error
-from slimrank.errors import RecipeError
+from slimrank.errors import PlanError, RecipeError
 
 Layers = Annotated[int, Field(ge=1, description="Consecutive blocks whose layers of the same role get one rank.")]
 
@@ -29,6 +29,10 @@ def shared(problem: Problem, *, layers: Layers = 2, **solving: Any) -> Allocatio
     """As `spectrum`; the curves of a group are added up, so that it is one item of the knapsack.
 
     With `basis_sharing` what shares a factor is one item already.
+
+    Raises:
+        PlanError: bounds of ranks leave a group none.
+        RecipeError: side constraints by block with groups over several blocks.
     """
     if layers > 1 and (solving["monotone"] or solving["block_floor"] > 0 or solving["block_cap"] < 1):
         raise RecipeError("side constraints by block do not go with ranks shared between blocks.", "layers=1")
@@ -45,6 +49,11 @@ def shared(problem: Problem, *, layers: Layers = 2, **solving: Any) -> Allocatio
 def _sum(curves: Sequence[Curve]) -> Curve:
     """One curve for several of the same shape, over the candidates that all have."""
     common = [r for r in curves[0].ranks.tolist() if all(r in c.ranks for c in curves)]
+    if not common:
+        raise PlanError(
+            f"no rank is allowed for all of {', '.join(c.path for c in curves)}, which are to have one.",
+            "other --rank bounds, or layers=1",
+        )
     parts = [c.choose(np.isin(c.ranks, common)) for c in curves]
     costs = np.sum([p.costs for p in parts], axis=0)
     return Curve(curves[0].path, parts[0].ranks, costs, np.sum([p.errors for p in parts], axis=0))

@@ -30,7 +30,7 @@ class Scorer:
 
     def kept(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """What must be kept of final hidden states (batch x tokens x width): the positions that count."""
-        return [self.runner.kept(h[:, self.dropped :]) for h in hidden]
+        return [self.runner.kept(h[:, self.dropped :].contiguous()) for h in hidden]
 
     def score(self, finals: Sequence[Sequence[Tensor]]) -> list[tuple[float, float]]:
         """Divergence from the original and negative log-likelihood of the text, in nats a token, of each of `finals`.
