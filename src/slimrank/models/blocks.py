@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.mode import evaluating
+from slimrank.models.paging import page_out
 from slimrank.models.placement import placed
 from slimrank.models.structure import find_blocks
 
@@ -87,6 +88,7 @@ class BlockRunner:
         self.batches, self.hidden, self._calls = list(batches), [], []
         if self.batches:
             check_sequential(self.model, self.path, self.blocks, self.batches[0].input_ids[:1, :PROBE_TOKENS])
+            page_out(self.model)  # the probe has touched all of it
         outside = modules_outside(self.model, self.blocks)
         with self.placed(*outside, self.blocks[0]), _Recorder(self.blocks) as recorder:
             for batch in self.batches:
@@ -152,6 +154,7 @@ def check_sequential(model: nn.Module, path: str, blocks: nn.ModuleList, ids: Te
     def observe(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             seen.append((index, args[0] if args else kwargs.get("hidden_states"), first_of(output)))
+            page_out(module)
 
         return hook
 
