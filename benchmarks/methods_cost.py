@@ -104,7 +104,7 @@ def bench(id, model, tokenizer, args):
     recipe = Recipe.make(
         {
             "keep_ratio": 0.8, "method": "timed", "samples": args.windows, "seq_len": 512, "batch_size": 4,
-            "evaluation": None, "targets": [f"re:layers\\.([0-{args.blocks - 1}])\\."],
+            "evaluation": None, "targets": args.targets or [f"re:layers\\.([0-{args.blocks - 1}])\\."],
         }
     )  # fmt: skip
     job = Job(recipe, Progress(), resumable=False)
@@ -138,6 +138,7 @@ def main():
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--methods", nargs="+", default=["svd_llm", "svd_llm_v2", "drone", "kfac_svd"])
+    parser.add_argument("--targets", nargs="+", help="patterns of layers, instead of all of --blocks")
     parser.add_argument("--no-full", dest="full", action="store_false", help="leave the full SVD out")
     args = parser.parse_args()
     if args.llama3_block:
