@@ -17,7 +17,7 @@ from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
 from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
-from slimrank.models.targets import TargetSet, find_targets
+from slimrank.models.targets import Coverage, TargetSet, find_targets
 from slimrank.planning import (
     Unit,
     configured_refiner,
@@ -67,8 +67,6 @@ def preview(
         seq_len=seq_len,
     )
     biases = new_biases(made, (t for t in targets if not t.bias and plan.targets[t.path].rank != "dense"))
-    linears = plan.parameters + biases
-    after = coverage.total - coverage.targets + linears
     memory = peak_bytes(
         work,
         total=coverage.total,
@@ -82,18 +80,24 @@ def preview(
     return {
         "plan": plan,
         "blocks_path": targets.blocks_path,
-        "size": {
-            "keep_ratio": linears / plan.dense_parameters,
-            "keep_total": after / coverage.total,
-            "parameters_before": coverage.total,
-            "parameters_after": after,
-            "bytes_before": coverage.total * itemsize,
-            "bytes_after": after * itemsize,
-        },
+        "size": _size(coverage, plan.dense_parameters, plan.parameters + biases, itemsize),
         "coverage": {**asdict(coverage), "of_matrices": coverage.of_matrices},
         "kinds": _kinds(plan),
         "seconds": stage_seconds(work, measure_machine(device)),
         "peak_memory": memory,
+    }
+
+
+def _size(coverage: Coverage, dense: int, linears: int, itemsize: int) -> dict[str, float]:
+    """Before and after, for targets that store `linears` parameters in the place of `dense`."""
+    after = coverage.total - coverage.targets + linears
+    return {
+        "keep_ratio": linears / dense,
+        "keep_total": after / coverage.total,
+        "parameters_before": coverage.total,
+        "parameters_after": after,
+        "bytes_before": coverage.total * itemsize,
+        "bytes_after": after * itemsize,
     }
 
 
