@@ -145,6 +145,23 @@ def test_pivots_cost_less(id, options):
     slack_is_spent(id, given, ranks)
 
 
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (lambda ranks: {**ranks, "layers.0.attn.q": "dense", "layers.0.mlp.up": "dense"}, "parameters, over"),
+        (lambda ranks: {**ranks, "layers.0.attn.q": 0}, "rank 0, which it may not have"),
+        (lambda ranks: dict(list(ranks.items())[1:]), "left out, or made up, 'layers"),
+        (lambda ranks: {**ranks, "nonsense": 3}, "left out, or made up, 'nonsense'"),
+    ],
+)
+def test_an_allocator_that_breaks_its_contract_is_refused(broken, message):
+    given = problem(0.6)
+    real = ALLOCATORS.get("spectrum")
+    bad = replace(real, allocate=lambda p, **o: replace(found := real.allocate(p, **o), ranks=broken(found.ranks)))
+    with pytest.raises(PlanError, match=message):
+        bad.configured({}).allocate(given)
+
+
 @pytest.mark.parametrize("id", IDS)
 def test_unknown_options_are_errors(id):
     with pytest.raises(RecipeError, match=f"the allocation '{id}' has no option 'nonsense'"):

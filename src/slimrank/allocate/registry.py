@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from slimrank.allocate.curve import DENSE
 from slimrank.allocate.measuring import Measuring
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.solving import Solving
+from slimrank.errors import PlanError
 from slimrank.options import options_of, validated
 from slimrank.registry import Registry
 
@@ -83,6 +85,7 @@ class ConfiguredAllocator:
 
         Raises:
             BudgetError: no choice of ranks meets the budget.
+            PlanError: the allocator broke its contract.
         """
         problem.check()
         found = self.allocator.allocate(problem, **self.options)
@@ -147,12 +150,18 @@ def allocator(
 
 
 def _check(problem: Problem, found: Allocation, id: str) -> None:
-    """Every allocator keeps the budget, and gives every target one of its candidates."""
-    known = {item.path: choice for item, choice in zip(problem.items, problem.choices, strict=True)}
-    assert found.ranks.keys() == known.keys(), f"{id} left out {known.keys() - found.ranks.keys()}"
+    """Every allocator, others' too, keeps the budget and gives every item one of its candidates."""
+    wrong = {item.path for item in problem.items} ^ set(found.ranks)
+    if wrong:
+        raise PlanError(f"the allocation '{id}' left out, or made up, '{min(wrong)}'.", _REPORT)
     cost = 0
-    for item in problem.items:
+    for item, (candidates, _) in zip(problem.items, problem.choices, strict=True):
         rank = found.ranks[item.path]
-        assert (rank if rank != "dense" else -1) in known[item.path][0], f"{id} gave '{item.path}' rank {rank}"
+        if (DENSE if rank == "dense" else rank) not in candidates:
+            raise PlanError(f"the allocation '{id}' gave '{item.path}' rank {rank}, which it may not have.", _REPORT)
         cost += problem.cost.of(*item.shape, rank)
-    assert cost <= problem.budget, f"{id} stores {cost}, over its budget of {problem.budget}"
+    if cost > problem.budget:
+        raise PlanError(f"the allocation '{id}' stores {cost:,} parameters, over {problem.budget:,}.", _REPORT)
+
+
+_REPORT = "this is a mistake in that allocation; another one works"
