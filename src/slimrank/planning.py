@@ -17,7 +17,7 @@ from slimrank.allocate.shares import ranks_from_fractions
 from slimrank.decompose.registry import Configured, Member
 from slimrank.errors import RecipeError
 from slimrank.estimate import Workload
-from slimrank.models.structure import parameters_of
+from slimrank.models.structure import parameters_of, without_numbers
 from slimrank.models.targets import Target, TargetSet, matches
 from slimrank.recipe import Recipe
 from slimrank.refine.registry import REFINERS, ConfiguredRefiner
@@ -149,8 +149,7 @@ def provisional(problem: Problem) -> Allocation:
 
 def role_of(target: Target, blocks_path: str) -> str:
     """The place of a target in its block, other numbers left out: equal for layers that do the same."""
-    inside = target.path.removeprefix(f"{blocks_path}.{target.block}.")
-    return ".".join("*" if part.isdigit() else part for part in inside.split("."))
+    return without_numbers(target.path.removeprefix(f"{blocks_path}.{target.block}."))
 
 
 def _shares(units: Sequence[Unit]) -> dict[str, str]:

@@ -18,12 +18,13 @@ TINY = 1e-9  # of the largest error: rounding
 
 def show_plan(plan: RankPlan, blocks_path: str) -> None:
     """Percent of its parameters that each layer keeps: a row for each block, a column for each kind of layer."""
+    from slimrank.models.structure import without_numbers
+
     cells: dict[int, dict[str, list[PlannedTarget]]] = {}
     for path, target in plan.targets.items():
         found = re.match(re.escape(blocks_path) + r"\.(\d+)\.?(.*)", path)
         block, inside = (int(found[1]), found[2]) if found else (0, path)
-        role = re.sub(r"\.\d+(?=\.|$)", ".*", inside)
-        cells.setdefault(block, {}).setdefault(role, []).append(target)
+        cells.setdefault(block, {}).setdefault(without_numbers(inside), []).append(target)
     roles = list(dict.fromkeys(role for row in cells.values() for role in row))
     table = Table(title="percent kept, by block and layer (-- is dense)", title_justify="left", pad_edge=False)
     for heading in ("block", *(role.rpartition(".")[2] for role in roles)):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
+
+from slimrank.models.structure import without_numbers
 
 
 class _AllRead(Exception):  # noqa: N818 (control flow, never seen by users)
@@ -27,7 +28,7 @@ def reading_order(layers: Mapping[str, nn.Module], run: Callable[[], object]) ->
     stages: list[tuple[Tensor, list[str]]] = []
 
     def observe(path: str, x: Tensor) -> None:
-        role = _role(path)
+        role = without_numbers(path)
         if any(role in roles for _, roles in stages):
             return
         for known, roles in stages:
@@ -45,7 +46,7 @@ def reading_order(layers: Mapping[str, nn.Module], run: Callable[[], object]) ->
     finally:
         for handle in handles:
             handle.remove()
-    members = [[path for path in layers if _role(path) in roles] for _, roles in stages]
+    members = [[path for path in layers if without_numbers(path) in roles] for _, roles in stages]
     missing = [path for path in layers if not any(path in stage for stage in members)]
     return [*members, missing] if missing else members
 
@@ -66,7 +67,3 @@ def run_until_read(layers: Iterable[nn.Module], run: Callable[[], object]) -> No
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _role(path: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".*", path)

@@ -62,3 +62,8 @@ def _outermost_lists(root: nn.Module) -> list[nn.ModuleList]:
         else:
             found.extend(_outermost_lists(child))
     return found
+
+
+def without_numbers(path: str) -> str:
+    """A module path with "*" for every number in it: equal for layers that do the same elsewhere (blocks, experts)."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
