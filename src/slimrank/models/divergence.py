@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import Bypass, logits_of, modules_outside, rows_of
+
+CACHED = 2**18  # numbers
 
 
 class Scorer:
@@ -46,12 +48,11 @@ class Scorer:
         counts = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad(), runner.placed(*outside), Bypass(runner.blocks, runner.answer) as bypass:
             for ids, parts in self._parts(finals):
-                logits = self._logits(bypass, ids, parts[0])
-                expected = log_softmax(logits / self.temperature, dim=-1)
+                expected = log_softmax(self._logits(bypass, ids, parts[0]) / self.temperature, dim=-1)
+                weights = expected.exp()
                 for index, part in enumerate(parts[1:]):
                     logits = self._logits(bypass, ids, part)
-                    found = log_softmax(logits / self.temperature, dim=-1)
-                    sums[index, 0] += (expected.exp() * (expected - found)).sum(dim=-1).double().sum().cpu()
+                    sums[index, 0] += _divergence(weights, expected, logits, self.temperature)
                     sums[index, 1] += _likelihood(logits, ids)
                 counts += torch.tensor([ids.numel(), ids[:, 1:].numel()])
         return [(float(kl), float(nll)) for kl, nll in sums / counts]
@@ -68,6 +69,23 @@ class Scorer:
         return logits_of(self.runner.model, Batch(ids), self.runner.device).float()
 
 
+def _divergence(weights: Tensor, expected: Tensor, logits: Tensor, temperature: float) -> float:
+    """KL of softmax(logits / temperature) from `weights`, whose logarithms are `expected`; summed over positions."""
+    total = 0.0
+    for p, log_p, z in zip(*(_positions(x) for x in (weights, expected, logits)), strict=True):
+        found = log_softmax(z / temperature, dim=-1)
+        total -= float(found.sub_(log_p).mul_(p).sum(dim=-1).double().sum())
+    return total
+
+
 def _likelihood(logits: Tensor, ids: Tensor) -> float:
-    labels = ids[:, 1:].to(logits.device)
-    return float(cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none").double().sum())
+    """Negative log-likelihood of the tokens after the first, summed."""
+    norms = torch.cat([z.logsumexp(dim=-1) for z in _positions(logits)]).view(ids.shape)
+    picked = logits[:, :-1].gather(-1, ids[:, 1:, None].to(logits.device))[..., 0]
+    return float((norms[:, :-1].double() - picked.double()).sum())
+
+
+def _positions(x: Tensor) -> Sequence[Tensor]:
+    """All positions (batch x tokens x vocabulary) in parts that stay in a CPU's cache; a GPU takes all at once."""
+    flat = x.flatten(0, 1)
+    return flat.split(max(1, CACHED // x.shape[-1]) if x.device.type == "cpu" else len(flat))
