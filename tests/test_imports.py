@@ -15,7 +15,7 @@ ROOT = Path(slimrank.__file__).parent
 BASE = {"errors", "progress", "registry", "options", "_version"}
 ALLOWED = {  # room -> rooms it may know, besides itself and BASE
     "linalg": set(),
-    "layers": set(),
+    "layers": {"linalg"},
     "run": set(),
     "recipe": {"allocate"},
     "statistics": {"layers", "linalg"},

@@ -1,5 +1,6 @@
 """Layers that stand in for a compressed weight."""
 
 from slimrank.layers.low_rank import LowRankLinear
+from slimrank.layers.pivot import PivotLinear
 
-__all__ = ["LowRankLinear"]
+__all__ = ["LowRankLinear", "PivotLinear"]

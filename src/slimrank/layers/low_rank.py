@@ -39,8 +39,7 @@ class LowRankLinear(nn.Module):
         layer = cls(A.shape[1], B.shape[0], A.shape[0], bias is not None, device="meta")
         layer.A.weight = nn.Parameter(A)
         layer.B.weight = nn.Parameter(B)
-        if bias is not None:
-            layer.B.bias = nn.Parameter(bias)
+        layer.set_bias(bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,6 +55,10 @@ class LowRankLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The bias of the original layer."""
         return self.B.bias
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        """Hold this bias (out), or none."""
+        self.B.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     def to_dense(self) -> nn.Linear:
         """An ordinary `nn.Linear` that computes the same function."""

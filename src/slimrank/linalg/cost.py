@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Rank = int | Literal["dense"]
+FactorForm = Literal["pair", "pivot"]
 
 
 def dense_cost(m: int, n: int) -> int:
@@ -48,10 +49,11 @@ class CostModel:
         largest: (m, n) -> the largest rank that stores less than the dense weight.
     """
 
-    name: str
+    name: FactorForm
     of: Callable[[int, int, Rank], int]
     largest: Callable[[int, int], int]
 
 
 PAIR = CostModel("pair", pair_cost, max_pair_rank)
 PIVOT = CostModel("pivot", pivot_cost, max_pivot_rank)
+COST_MODELS: dict[FactorForm, CostModel] = {"pair": PAIR, "pivot": PIVOT}

@@ -1,0 +1,76 @@
+"""Factors A and B to layers of either stored form, and back."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from slimrank.layers.low_rank import LowRankLinear
+from slimrank.layers.pivot import PivotLinear
+from slimrank.linalg.cost import FactorForm
+from slimrank.linalg.pivot import pivoted
+
+CompressedLinear = LowRankLinear | PivotLinear
+
+
+def stored_layer(
+    form: FactorForm, A: Tensor, B: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype
+) -> CompressedLinear:
+    """The layer y = B A x + bias in a form, its parts cast once.
+
+    Args:
+        form: "pair" or "pivot".
+        A: rank x in, in as much precision as there is.
+        B: out x rank.
+        bias: out; taken as it is.
+        dtype: what the parts are stored in.
+
+    Raises:
+        ValueError: "pivot" at a rank above min(out, in).
+    """
+    if form == "pivot":
+        return pivot_layer(A, B, bias, dtype=dtype)
+    return LowRankLinear.from_factors(A.to(dtype).contiguous(), B.to(dtype).contiguous(), bias)
+
+
+def pivot_layer(
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    side: Literal["out", "in"] | None = None,
+    *,
+    dtype: torch.dtype,
+) -> PivotLinear:
+    """The layer y = B A x + bias in some of its own rows or columns: see `stored_layer` and `linalg.pivot`.
+
+    Args:
+        A: rank x in.
+        B: out x rank.
+        bias: out; taken as it is.
+        side: rows ("out") or columns ("in"); by default those of which there are fewer.
+        dtype: what the parts are stored in.
+
+    Raises:
+        ValueError: a rank above min(out, in).
+    """
+    found = pivoted(A, B, side)
+    parts = found.skeleton.to(dtype), found.interpolation.to(dtype)
+    return PivotLinear.from_parts(found.side, *parts, found.order, bias)
+
+
+def pair_of(layer: CompressedLinear) -> tuple[Tensor, Tensor]:
+    """A (rank x in) and B (out x rank) of a layer, float64 and detached: the product of what it stores."""
+    if isinstance(layer, LowRankLinear):
+        return layer.A.weight.detach().double(), layer.B.weight.detach().double()
+    s, t = layer.skeleton.weight.detach().double(), layer.interpolation.weight.detach().double()
+    identity = torch.eye(layer.rank, dtype=s.dtype, device=s.device)
+    if layer.side == "out":
+        return s, torch.cat([identity, t])[layer.order]
+    return torch.cat([identity, t], 1)[:, layer.order.argsort()], s
+
+
+def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
+    """The layers of a model that slimrank has put there, by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, (LowRankLinear, PivotLinear))}
