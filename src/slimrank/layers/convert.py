@@ -24,7 +24,7 @@ def stored_layer(
         form: "pair" or "pivot".
         A: rank x in, in as much precision as there is.
         B: out x rank.
-        bias: out; taken as it is.
+        bias: out, or None.
         dtype: what the parts are stored in.
 
     Raises:
@@ -32,7 +32,7 @@ def stored_layer(
     """
     if form == "pivot":
         return pivot_layer(A, B, bias, dtype=dtype)
-    return LowRankLinear.from_factors(A.to(dtype).contiguous(), B.to(dtype).contiguous(), bias)
+    return LowRankLinear.from_factors(A.to(dtype).contiguous(), B.to(dtype).contiguous(), _cast(bias, dtype))
 
 
 def pivot_layer(
@@ -48,7 +48,7 @@ def pivot_layer(
     Args:
         A: rank x in.
         B: out x rank.
-        bias: out; taken as it is.
+        bias: out, or None.
         side: rows ("out") or columns ("in"); by default those of which there are fewer.
         dtype: what the parts are stored in.
 
@@ -57,7 +57,11 @@ def pivot_layer(
     """
     found = pivoted(A, B, side)
     parts = found.skeleton.to(dtype), found.interpolation.to(dtype)
-    return PivotLinear.from_parts(found.side, *parts, found.order, bias)
+    return PivotLinear.from_parts(found.side, *parts, found.order, _cast(bias, dtype))
+
+
+def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
 
 
 def pair_of(layer: CompressedLinear) -> tuple[Tensor, Tensor]:
