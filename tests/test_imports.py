@@ -22,7 +22,7 @@ ALLOWED = {  # room -> rooms it may know, besides itself and BASE
     "decompose": {"linalg", "statistics"},
     "refine": {"linalg"},
     "allocate": {"linalg"},
-    "export": {"layers", "run"},
+    "export": {"layers", "linalg", "run"},
     "models": {"layers", "linalg", "export"},
     "calibration": {"linalg", "models"},
     "evaluate": {"models"},

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 MODEL_TYPE = "slimrank"
-FORMAT = 1
+FORMAT = 2  # 1 knows no layers with a "side"; a model without them is still written as 1
 AUTO_MAP = {
     "AutoConfig": "configuration_slimrank.SlimRankConfig",
     "AutoModelForCausalLM": "modeling_slimrank.SlimRankForCausalLM",
@@ -143,18 +143,19 @@ def mark_compressed(config: Any, layers: dict[str, dict[str, Any]]) -> None:
 
     Args:
         config: the `config` of a model; every submodule that holds it sees the change.
-        layers: module path -> {"rank": int, "in": n, "out": m, "bias": bool}.
+        layers: module path -> {"rank": int, "in": n, "out": m, "bias": bool}, and "side" for a pivot layer.
     """
-    config.slimrank = {"format": FORMAT, "base_model_type": config.model_type, "layers": layers}
+    needed = FORMAT if any("side" in about for about in layers.values()) else 1
+    config.slimrank = {"format": needed, "base_model_type": config.model_type, "layers": layers}
     config.auto_map = AUTO_MAP
     config.__class__ = compressed_config_class(config.model_type)
 
 
 def copy_code(folder: Path) -> None:
     """Copy the files that load the model without slimrank: this one, the model's and the layers'."""
-    from .modeling_slimrank import LowRankLinear, SlimRankForCausalLM
+    from .modeling_slimrank import LowRankLinear, PivotLinear, SlimRankForCausalLM
 
-    for owner in (CompressedConfig, SlimRankForCausalLM, LowRankLinear):
+    for owner in (CompressedConfig, SlimRankForCausalLM, LowRankLinear, PivotLinear):
         source = Path(str(sys.modules[owner.__module__].__file__))
         if source.parent.resolve() == folder.resolve():
             continue

@@ -1,7 +1,7 @@
 """Loader of compressed models. Copied into every saved model; imports nothing but torch and transformers.
 
 A compressed model is an object of the native class (LlamaForCausalLM, ...), with some linear layers replaced by
-`LowRankLinear`. So `generate`, `device_map`, PEFT and `save_pretrained` work as for any other model.
+`LowRankLinear` or `PivotLinear`. So `generate`, `device_map`, PEFT and `save_pretrained` work as for any other model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from slimrank.layers.low_rank import LowRankLinear
+from slimrank.layers.pivot import PivotLinear
 
 
 class SlimRankForCausalLM:
@@ -61,7 +62,7 @@ def _class_with_thin_layers(native: Any) -> Any:
 
 
 def replace_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
-    """Put an empty `LowRankLinear` in the place of each named layer.
+    """Put an empty `LowRankLinear` or `PivotLinear` in the place of each named layer.
 
     Raises:
         ValueError: a layer that the model lacks: the checkpoint and the architecture do not belong together.
@@ -74,11 +75,17 @@ def replace_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
         except AttributeError as error:
             raise ValueError(f"the compressed layer '{path}' is not in {type(model).__name__}") from error
         weight: torch.Tensor = old.weight  # type: ignore[assignment]
-        layer = LowRankLinear(
-            about["in"], about["out"], about["rank"], about["bias"], device=weight.device, dtype=weight.dtype
-        )
-        setattr(parent, name, layer)
+        setattr(parent, name, _empty_layer(about, device=weight.device, dtype=weight.dtype))
     declare_ties(model, layers)
+
+
+def _empty_layer(about: dict[str, Any], **place: Any) -> nn.Module:
+    shape = about["in"], about["out"], about["rank"], about["bias"]
+    return PivotLinear(*shape, about["side"], **place) if "side" in about else LowRankLinear(*shape, **place)
+
+
+def _parts(about: dict[str, Any]) -> tuple[str, str]:
+    return ("skeleton", "interpolation") if "side" in about else ("A", "B")
 
 
 def declare_ties(model: Any, layers: dict[str, dict[str, Any]]) -> None:
@@ -86,7 +93,7 @@ def declare_ties(model: Any, layers: dict[str, dict[str, Any]]) -> None:
     ties = {
         f"{path}.{factor}.weight": f"{about[kind]}.{factor}.weight"
         for path, about in layers.items()
-        for kind, factors in (("tie", "AB"), ("share", "A"))
+        for kind, factors in (("tie", _parts(about)), ("share", ("A",)))
         if kind in about
         for factor in factors
     }

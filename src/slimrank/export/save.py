@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from slimrank.errors import ModelError, OutputError
 from slimrank.export.configuration_slimrank import mark_compressed
 from slimrank.export.modeling_slimrank import declare_ties
 from slimrank.layers import LowRankLinear
+from slimrank.layers.convert import CompressedLinear, compressed_layers, stored_layer
+from slimrank.linalg.cost import FactorForm
 
 
 def check_loadable(model: Any) -> None:
@@ -34,52 +37,59 @@ def check_loadable(model: Any) -> None:
         )
 
 
-def replace_linears(model: nn.Module, members: Sequence[tuple[tuple[str, ...], Tensor]], A: Tensor) -> None:
+def replace_linears(
+    model: nn.Module, members: Sequence[tuple[tuple[str, ...], Tensor]], A: Tensor, form: FactorForm = "pair"
+) -> None:
     """Replace linear layers that share a factor A (mostly a single one), cast once to the dtype of their weights.
 
     Args:
         model: changed in place.
         members: for each layer its path, followed by the paths of layers tied to it, and its factor B (out x rank).
         A: rank x in.
+        form: what they are stored as; pivot layers share nothing, so there is a single one then.
     """
-    weight = model.get_submodule(members[0][0][0]).get_parameter("weight")
-    shared = nn.Parameter(A.to(weight.device, weight.dtype).contiguous(), requires_grad=weight.requires_grad)
+    first: CompressedLinear | None = None
     for paths, B in members:
-        mine = nn.Parameter(B.to(weight.device, weight.dtype).contiguous(), requires_grad=weight.requires_grad)
+        weight = model.get_submodule(paths[0]).get_parameter("weight")
+        layer = stored_layer(form, A, B, dtype=weight.dtype).to(weight.device)
+        first = first or layer
+        if isinstance(first, LowRankLinear) and isinstance(layer, LowRankLinear):
+            layer.A.weight = first.A.weight
         for path in paths:
-            _replace(model, path, shared, mine)
+            _replace(model, path, layer)
 
 
-def _replace(model: nn.Module, path: str, A: nn.Parameter, B: nn.Parameter) -> None:
+def _replace(model: nn.Module, path: str, layer: CompressedLinear) -> None:
+    """Put a layer of the same parameters there, with the bias that is there."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     old = parent.get_submodule(name)
-    bias = None if old.bias is None else old.bias.detach()  # type: ignore[operator]
-    layer = LowRankLinear.from_factors(A.detach(), B.detach(), bias).requires_grad_(A.requires_grad)
-    layer.A.weight, layer.B.weight = A, B
-    setattr(parent, name, layer.train(old.training))
+    mine = copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
+    mine.set_bias(None if old.bias is None else old.bias.detach())  # type: ignore[operator]
+    mine.requires_grad_(old.get_parameter("weight").requires_grad)
+    setattr(parent, name, mine.train(old.training))
 
 
 def mark_model(model: Any) -> None:
     """Make the model's configuration say which layers are compressed, so that `save_pretrained` just works."""
     layers: dict[str, dict[str, Any]] = {}
     leaders: dict[int, str] = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, LowRankLinear):
-            layers[path] = {
-                "rank": layer.rank,
-                "in": layer.in_features,
-                "out": layer.out_features,
-                "bias": layer.bias is not None,
-            }
-            whole = leaders.setdefault(id(layer.B.weight), path)
-            basis = leaders.setdefault(id(layer.A.weight), path)
-            if whole != path:
-                layers[path]["tie"] = whole
-            elif basis != path:
-                layers[path]["share"] = basis
+    for path, layer in compressed_layers(model).items():
+        layers[path] = _entry(layer)
+        whole = layer.B.weight if isinstance(layer, LowRankLinear) else layer.skeleton.weight
+        basis = layer.A.weight if isinstance(layer, LowRankLinear) else whole
+        tie, share = leaders.setdefault(id(whole), path), leaders.setdefault(id(basis), path)
+        if tie != path:
+            layers[path]["tie"] = tie
+        elif share != path:
+            layers[path]["share"] = share
     mark_compressed(model.config, layers)
     declare_ties(model, layers)
+
+
+def _entry(layer: CompressedLinear) -> dict[str, Any]:
+    shape = {"rank": layer.rank, "in": layer.in_features, "out": layer.out_features, "bias": layer.bias is not None}
+    return shape if isinstance(layer, LowRankLinear) else {**shape, "side": layer.side}
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, max_shard_size: str) -> None:

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from slimrank.errors import ModelError, RecipeError
-from slimrank.layers import LowRankLinear
+from slimrank.layers.convert import compressed_layers
 from slimrank.layers.dense import weight_of
 from slimrank.linalg.cost import max_pair_rank
 from slimrank.models.structure import find_blocks, parameters_of
@@ -107,7 +107,7 @@ def find_targets(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence
         RecipeError: a pattern that matches no layer.
     """
     blocks_path, blocks = find_blocks(model)
-    if any(isinstance(module, LowRankLinear) for module in blocks.modules()):
+    if compressed_layers(blocks):
         raise ModelError("the model is already compressed by slimrank.", "start from the original model")
     found: dict[int, Target] = {}
     reasons: dict[int, str] = {}
