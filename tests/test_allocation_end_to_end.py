@@ -287,7 +287,7 @@ def test_plan_computes_what_the_allocation_needs_and_compress_goes_on_from_there
     for block, row in enumerate(rows):
         for name, cell in zip(("q_proj", "k_proj", "v_proj", "o_proj"), row[1:5], strict=True):
             target = plan.targets[f"model.layers.{block}.self_attn.{name}"]
-            kept = 100 * target.parameters / (target.shape[0] * target.shape[1])
+            kept = 100 * target.cost(plan.stored_as) / (target.shape[0] * target.shape[1])
             assert cell.strip() == ("--" if target.rank == "dense" else f"{kept:.0f}")
     assert "predicted error" in shown
     assert "no plan of this size has an error less by more than" in shown

@@ -29,7 +29,7 @@ ALLOWED = {  # room -> rooms it may know, besides itself and BASE
     "report": {"run", "recipe", "allocate", "models"},
     "estimate": {"models"},
     "inputs": {"calibration", "models", "recipe"},
-    "planning": {"allocate", "decompose", "estimate", "models", "recipe", "refine"},
+    "planning": {"allocate", "decompose", "estimate", "linalg", "models", "recipe", "refine"},
     "evaluation": {"calibration", "evaluate", "inputs", "models"},
 }
 ANYTHING = {"cli", "pipeline", "dry_run", "__init__", "__main__"}

@@ -15,15 +15,18 @@ from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.estimate import measure_machine, peak_bytes, stage_seconds
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
+from slimrank.linalg.cost import COST_MODELS
 from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
 from slimrank.models.targets import Coverage, TargetSet, find_targets
 from slimrank.planning import (
     Unit,
     configured_refiner,
+    following_plan,
     given_plan,
     make_problem,
     new_biases,
+    order_bytes,
     plan_of,
     provisional,
     units_of,
@@ -45,17 +48,17 @@ def preview(
     Raises:
         SlimrankError: whatever `compress` would refuse for the same model and budget.
     """
-    made = Recipe.merged(recipe, options)
+    made = following_plan(Recipe.merged(recipe, options))
     device = resolve_device(made.device)
     bones = skeleton(model, progress)
     seq_len = window_length(bones, made.seq_len)
-    targets = find_targets(bones, made.targets, made.ignore)
+    targets = find_targets(bones, made.targets, made.ignore, COST_MODELS[made.factor_form])
     coverage = targets.coverage
     itemsize = stored_dtype(bones).itemsize if made.dtype == "auto" else getattr(torch, made.dtype).itemsize
     method = DECOMPOSERS.get(made.method).configured(made.method_options)
     refines = configured_refiner(made, method) is not None
     allocator = ALLOCATORS.get(made.allocation).configured(made.allocation_options)
-    plan = _plan(made, bones, targets, units_of(method, targets), itemsize, allocator)
+    plan = _plan(made, bones, targets, units_of(method, targets, made.stored_as), itemsize, allocator)
     calibrates = method.gathering.calibrates or refines
     work = workload(
         made,
@@ -66,7 +69,8 @@ def preview(
         evaluation_tokens=made.windows * seq_len if made.evaluation else 0,
         seq_len=seq_len,
     )
-    biases = new_biases(made, (t for t in targets if not t.bias and plan.targets[t.path].rank != "dense"))
+    factored = [t for t in targets if plan.targets[t.path].rank != "dense"]
+    biases = new_biases(made, (t for t in factored if not t.bias))
     memory = peak_bytes(
         work,
         total=coverage.total,
@@ -80,7 +84,10 @@ def preview(
     return {
         "plan": plan,
         "blocks_path": targets.blocks_path,
-        "size": _size(coverage, plan.dense_parameters, plan.parameters + biases, itemsize),
+        "size": {
+            **_size(coverage, plan.stored_parameters + biases, itemsize, order_bytes(plan.stored_as, factored)),
+            "stored_as": plan.stored_as,
+        },
         "coverage": {**asdict(coverage), "of_matrices": coverage.of_matrices},
         "kinds": _kinds(plan),
         "seconds": stage_seconds(work, measure_machine(device)),
@@ -88,16 +95,16 @@ def preview(
     }
 
 
-def _size(coverage: Coverage, dense: int, linears: int, itemsize: int) -> dict[str, float]:
-    """Before and after, for targets that store `linears` parameters in the place of `dense`."""
+def _size(coverage: Coverage, linears: int, itemsize: int, orders: int) -> dict[str, Any]:
+    """Before and after, for targets that store `linears` parameters, and `orders` bytes beside them."""
     after = coverage.total - coverage.targets + linears
     return {
-        "keep_ratio": linears / dense,
+        "keep_ratio": linears / coverage.targets,
         "keep_total": after / coverage.total,
         "parameters_before": coverage.total,
         "parameters_after": after,
         "bytes_before": coverage.total * itemsize,
-        "bytes_after": after * itemsize,
+        "bytes_after": after * itemsize + orders,
     }
 
 
@@ -109,7 +116,7 @@ def _plan(
         return plan
     problem = make_problem(recipe, model, targets, units, itemsize)
     found = provisional(problem) if allocator.needs else allocator.allocate(problem)
-    return plan_of(found, recipe.allocation, problem, targets, units)
+    return plan_of(found, recipe, problem, targets, units)
 
 
 def _kinds(plan: RankPlan) -> list[dict[str, Any]]:
@@ -122,7 +129,7 @@ def _kinds(plan: RankPlan) -> list[dict[str, Any]]:
             {"name": name, "shape": list(target.shape), "count": 0, "ranks": [], "parameters": 0},
         )
         row["count"] += 1
-        row["parameters"] += target.parameters
+        row["parameters"] += target.cost(plan.stored_as)
         if target.rank not in row["ranks"]:
             row["ranks"].append(target.rank)
     return list(rows.values())

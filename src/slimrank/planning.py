@@ -17,12 +17,14 @@ from slimrank.allocate.shares import ranks_from_fractions
 from slimrank.decompose.registry import Configured, Member
 from slimrank.errors import RecipeError
 from slimrank.estimate import Workload
+from slimrank.linalg.cost import COST_MODELS, FactorForm
 from slimrank.models.structure import parameters_of, without_numbers
 from slimrank.models.targets import Target, TargetSet, matches
 from slimrank.recipe import Recipe
 from slimrank.refine.registry import REFINERS, ConfiguredRefiner
 
 HEADER_BYTES = 160  # of a safetensors file, per tensor: more than any name and shape take
+INDEX_BYTES = 4  # of an entry of a pivot layer's order
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,30 @@ def configured_refiner(recipe: Recipe, method: Configured) -> ConfiguredRefiner 
     return refiner
 
 
-def units_of(method: Configured, targets: TargetSet) -> list[Unit]:
-    """The units that a method makes of the targets.
+def following_plan(recipe: Recipe) -> Recipe:
+    """The recipe with the factor form of the plan that it names, if it names one.
 
     Raises:
-        RecipeError: the method shares factors, and finds no layers to share them between.
+        PlanError: the plan cannot be read.
+        RecipeError: the recipe asks for another form.
+    """
+    plan = _named_plan(recipe)
+    if plan is None:
+        return recipe
+    if recipe.factor_form == "pivot" and plan.cost_model == "pair":
+        raise RecipeError("factor_form is pivot, and the plan's ranks were chosen for pairs.", "--secondary pivot")
+    if recipe.secondary and plan.cost_model == "pivot":
+        raise RecipeError("the plan's ranks were chosen for pivot layers already.", "leave out --secondary")
+    return recipe.model_copy(
+        update={"factor_form": plan.cost_model, "secondary": recipe.secondary or plan.secondary},
+    )
+
+
+def units_of(method: Configured, targets: TargetSet, form: FactorForm) -> list[Unit]:
+    """The units that a method makes of the targets, to be stored in a form.
+
+    Raises:
+        RecipeError: the method shares factors, and finds no layers to share them between, or the form cannot share.
     """
     known = {t.path: t for t in targets}
     groups = method.groups(Member(t.path, t.shape, t.block) for t in targets)
@@ -84,6 +105,11 @@ def units_of(method: Configured, targets: TargetSet) -> list[Unit]:
         raise RecipeError(
             f"'{method.method.id}' finds no layers that could share a factor.",
             "name them: --option share=[q_proj,k_proj]; or --option layers=2",
+        )
+    if form == "pivot" and any(len(group) > 1 for group in groups):
+        raise RecipeError(
+            f"'{method.method.id}' shares factors between layers; pivot layers have none to share.",
+            "a method that does not share, or pairs (without --factor-form and --secondary)",
         )
     return [Unit(tuple(known[path] for path in group)) for group in groups]
 
@@ -94,17 +120,27 @@ def new_biases(recipe: Recipe, targets: Iterable[Target]) -> int:
     return sum(t.shape[0] for t in targets if not t.ties) if given else 0
 
 
+def order_bytes(form: FactorForm, targets: Iterable[Target]) -> int:
+    """Bytes beside the parameters: of the order of each pivot layer, one for every place that a target stands in."""
+    places = sum(min(t.shape) * (1 + len(t.ties)) for t in targets)
+    return INDEX_BYTES * places if form == "pivot" else 0
+
+
+def _named_plan(recipe: Recipe) -> RankPlan | None:
+    return RankPlan.load(recipe.plan) if isinstance(recipe.plan, str) else recipe.plan
+
+
 def given_plan(recipe: Recipe, targets: TargetSet, units: Sequence[Unit]) -> RankPlan | None:
-    """The plan that the recipe names, checked against the model.
+    """The plan that the recipe names, checked against the model, stored as the recipe says.
 
     Raises:
         PlanError: it does not fit the model.
     """
-    if recipe.plan is None:
+    plan = _named_plan(recipe)
+    if plan is None:
         return None
-    plan = recipe.plan if isinstance(recipe.plan, RankPlan) else RankPlan.load(recipe.plan)
     plan.check({t.path: t.shape for t in targets}, _shares(units))
-    return plan
+    return plan.model_copy(update={"secondary": recipe.secondary})
 
 
 def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence[Unit], itemsize: int) -> Problem:
@@ -115,14 +151,15 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence
         PlanError: the recipe's `ranks` leave a target none.
         RecipeError: a pattern in `ranks` matches no target.
     """
-    headers = HEADER_BYTES * (len(list(model.parameters())) + len(targets) + 2)
+    places = sum(1 + len(t.ties) for t in targets)
+    headers = HEADER_BYTES * (len(list(model.parameters())) + 2 * places + 2)
     budget = budget_in_parameters(
         targets.coverage.targets,
         targets.coverage.total,
         itemsize,
         recipe.keep_ratio,
         recipe.keep_total,
-        recipe.max_bytes - headers if recipe.max_bytes is not None else None,
+        recipe.max_bytes - headers - order_bytes(recipe.stored_as, targets) if recipe.max_bytes is not None else None,
     )
     budget -= new_biases(recipe, (t for t in targets if not t.bias))
     limits = _limits(recipe, [t.path for t in targets])
@@ -130,16 +167,26 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence
         Item(u.path, u.shape, u.targets[0].block, role_of(u.targets[0], targets.blocks_path), limits[u.path])
         for u in units
     )
-    problem = Problem(items, budget, recipe.rank_multiple)
+    problem = Problem(items, budget, recipe.rank_multiple, COST_MODELS[recipe.factor_form])
     problem.check()
     return problem
 
 
-def plan_of(allocation: Allocation, id: str, problem: Problem, targets: TargetSet, units: Sequence[Unit]) -> RankPlan:
+def plan_of(
+    allocation: Allocation, recipe: Recipe, problem: Problem, targets: TargetSet, units: Sequence[Unit]
+) -> RankPlan:
     """Ranks of units as a plan of targets."""
     every = {t.path: allocation.ranks[unit.path] for unit in units for t in unit.targets}
     shapes = {t.path: t.shape for t in targets}
-    return RankPlan.build({path: every[path] for path in shapes}, shapes, id, problem.budget, _shares(units))
+    return RankPlan.build(
+        {path: every[path] for path in shapes},
+        shapes,
+        recipe.allocation,
+        problem.budget,
+        _shares(units),
+        recipe.factor_form,
+        recipe.secondary,
+    )
 
 
 def provisional(problem: Problem) -> Allocation:

@@ -52,6 +52,14 @@ class Recipe(BaseModel):
     ranks: dict[str, str | int] = Field(
         {}, description="Rank of layers by pattern: a number, MIN..MAX (either may be left out), or dense."
     )
+    factor_form: Literal["pair", "pivot"] = Field(
+        "pair",
+        description="What ranks are chosen for and stored as: two thin factors, or pivot layers, which hold a rank in "
+        "fewer parameters (docs/pivot.md).",
+    )
+    secondary: Literal["pivot"] | None = Field(
+        None, description="Store ranks that were chosen for pairs as pivot layers: the same model, yet smaller."
+    )
     rank_multiple: int = Field(1, ge=1, description="Ranks are multiples of this (8 or 16 suit GPUs).")
     targets: tuple[str, ...] = Field((), description="Compress only layers that match one of these patterns.")
     ignore: tuple[str, ...] = Field((), description="Leave layers alone that match one of these patterns.")
@@ -114,6 +122,17 @@ class Recipe(BaseModel):
         if len(given) > 1:
             raise ValueError(f"give only one of {' and '.join(given)}")
         return self
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Recipe:
+        if self.secondary and self.factor_form == "pivot":
+            raise ValueError("secondary is for factor_form pair; factor_form pivot stores pivot layers by itself")
+        return self
+
+    @property
+    def stored_as(self) -> Literal["pair", "pivot"]:
+        """What factored targets become."""
+        return self.secondary or self.factor_form
 
     def described(self) -> dict[str, Any]:
         """The recipe for a report; texts given as a list are counted, not repeated."""

@@ -14,15 +14,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import slimrank
 from helpers import CONFIGS, VOCABULARY, byte_tokenizer, tiny_model
-from slimrank.layers import LowRankLinear
+from slimrank.layers import LowRankLinear, PivotLinear
+from slimrank.linalg.cost import pivot_cost
 
 IDS = torch.randint(VOCABULARY - 3, (2, 12), generator=torch.Generator().manual_seed(0))
 NAMES = list(CONFIGS)
 
 
-def compressed(name="llama", **changes):
+FORMS = ["pair", "pivot"]
+
+
+def compressed(name="llama", form="pair", **changes):
     model = tiny_model(name, **changes)
-    slimrank.compress(model, byte_tokenizer(), keep_ratio=0.6, method="svd", evaluation=None, seq_len=16)
+    slimrank.compress(
+        model, byte_tokenizer(), keep_ratio=0.6, method="svd", evaluation=None, seq_len=16, factor_form=form
+    )
     return model
 
 
@@ -31,19 +37,20 @@ def logits(model, ids=IDS):
         return model(input_ids=ids).logits
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+@pytest.fixture(scope="module", params=FORMS)
+def saved(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("saved") / "model"
-    model = compressed()
+    model = compressed(form=request.param)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     torch.save(logits(model), folder / "expected.pt")
     return folder
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES)
-def test_round_trip_is_exact_and_native(name, tmp_path):
-    model = compressed(name)
+def test_round_trip_is_exact_and_native(name, form, tmp_path):
+    model = compressed(name, form)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is type(tiny_model(name))
@@ -71,6 +78,37 @@ def test_no_original_weight_is_in_the_file(name, tmp_path):
         assert sum(t.numel() for t in stored.values()) == parameters
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_of_pivot_layers_holds_their_parts_and_orders(name, tmp_path):
+    model = compressed(name, "pivot")
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, PivotLinear)}
+    assert layers
+    if name != "qwen3_moe":  # its only tall weights are in expert banks
+        assert {layer.side for layer in layers.values()} == {"out", "in"}
+    assert not any(isinstance(m, LowRankLinear) for m in model.modules())
+    for path, layer in layers.items():
+        mine = {k.removeprefix(f"{path}."): v for k, v in stored.items() if k.startswith(f"{path}.")}
+        names = {"skeleton.weight", "interpolation.weight", "order"}
+        assert set(mine) == names | ({"bias"} if layer.bias is not None else set())
+        assert mine["order"].dtype == torch.int32
+        weights = mine["skeleton.weight"].numel() + mine["interpolation.weight"].numel()
+        assert weights == pivot_cost(layer.out_features, layer.in_features, layer.rank)
+    if name != "qwen3_moe":  # transformers stores expert banks under other names
+        floating = sum(t.numel() for t in stored.values() if t.is_floating_point())
+        assert floating == sum(p.numel() for p in model.parameters())
+        assert len(stored) == len({id(p) for p in model.parameters()}) + len(layers)
+
+
+@pytest.mark.parametrize("form, number", [("pair", 1), ("pivot", 2)])
+def test_models_of_pairs_stay_readable_for_older_versions(form, number):
+    about = compressed(form=form).config.slimrank
+    assert about["format"] == number
+    assert all(("side" in layer) == (form == "pivot") for layer in about["layers"].values())
+
+
 def test_resaving_generation_and_dtype(saved, tmp_path):
     first = AutoModelForCausalLM.from_pretrained(saved)
     first.save_pretrained(tmp_path / "again")
@@ -81,6 +119,8 @@ def test_resaving_generation_and_dtype(saved, tmp_path):
     assert a.shape == (2, 17)
     half = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert {b.dtype for n, b in half.named_buffers() if n.endswith("order")} <= {torch.int32}
+    assert torch.isfinite(logits(half)).all()
     placed = AutoModelForCausalLM.from_pretrained(saved, device_map="auto")
     assert torch.equal(logits(placed).cpu(), logits(first))
 
@@ -98,10 +138,11 @@ def test_lora_on_the_factors(saved, tmp_path):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
 
     exact = {"rtol": 1e-8, "atol": 1e-8}
+    names = ["A", "B", "skeleton", "interpolation"]
     plain = logits(load(saved))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = get_peft_model(load(saved), LoraConfig(target_modules=["A", "B"], r=2, init_lora_weights=False))
+        model = get_peft_model(load(saved), LoraConfig(target_modules=names, r=2, init_lora_weights=False))
     adapted = logits(model)
     assert float((adapted - plain).abs().max()) > 1e-3
     model(input_ids=IDS, labels=IDS).loss.backward()
@@ -121,7 +162,7 @@ def test_configurations_copy_and_pickle(saved):
         assert copied.slimrank == config.slimrank
         assert copied.hidden_size == 32
     empty = AutoModelForCausalLM.from_config(config)
-    assert isinstance(empty.model.layers[0].mlp.up_proj, LowRankLinear)
+    assert isinstance(empty.model.layers[0].mlp.up_proj, (LowRankLinear, PivotLinear))
 
 
 def test_damaged_and_foreign_checkpoints(saved, tmp_path):

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from slimrank.errors import PlanError, nearest
-from slimrank.linalg.cost import Rank, dense_cost, pair_cost
+from slimrank.linalg.cost import COST_MODELS, FactorForm, Rank, dense_cost
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -24,11 +24,10 @@ class PlannedTarget(BaseModel):
     shape: tuple[int, int]
     shares: str | None = None
 
-    @property
-    def parameters(self) -> int:
-        """Parameters stored at this rank; a shared A is counted where it belongs, once."""
+    def cost(self, form: FactorForm) -> int:
+        """Parameters that a form stores at this rank; a shared A is counted where it belongs, once."""
         shared = self.rank * self.shape[1] if self.shares is not None and self.rank != "dense" else 0
-        return pair_cost(*self.shape, self.rank) - shared
+        return COST_MODELS[form].of(*self.shape, self.rank) - shared
 
 
 class RankPlan(BaseModel):
@@ -36,7 +35,9 @@ class RankPlan(BaseModel):
 
     Attributes:
         targets: module path -> rank and shape, in model order.
-        cost_model: "pair" (two thin factors).
+        cost_model: what the ranks were chosen for: "pair" (two thin factors), or "pivot" (see `linalg.pivot`), which
+            is then stored, too.
+        secondary: "pivot" stores ranks that were chosen for pairs as that.
         budget: parameters that the targets together may store; None for a hand-made plan.
         allocation: which allocator made it.
     """
@@ -44,7 +45,8 @@ class RankPlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
-    cost_model: Literal["pair"] = "pair"
+    cost_model: FactorForm = "pair"
+    secondary: Literal["pivot"] | None = None
     allocation: str = "by hand"
     budget: int | None = None
     targets: dict[str, PlannedTarget]
@@ -57,18 +59,36 @@ class RankPlan(BaseModel):
         allocation: str,
         budget: int,
         shares: Mapping[str, str] | None = None,
+        cost_model: FactorForm = "pair",
+        secondary: Literal["pivot"] | None = None,
     ) -> RankPlan:
         """A plan out of ranks and shapes by path, and the targets whose A others share."""
         targets = {
             path: PlannedTarget(rank=rank, shape=shapes[path], shares=(shares or {}).get(path))
             for path, rank in ranks.items()
         }
-        return cls(allocation=allocation, budget=budget, targets=targets)
+        return cls(allocation=allocation, budget=budget, targets=targets, cost_model=cost_model, secondary=secondary)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> RankPlan:
+        if self.secondary and self.cost_model == "pivot":
+            raise ValueError("'secondary' is for ranks whose cost_model is pair")
+        return self
+
+    @property
+    def stored_as(self) -> FactorForm:
+        """What the factored targets become."""
+        return self.secondary or self.cost_model
 
     @property
     def parameters(self) -> int:
-        """Parameters that the targets store."""
-        return sum(t.parameters for t in self.targets.values())
+        """Parameters of the targets under the cost model: what the budget bounds."""
+        return sum(t.cost(self.cost_model) for t in self.targets.values())
+
+    @property
+    def stored_parameters(self) -> int:
+        """Parameters that the targets store: fewer, where ranks chosen for pairs are stored as pivot layers."""
+        return sum(t.cost(self.stored_as) for t in self.targets.values())
 
     @property
     def dense_parameters(self) -> int:
@@ -78,7 +98,7 @@ class RankPlan(BaseModel):
     @property
     def keep_ratio(self) -> float:
         """Fraction of the targets' parameters that is kept."""
-        return self.parameters / self.dense_parameters
+        return self.stored_parameters / self.dense_parameters
 
     def factored(self) -> dict[str, int]:
         """Targets that are factored, and their ranks; the others stay dense."""

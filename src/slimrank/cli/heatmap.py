@@ -11,6 +11,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from slimrank.allocate.plan import PlannedTarget, RankPlan
+    from slimrank.linalg.cost import FactorForm
 
 BAR = 40  # characters
 TINY = 1e-9  # of the largest error: rounding
@@ -30,14 +31,14 @@ def show_plan(plan: RankPlan, blocks_path: str) -> None:
     for heading in ("block", *(role.rpartition(".")[2] for role in roles)):
         table.add_column(heading, justify="right")
     for block, row in sorted(cells.items()):
-        table.add_row(str(block), *(_cell(row.get(role, [])) for role in roles))
+        table.add_row(str(block), *(_cell(row.get(role, []), plan.stored_as) for role in roles))
     Console().print(table)
 
 
-def _cell(targets: list[PlannedTarget]) -> Text:
+def _cell(targets: list[PlannedTarget], form: FactorForm) -> Text:
     if not targets:
         return Text("")
-    kept = sum(t.parameters for t in targets) / sum(t.shape[0] * t.shape[1] for t in targets)
+    kept = sum(t.cost(form) for t in targets) / sum(t.shape[0] * t.shape[1] for t in targets)
     if all(t.rank == "dense" for t in targets):
         return Text("--", style="on color(22)")
     shade = 232 + round(23 * (1 - min(1.0, kept)))

@@ -83,6 +83,20 @@ Ranks = Annotated[
         rich_help_panel=_WHAT,
     ),
 ]
+FactorForm = Annotated[
+    str | None,
+    typer.Option(
+        "--factor-form",
+        help="What ranks are chosen for and stored as: pair, or pivot (fewer parameters at a rank).  \\[default: pair]",
+        rich_help_panel=_WHAT,
+    ),
+]
+Secondary = Annotated[
+    str | None,
+    typer.Option(
+        "--secondary", help="Store ranks chosen for pairs as something smaller: pivot.", rich_help_panel=_WHAT
+    ),
+]
 RankMultiple = Annotated[
     int | None,
     typer.Option("--rank-multiple", help="Make ranks multiples of this.  \\[default: 1]", rich_help_panel=_WHAT),
@@ -197,6 +211,8 @@ def recipe_flags(
     allocation: Allocation = None,
     allocation_option: AllocationOptions = None,
     rank: Ranks = None,
+    factor_form: FactorForm = None,
+    secondary: Secondary = None,
     rank_multiple: RankMultiple = None,
     target: Targets = None,
     ignore: Ignore = None,
@@ -219,6 +235,7 @@ def recipe_flags(
         "keep_ratio": keep, "keep_total": keep_total, "max_bytes": max_bytes, "plan": plan,
         "method": method, "method_options": _pairs(option), "refine": refine, "refine_options": _pairs(refine_option),
         "allocation": allocation, "allocation_options": _pairs(allocation_option), "ranks": _pairs(rank),
+        "factor_form": factor_form, "secondary": secondary,
         "rank_multiple": rank_multiple, "targets": target, "ignore": ignore, "calibration": calibration,
         "samples": samples, "search_samples": search_samples, "seq_len": seq_len, "batch_size": batch_size,
         "seed": seed, "evaluation": eval_text, "windows": windows, "device": device, "dtype": dtype,

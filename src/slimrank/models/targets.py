@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from slimrank.errors import ModelError, RecipeError
 from slimrank.layers.convert import compressed_layers
 from slimrank.layers.dense import weight_of
-from slimrank.linalg.cost import max_pair_rank
+from slimrank.linalg.cost import PAIR, CostModel
 from slimrank.models.structure import find_blocks, parameters_of
 
 Kind = Literal["linear", "conv1d"]
@@ -92,7 +92,9 @@ class TargetSet:
         return [t for t in self.targets if t.block == block]
 
 
-def find_targets(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> TargetSet:
+def find_targets(
+    model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = (), cost: CostModel = PAIR
+) -> TargetSet:
     """Every compressible weight of a model.
 
     Args:
@@ -101,6 +103,7 @@ def find_targets(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence
         ignore: patterns; weights whose path matches one are left out.
             A pattern is matched with fnmatch against the whole path and against its end
             ("*.mlp.*", "q_proj"), or is a regular expression after the prefix "re:".
+        cost: what factors will store; weights that no rank makes smaller are left out.
 
     Raises:
         ModelError: no decoder blocks, or nothing in them to compress.
@@ -115,7 +118,7 @@ def find_targets(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence
     _check_patterns((*targets, *ignore), [path for _, path, _, _ in layers])
     for index, path, module, around in layers:
         key = id(module.weight)
-        reason = _reason_to_leave(path, module, around, targets, ignore)
+        reason = _reason_to_leave(path, module, around, targets, ignore, cost)
         if reason:
             reasons[key] = reason
         elif key in found:
@@ -174,7 +177,12 @@ def _target(path: str, module: nn.Module, block: int) -> Target:
 
 
 def _reason_to_leave(
-    path: str, module: nn.Module, around: Sequence[nn.Module], targets: Sequence[str], ignore: Sequence[str]
+    path: str,
+    module: nn.Module,
+    around: Sequence[nn.Module],
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    cost: CostModel,
 ) -> str:
     m, n = weight_of(module).shape
     if not module.weight.is_floating_point():  # type: ignore[operator]
@@ -185,7 +193,7 @@ def _reason_to_leave(
         return "routers"
     if matches(path, ignore) or (targets and not matches(path, targets)):
         return "left out by pattern"
-    if max_pair_rank(m, n) < 1:
+    if cost.largest(m, n) < 1:
         return "too small to factor"
     return ""
 

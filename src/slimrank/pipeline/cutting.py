@@ -71,4 +71,4 @@ class Cutter:
             self.originals |= {path: self.job.model.get_submodule(path) for path in (target.path, *target.ties)}
             page_out(self.job.model.get_submodule(target.path))
         members = [((t.path, *t.ties), part) for t, part in zip(unit.targets, parts, strict=True)]
-        replace_linears(self.job.model, members, a)
+        replace_linears(self.job.model, members, a, self.job.plan.stored_as)

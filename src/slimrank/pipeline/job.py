@@ -24,6 +24,7 @@ from slimrank.evaluate.quality import measure_quality
 from slimrank.evaluate.speed import measure_speed
 from slimrank.export.save import check_loadable
 from slimrank.inputs import Texts, prepare_texts, window_length
+from slimrank.linalg.cost import COST_MODELS
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import check_differentiable
 from slimrank.models.load import digest, load, stored_dtype
@@ -34,8 +35,10 @@ from slimrank.models.targets import TargetSet, find_targets
 from slimrank.planning import (
     Unit,
     configured_refiner,
+    following_plan,
     given_plan,
     make_problem,
+    order_bytes,
     plan_of,
     provisional,
     units_of,
@@ -83,9 +86,7 @@ class Job:
 
     def load(self, model: Any, tokenizer: Any) -> None:
         """Load the model, find its targets, make the plan, read the texts: all that may fail, fails here."""
-        recipe = self.recipe
-        if isinstance(recipe.plan, str):
-            RankPlan.load(recipe.plan)
+        recipe = following_plan(self.recipe)
         searches = recipe.plan is None and self.allocator.measures
         texts = prepare_texts(recipe, self.calibrates, searches)
         if isinstance(model, (str, Path)):
@@ -98,9 +99,9 @@ class Job:
         self.recipe = recipe = recipe.model_copy(update={"seq_len": window_length(model, recipe.seq_len)})
         self.dtype = stored_dtype(model)
         self.upcast = self.upcast or (self.method.gathering.backward and self.dtype == torch.float16)
-        self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore)
+        self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore, COST_MODELS[recipe.factor_form])
         check_loadable(model)
-        self.units: list[Unit] = units_of(self.method, self.targets)
+        self.units: list[Unit] = units_of(self.method, self.targets, recipe.stored_as)
         self._plan()
         self.digest = digest(model)
         page_out(model)
@@ -126,7 +127,7 @@ class Job:
     def plan_of(self, allocation: Allocation) -> RankPlan:
         """An allocation as a plan of all targets."""
         assert self.problem is not None
-        return plan_of(allocation, self.recipe.allocation, self.problem, self.targets, self.units)
+        return plan_of(allocation, self.recipe, self.problem, self.targets, self.units)
 
     @property
     def allocates(self) -> bool:
@@ -152,6 +153,7 @@ class Job:
         at_ranks = self.method.gathering.needs & {"rank", "projectors"}
         return {
             **self.identity(),
+            "count": len(self.targets),  # there are more of them where pivot layers may be small
             "method": self.method.described(),
             "ranks": self._ranks_at_first if at_ranks else None,
             "device": self.device.type,
@@ -170,12 +172,19 @@ class Job:
         """Everything that refined factors depend on."""
         assert self.refiner is not None
         key = {**self.spectra_key(), "refine": self.refiner.described(), "plan": self.plan.factored()}
+        key["stored_as"] = self.plan.stored_as
         return {**key, "dtype": str(self.dtype)}
 
     def predicted_bytes(self) -> int:
         """Bytes of the weights to be written."""
         coverage = self.targets.coverage
-        return (coverage.total - coverage.targets + self.plan.parameters) * self.dtype.itemsize
+        kept = coverage.total - coverage.targets + self.plan.stored_parameters
+        return kept * self.dtype.itemsize + self.order_bytes()
+
+    def order_bytes(self) -> int:
+        """Bytes of the orders of pivot layers."""
+        factored = (t for t in self.targets if self.plan.targets[t.path].rank != "dense")
+        return order_bytes(self.plan.stored_as, factored)
 
     def stored_bytes(self) -> int:
         """About how much the run directory will hold: bases of all targets, hidden states, gradients."""
@@ -185,7 +194,7 @@ class Job:
         if self.method.gathering.backward and not self.recipe.resident:
             copies += 2 + len(find_blocks(self.model)[1])
         if self.refiner is not None and self.resumable:
-            bases, copies = bases + self.plan.parameters, copies + 2
+            bases, copies = bases + self.plan.stored_parameters, copies + 2
         return 4 * (bases + copies * self.texts.calibration_tokens * width)
 
     def announce(self) -> None:

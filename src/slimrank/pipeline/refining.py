@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimrank.layers.convert import CompressedLinear, pair_of, stored_layer
 from slimrank.layers.dense import weight_of
-from slimrank.layers.low_rank import LowRankLinear
-from slimrank.linalg.regression import best_b
+from slimrank.linalg.regression import Regression, best_b
 from slimrank.models.order import reading_order, run_until_read
 from slimrank.models.paging import page_out
 from slimrank.models.swap import swapped
@@ -64,7 +64,8 @@ class Refinement:
                 if target.path not in about:
                     self._not_refined(target)
                     continue
-                self._put(target, {k: tensors.get(f"{target.path}.{k}") for k in ("A", "B", "bias")})
+                mine = f"{target.path}."
+                self._put(target, {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)})
                 self.cutter.done.rows[target.path]["refined"] = about[target.path]
             self._let_go(index)
             self.job.progress.step()
@@ -98,7 +99,7 @@ class Refinement:
                     continue
                 weight = weight_of(originals[target.path]).to(self.job.solver)
                 new, about[target.path] = self._refined(target, weight, sums[target.path])
-                tensors |= {f"{target.path}.{k}": v for k, v in new.items() if v is not None}
+                tensors |= {f"{target.path}.{k}": v for k, v in new.items()}
                 self._put(target, new)
                 self.cutter.done.rows[target.path]["refined"] = about[target.path]
         with self.runner.placed_block(index):
@@ -152,39 +153,43 @@ class Refinement:
             else:
                 self.runner.hidden[b] = self.runner.kept(run())
 
-    def _refined(
-        self, target: Target, weight: Tensor, sums: StreamSums
-    ) -> tuple[dict[str, Tensor | None], dict[str, float]]:
-        """New factors and bias, cast to the dtype they are stored in, and the relative errors before and after."""
-        layer: LowRankLinear = self.job.model.get_submodule(target.path)
+    def _refined(self, target: Target, weight: Tensor, sums: StreamSums) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What the refined layer holds, cast to the dtype it is stored in, and the relative errors before and after."""
+        layer: CompressedLinear = self.job.model.get_submodule(target.path)
         following = self.refiner.following
         biased = not target.ties and (following.bias == "all" or (following.bias == "existing" and target.bias))
         problem = sums.problem(weight, biased)
-        a, b = (w.detach().to(weight.device, torch.float64) for w in (layer.A.weight, layer.B.weight))
+        a, b = (factor.to(weight.device) for factor in pair_of(layer))
         damped = problem.towards(weight, following.ridge)
-        new_a, new_b = self.refiner.refine(damped, weight, a, b)
-        stored_a = new_a.to(self.job.dtype)
-        cast = not torch.equal(stored_a.to(new_a), new_a)
-        stored_b = (best_b(damped, stored_a) if cast else new_b).to(self.job.dtype)
-        product = stored_b.double() @ stored_a.double()
-        bias = None
+        new = self._stored(damped, *self.refiner.refine(damped, weight, a, b))
+        new_a, new_b = pair_of(new)
+        product = new_b @ new_a
         if biased:
             old = 0 if layer.bias is None else layer.bias.detach().to(weight.device)
-            bias = (old + sums.bias_change(weight, product)).to(self.job.dtype)
+            new.set_bias((old + sums.bias_change(weight, product)).to(self.job.dtype))
         errors = {"before": _relative(problem, b @ a), "after": _relative(problem, product)}
-        return {"A": stored_a, "B": stored_b, "bias": bias}, errors
+        return new.state_dict(), errors
 
-    def _put(self, target: Target, new: Mapping[str, Tensor | None]) -> None:
-        layer: LowRankLinear = self.job.model.get_submodule(target.path)
-        for factor, tensor in ((layer.A, new["A"]), (layer.B, new["B"])):
-            if tensor is not None:
-                factor.weight.data = tensor.to(factor.weight).contiguous()
-        bias = new["bias"]
-        if bias is not None and layer.B.bias is None:
-            layer.B.bias = nn.Parameter(bias.to(layer.B.weight), requires_grad=layer.B.weight.requires_grad)
+    def _stored(self, problem: Regression, a: Tensor, b: Tensor) -> CompressedLinear:
+        """The layer of refined factors; the B of a pair is fitted again to what casting leaves of A."""
+        form = self.job.plan.stored_as
+        if form == "pair":
+            cast = a.to(self.job.dtype)
+            a, b = cast, b if torch.equal(cast.to(a), a) else best_b(problem, cast)
+        return stored_layer(form, a, b, dtype=self.job.dtype)
+
+    def _put(self, target: Target, new: Mapping[str, Tensor]) -> None:
+        """Give the layer, and those tied to it, what a refined one holds; a bias that is not in it stays."""
+        layers = [self.job.model.get_submodule(path) for path in (target.path, *target.ties)]
+        bias = next((tensor for name, tensor in new.items() if name.endswith("bias")), None)
+        if bias is not None and layers[0].bias is None:
+            layers[0].set_bias(torch.empty_like(bias))
+            layers[0].requires_grad_(next(layers[0].parameters()).requires_grad)
             self.cutter.done.new_biases += bias.numel()
-        elif bias is not None:
-            layer.B.bias.data = bias.to(layer.B.bias)
+        for layer in layers:
+            held = layer.state_dict(keep_vars=True)
+            for name, tensor in new.items():  # not in place: the original layer holds the same bias
+                held[name].data = tensor.to(held[name].device, copy=True)
 
 
 def _relative(problem: Any, product: Tensor) -> float:

@@ -69,6 +69,7 @@ def compress(
         facts = Facts(
             recipe=job.recipe, targets=job.targets, plan=job.plan, errors=done.rows, notes=[*job.notes, *done.notes],
             before=before, after=after, seconds=job.seconds, identity=job.identity(), new_biases=done.new_biases,
+            order_bytes=job.order_bytes(),
             dtype=str(job.dtype).removeprefix("torch."), device=str(job.device), method=job.method.described(),
             allocation=allocation,
         )  # fmt: skip

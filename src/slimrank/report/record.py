@@ -31,6 +31,7 @@ class Facts:
     dtype: str
     device: str
     new_biases: int
+    order_bytes: int
     method: dict[str, Any]
     allocation: dict[str, Any]
 
@@ -52,10 +53,11 @@ def build_record(facts: Facts) -> dict[str, Any]:
 
 def _size(facts: Facts) -> dict[str, Any]:
     total, dense = facts.targets.coverage.total, facts.plan.dense_parameters
-    linears = facts.plan.parameters + facts.new_biases
+    linears = facts.plan.stored_parameters + facts.new_biases
     after = total - dense + linears
     itemsize = getattr(torch, facts.dtype).itemsize
     return {
+        "stored_as": facts.plan.stored_as,
         "keep_ratio": linears / dense,
         "keep_total": after / total,
         "removed_ratio": 1 - linears / dense,
@@ -64,7 +66,7 @@ def _size(facts: Facts) -> dict[str, Any]:
         "parameters_before": total,
         "parameters_after": after,
         "bytes_before": total * itemsize,
-        "bytes_after": after * itemsize,
+        "bytes_after": after * itemsize + facts.order_bytes,
     }
 
 
@@ -90,7 +92,7 @@ def _targets(facts: Facts) -> list[dict[str, Any]]:
                 "shape": list(target.shape),
                 "rank": planned.rank,
                 "parameters_before": target.parameters,
-                "parameters_after": planned.parameters,
+                "parameters_after": planned.cost(facts.plan.stored_as),
                 **facts.errors[target.path],
             }
         )
