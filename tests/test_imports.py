@@ -56,6 +56,14 @@ def test_imports_point_down(path):
     assert set(imported_rooms(path)) <= allowed
 
 
+@pytest.mark.parametrize("name", ["low_rank", "pivot"])
+def test_layers_that_go_into_saved_models_need_nothing_but_torch(name):
+    tree = ast.walk(ast.parse((ROOT / "layers" / f"{name}.py").read_text()))
+    modules = [[node.module] if isinstance(node, ast.ImportFrom) else [n.name for n in node.names]
+               for node in tree if isinstance(node, (ast.Import, ast.ImportFrom))]  # fmt: skip
+    assert {m.split(".")[0] for found in modules for m in found} <= {"__future__", "typing", "torch"}
+
+
 def test_files_stay_short():
     long = {str(p): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
     assert not long

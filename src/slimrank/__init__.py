@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from slimrank.errors import SlimrankError as SlimrankError
     from slimrank.evaluate.perplexity import perplexity as perplexity
     from slimrank.layers.low_rank import LowRankLinear as LowRankLinear
+    from slimrank.layers.pivot import PivotLinear as PivotLinear
     from slimrank.models.load import load as load
     from slimrank.models.targets import find_targets as find_targets
     from slimrank.pipeline import CompressionResult as CompressionResult
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CompressionResult": "pipeline",
     "LowRankLinear": "layers.low_rank",
+    "PivotLinear": "layers.pivot",
     "RankPlan": "allocate.plan",
     "Recipe": "recipe",
     "SlimrankError": "errors",
