@@ -211,6 +211,18 @@ def test_weights_too_small_for_pairs():
     assert [t.path for t in slimrank.find_targets(model, cost=PIVOT)] == ["layers.0.a", "layers.0.c"]
 
 
+def test_the_full_rank_by_hand(tmp_path):
+    """No budget asks for it, a plan may: then there is nothing to interpolate, and the layer is the weight."""
+    plan = compress(tiny_model().double(), factor_form="pivot").plan
+    whole = {path: t.model_copy(update={"rank": min(t.shape)}) for path, t in plan.targets.items()}
+    plan = plan.model_copy(update={"targets": whole, "budget": None})
+    result = compress(tiny_model().double(), keep_ratio=None, plan=plan)
+    torch.testing.assert_close(logits(result.model), logits(tiny_model().double()), rtol=1e-3, atol=1e-6)
+    assert result.report["size"]["keep_ratio"] == 1.0
+    result.model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(result.model))
+
+
 # plans ---------------------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ class Workload:
         gathers: whether the method gathers statistics at all.
         backward: whether it needs gradients.
         refines: whether factors are refined after the cut.
+        pivots: whether they are stored as pivot layers, for which they are decomposed once more.
         solves: eigen-problems per weight.
         search: forward passes over the search text, times its tokens.
         samples: weight gradients held per weight (0 for a method that needs none).
@@ -48,6 +49,7 @@ class Workload:
     gathers: bool = True
     backward: bool = False
     refines: bool = False
+    pivots: bool = False
     solves: int = 1
     samples: int = 0
     search: float = 0.0
@@ -76,7 +78,7 @@ def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
         calibrate = 3.2 * forward + 2.2 * grams + 6 * work.calibration_tokens * work.head
         calibrate += 12 * work.samples * sum(t.parameters * sum(t.shape) for t in work.targets)
     decompose = sum(_solve_flops(*t.shape) for t in work.targets)
-    cutting = decompose / 4 / machine.float64
+    cutting = (2 if work.pivots else 1) * decompose / 4 / machine.float64
     if work.refines:
         cutting += (5 * forward + 4 * grams) / machine.float32 + decompose / machine.float64
     stored = 4 * sum(t.parameters for t in work.targets)

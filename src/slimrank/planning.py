@@ -126,6 +126,12 @@ def order_bytes(form: FactorForm, targets: Iterable[Target]) -> int:
     return INDEX_BYTES * places if form == "pivot" else 0
 
 
+def _overhead(form: FactorForm, model: Any, targets: TargetSet) -> int:
+    """Bytes of a model's files that are no parameters, or more."""
+    added = len(targets) if form == "pair" else 2 * sum(1 + len(t.ties) for t in targets)
+    return HEADER_BYTES * (len(list(model.parameters())) + added + 2) + order_bytes(form, targets)
+
+
 def _named_plan(recipe: Recipe) -> RankPlan | None:
     return RankPlan.load(recipe.plan) if isinstance(recipe.plan, str) else recipe.plan
 
@@ -151,15 +157,13 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence
         PlanError: the recipe's `ranks` leave a target none.
         RecipeError: a pattern in `ranks` matches no target.
     """
-    places = sum(1 + len(t.ties) for t in targets)
-    headers = HEADER_BYTES * (len(list(model.parameters())) + 2 * places + 2)
     budget = budget_in_parameters(
         targets.coverage.targets,
         targets.coverage.total,
         itemsize,
         recipe.keep_ratio,
         recipe.keep_total,
-        recipe.max_bytes - headers - order_bytes(recipe.stored_as, targets) if recipe.max_bytes is not None else None,
+        recipe.max_bytes - _overhead(recipe.stored_as, model, targets) if recipe.max_bytes is not None else None,
     )
     budget -= new_biases(recipe, (t for t in targets if not t.bias))
     limits = _limits(recipe, [t.path for t in targets])
@@ -253,6 +257,7 @@ def workload(
         gathers=gathering.calibrates,
         backward=gathering.backward,
         refines=recipe.refine is not None,
+        pivots=recipe.stored_as == "pivot",
         solves={"once": 1, "twice": 2, "per batch": 1 + batches}[method.method.solves],
         search=_search(recipe, len(targets)) * recipe.search_samples * seq_len,
         samples=-(-recipe.samples // gathering.accumulate) if "gradients" in gathering.needs else 0,

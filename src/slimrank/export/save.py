@@ -48,13 +48,13 @@ def replace_linears(
         A: rank x in.
         form: what they are stored as; pivot layers share nothing, so there is a single one then.
     """
-    first: CompressedLinear | None = None
+    before: CompressedLinear | None = None
     for paths, B in members:
         weight = model.get_submodule(paths[0]).get_parameter("weight")
         layer = stored_layer(form, A, B, dtype=weight.dtype).to(weight.device)
-        first = first or layer
-        if isinstance(first, LowRankLinear) and isinstance(layer, LowRankLinear):
-            layer.A.weight = first.A.weight
+        if isinstance(before, LowRankLinear) and isinstance(layer, LowRankLinear):
+            layer.A.weight = before.A.weight
+        before = layer
         for path in paths:
             _replace(model, path, layer)
 

@@ -189,7 +189,7 @@ class Refinement:
         for layer in layers:
             held = layer.state_dict(keep_vars=True)
             for name, tensor in new.items():  # not in place: the original layer holds the same bias
-                held[name].data = tensor.to(held[name].device, copy=True)
+                held[name].data = tensor.to(held[name], copy=True)
 
 
 def _relative(problem: Any, product: Tensor) -> float:
