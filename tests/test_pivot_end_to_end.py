@@ -178,6 +178,8 @@ def test_the_file_holds_the_parameters_counted_and_the_orders(form, tmp_path):
     assert sum(t.numel() for t in orders.values()) == sum(min(t.shape) for t in result.plan.targets.values())
     kept = sum(t.numel() for k, t in stored.items() if k not in orders)
     assert kept == result.report["size"]["parameters_after"]
+    sizes = slimrank.preview(tmp_path / "model", keep_ratio=KEEP, **form)["size"], compress(**form).report["size"]
+    assert {s["bytes_after"] for s in sizes} == {sum(t.nbytes for t in stored.values())}
 
 
 def test_a_dense_rank_stays_dense(form):

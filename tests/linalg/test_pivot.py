@@ -4,9 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimrank.linalg.cost import pivot_cost
-from slimrank.linalg.pivot import LARGEST, pivoted
+from slimrank.linalg.pivot import _exchanged, _leading_rows, pivoted
 
 EPS = torch.finfo(torch.float64).eps
+LARGEST = 2.0
 SHAPES = [(12, 20, 5), (20, 12, 5), (16, 16, 7), (9, 30, 1), (30, 9, 1), (12, 20, 12), (20, 12, 12), (1, 6, 1)]
 
 
@@ -83,6 +84,15 @@ def test_exchanges_are_needed_and_do_it(r, monkeypatch):
     assert float(pivoted(a, b, "out").interpolation.abs().max()) <= LARGEST * (1 + 1e-9)
     monkeypatch.setattr("slimrank.linalg.pivot.LARGEST", float("inf"))
     assert float(pivoted(a, b, "out").interpolation.abs().max()) > 1.5**r
+
+
+def test_exchanges_keep_track_of_what_they_change():
+    q = torch.linalg.qr(growing(40, 24)).Q
+    pivots, rest, t = _leading_rows(q)
+    before = pivots.clone()
+    pivots, rest = _exchanged(pivots, rest, t)
+    assert (pivots != before).any()
+    torch.testing.assert_close(t, torch.linalg.solve(q[pivots], q[rest], left=False), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("side", ["out", "in"])
