@@ -1,5 +1,6 @@
 """Least squares against a target, by sums, against the same by raw tokens."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -99,11 +100,34 @@ def test_loss_of_reduced_rank_regression(m, n, rows):
     """That of the unbounded solution, plus the tail of the spectrum."""
     x, t, _ = tokens(m, n)
     root = random(m, m, seed=4) if rows else torch.eye(m, dtype=torch.float64)  # G = L L^T
-    spectrum, best = reduced_rank(Regression.of(x, t), Form(root @ root.t()) if rows else None)
+    spectrum, best = reduced_rank(replace(Regression.of(x, t), row=Form(root @ root.t() if rows else None)))
     unbounded = raw_loss(x @ torch.eye(n, dtype=torch.float64), t @ root, root.t() @ best)
     for rank in range(1, min(m, n) + 1):
         loss = float(((t - x @ product(spectrum, best, rank).t()) @ root).square().sum())
         assert loss == pytest.approx(unbounded + spectrum.tail(rank), rel=1e-8)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+@pytest.mark.parametrize("m, n", [(12, 4), (9, 5)])
+def test_a_form_seen_through_the_weight_does_for_targets_that_it_makes(m, n, ridge):
+    """G whole, and as W^T G W: the same factors, also where the problem is damped towards W."""
+    x, _, weight = tokens(m, n)
+    z = x + 0.5 * random(80, n, seed=3)
+    g = random(m, m, seed=4)
+    g = g @ g.t() + torch.eye(m, dtype=torch.float64)
+    whole = replace(Regression.of(x, z @ weight.t()), row=Form(g), mixed=z.t() @ x).towards(weight, ridge)
+    seen = replace(whole, row=Form(weight.t() @ g @ weight, seen=True))
+    spectrum, best = reduced_rank(seen)
+    for rank in range(1, min(m, n) + 1):
+        expected = solve(best, Metric(Form(g), Form(whole.gram)), side="in")
+        close(product(spectrum, best, rank), product(expected, best, rank), 1e-7)
+
+
+def test_a_form_seen_through_another_weight_is_refused():
+    x, t, weight = tokens(9, 5)
+    problem = replace(Regression.of(x, t), row=Form(weight.t() @ weight, seen=True))
+    with pytest.raises(ValueError, match="seen through a weight"):
+        reduced_rank(problem)
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -112,7 +136,7 @@ def test_no_alternating_solution_is_better(m, n, rows):
     x, t, _ = tokens(m, n)
     g = (random(m, m, seed=4) if rows else torch.eye(m, dtype=torch.float64)) + torch.eye(m, dtype=torch.float64)
     g = g @ g.t()
-    spectrum, best = reduced_rank(Regression.of(x, t), Form(g))
+    spectrum, best = reduced_rank(replace(Regression.of(x, t), row=Form(g)))
     c, d = x.t() @ x, t.t() @ x
 
     def loss(w):
@@ -135,7 +159,7 @@ def test_with_the_layers_own_outputs_it_is_the_weighted_problem(m, n, rows):
     x, _, weight = tokens(m, n)
     g = random(m, m, seed=4)
     row = Form(g @ g.t() + torch.eye(m, dtype=torch.float64)) if rows else Form()
-    spectrum, best = reduced_rank(Regression.of(x, x @ weight.t()), row)
+    spectrum, best = reduced_rank(replace(Regression.of(x, x @ weight.t()), row=row))
     close(best, weight)
     expected = solve(weight, Metric(row, Form(x.t() @ x)))
     for rank in range(1, min(m, n) + 1):

@@ -477,3 +477,22 @@ def test_gram_of_batches_is_that_of_the_collector():
     observed = observe({"gram", "row"}, 6, 6)
     torch.testing.assert_close(observed.statistics.gram, gram_of(observed.inputs))
     torch.testing.assert_close(observed.statistics.row.matrix(), gram_of(observed.gradients))
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("rows", [False, True])
+def test_the_form_on_the_outputs_can_be_read_off_the_spectrum(m, n, rows):
+    """Whole where it was solved on the outputs' side, else as W^T G W; damping included."""
+    weight, row = random(m, n, seed=1), Form(psd(m, 1)).shrunk(0.3) if rows else Form()
+    found = solve(weight, Metric(row, Form(psd(n, 2)))).row()
+    whole = torch.eye(m, dtype=torch.float64) if row.matrix() is None else row.matrix()
+    if found.seen:
+        close(found.data, weight.t() @ whole @ weight)
+    else:
+        close(torch.eye(m, dtype=torch.float64) if found.data is None else found.data, whole)
+
+
+def test_leading_components_do_not_hold_the_form_on_the_outputs():
+    found = solve(random(40, 40, seed=1), Metric.of(row=psd(40, 2)), rank=3)
+    with pytest.raises(ValueError, match="leading components"):
+        found.row()

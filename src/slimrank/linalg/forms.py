@@ -93,6 +93,13 @@ class Form:
         assert c is not None
         return gram((w * c.sqrt()).t()) if c.dim() == 1 else congruence(w, c)
 
+    def after(self, change: Tensor) -> Form:
+        """The same form, to be asked about W M instead of W (M n x n): of a row form seen as W^T G W, M^T W^T G W M.
+
+        A form that is not merely seen stays as it is.
+        """
+        return replace(self, data=congruence(change.t(), self.data)) if self.seen and self.data is not None else self
+
     def root(self, kind: RootKind) -> Root:
         """A square root of the form.
 

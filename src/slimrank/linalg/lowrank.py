@@ -65,6 +65,25 @@ class Spectrum:
         total = self.tail(0)
         return (self.tail(rank) / total) ** 0.5 if total > 0 else 0.0
 
+    def row(self) -> Form:
+        """The form G on the outputs that this was solved in, damping included, as far as the solver knew it.
+
+        Out-side D = L U, so that G = D D^T; in-side R^T (W^T G W) R = V S^2 V^T and D = R^-T V, so that D S^2 D^T is
+        W^T G W: the form as seen through W.
+
+        Raises:
+            ValueError: of a spectrum that holds only its leading components.
+        """
+        if self.dual is None:
+            return Form()
+        d = self.dual.to(torch.float64)
+        if len(self.values) < (len(d) if self.side == "out" else 0) or self.beyond:
+            raise ValueError("the leading components of a spectrum do not hold the form that it was solved in")
+        if self.side == "out":
+            return Form(d @ d.t())
+        scaled = d * self.values.to(d)
+        return Form(scaled @ scaled.t(), seen=True)
+
     def factors(self, weight: Tensor, rank: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """A (rank x n) and B (m x rank) with W' = B A; the columns of B have unit norm and canonical signs.
 

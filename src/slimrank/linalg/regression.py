@@ -4,11 +4,13 @@
 
 With a rank bound this is reduced-rank regression. Its loss is that of the unbounded solution W_ls plus
 || (W_ls - W') R ||_F^2, gram = R R^T: the weighted low-rank problem of `linalg.lowrank` with W_ls in the place of W.
+Where T = W Z comes from a weight, W_ls = W M with M = Z X^T gram^-1, and a form on the outputs that is only seen through
+W (W^T G W) is seen through W_ls as well: M^T W^T G W M.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,11 +30,16 @@ class Regression:
         gram: sum of x x^T (n x n).
         cross: sum of t x^T (m x n).
         energy: sum of |t|^2.
+        mixed: where t = W z for a weight W and some z, the sum of z x^T (n x n).
+        row: G on the outputs: || L^T (T - W' X) ||_F, G = L L^T, is to be small. It may be one that is only seen
+            through that W. Least squares without a rank bound does not depend on it.
     """
 
     gram: Tensor
     cross: Tensor
     energy: float = 0.0
+    mixed: Tensor | None = None
+    row: Form = field(default_factory=Form)
 
     @classmethod
     def of(cls, inputs: Tensor, targets: Tensor) -> Regression:
@@ -51,22 +58,33 @@ class Regression:
         w = weight.to(self.gram)
         gram = self.gram.clone()
         gram.diagonal().add_(ridge)
-        return Regression(gram, self.cross + ridge * w, self.energy + ridge * float(w.square().sum()))
+        mixed = self.mixed if self.mixed is None else self.mixed.clone()
+        if mixed is not None:
+            mixed.diagonal().add_(ridge)
+        energy = self.energy + ridge * float(w.square().sum())
+        return replace(self, gram=gram, cross=self.cross + ridge * w, energy=energy, mixed=mixed)
 
     def solution(self) -> Tensor:
         """W_ls (m x n) of least norm."""
         return spd_solve(self.gram, self.cross.t()).t()
 
+    def metric(self) -> Metric:
+        """What the error of a low-rank W' is measured in, against W_ls.
 
-def reduced_rank(problem: Regression, row: Form | None = None) -> tuple[Spectrum, Tensor]:
-    """Reduced-rank regression at every rank: a spectrum, and the weight W_ls to cut its factors from.
+        Raises:
+            ValueError: a row form that is seen through a weight, and targets that do not come from that weight.
+        """
+        if not self.row.seen:
+            return Metric(self.row, Form(self.gram))
+        if self.mixed is None:
+            raise ValueError("the form is seen through a weight, and the targets do not come from one")
+        return Metric(self.row.after(spd_solve(self.gram, self.mixed.t()).t()), Form(self.gram))
 
-    Args:
-        problem: what to reproduce.
-        row: G (m x m): || L^T (T - W' X) ||_F, G = L L^T, is minimised instead.
-    """
+
+def reduced_rank(problem: Regression) -> tuple[Spectrum, Tensor]:
+    """Reduced-rank regression at every rank: a spectrum, and the weight W_ls to cut its factors from."""
     best = problem.solution()
-    return solve(best, Metric(row or Form(), Form(problem.gram))), best
+    return solve(best, problem.metric()), best
 
 
 def best_b(problem: Regression, A: Tensor) -> Tensor:

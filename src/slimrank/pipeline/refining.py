@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -159,6 +160,8 @@ class Refinement:
         following = self.refiner.following
         biased = not target.ties and (following.bias == "all" or (following.bias == "existing" and target.bias))
         problem = sums.problem(weight, biased)
+        if following.metric == "method":
+            problem = replace(problem, row=self.cutter.spectra.row(target))
         a, b = (factor.to(weight.device) for factor in pair_of(layer))
         damped = problem.towards(weight, following.ridge)
         new = self._stored(damped, *self.refiner.refine(damped, weight, a, b))

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from slimrank.layers.dense import weight_of
 from slimrank.layers.low_rank import LowRankLinear
+from slimrank.linalg.forms import Form
 from slimrank.linalg.lowrank import Spectrum
+from slimrank.models.targets import Target
 from slimrank.pipeline.job import Job
 from slimrank.planning import Unit
 from slimrank.run import Stage
@@ -37,6 +39,11 @@ class Spectra:
             notes=tuple(mine["notes"]),
         )
         return spectrum, mine
+
+    def row(self, target: Target) -> Form:
+        """The form on the outputs that a target was solved in; the identity for one that shares a factor."""
+        unit = next(unit for unit in self.job.units if target in unit.targets)
+        return self.of(unit)[0].row() if len(unit.targets) == 1 else Form()
 
     def factors(self, unit: Unit, rank: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A (rank x n), and B (m x rank) of each target; float32, or float64 where the weight is."""

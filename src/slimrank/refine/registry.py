@@ -43,6 +43,11 @@ class Following(BaseModel):
         Field(description="Solve for the layers of a block in the order in which they read, each with what the refined "
               "ones before it give it; false: all at once, with what the factors as they were cut give."),
     ] = True  # fmt: skip
+    metric: Annotated[
+        Literal["method", "outputs"],
+        Field(description="What counts as small: the outputs' error in the form on the outputs that the method solved in "
+              "(that of the gradients in kfac_svd), or its plain squares."),
+    ] = "method"  # fmt: skip
     stack_of_batch: Annotated[
         int, Field(ge=1, description="Windows averaged, position by position, into one (1 is exact).")
     ] = 1

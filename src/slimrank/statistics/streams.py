@@ -56,7 +56,7 @@ class StreamSums:
             n = self.inputs.count
             gram, wanted = gram - n * torch.outer(mean, mean), wanted - n * torch.outer(aim, aim)
             cross = cross - n * torch.outer(aim, mean)
-        return Regression(gram, w @ cross, float((w @ wanted * w).sum()))
+        return Regression(gram, w @ cross, float((w @ wanted * w).sum()), cross)
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean of x' and of x."""
