@@ -4,8 +4,8 @@
 
 With a rank bound this is reduced-rank regression. Its loss is that of the unbounded solution W_ls plus
 || (W_ls - W') R ||_F^2, gram = R R^T: the weighted low-rank problem of `linalg.lowrank` with W_ls in the place of W.
-Where T = W Z comes from a weight, W_ls = W M with M = Z X^T gram^-1, and a form on the outputs that is only seen through
-W (W^T G W) is seen through W_ls as well: M^T W^T G W M.
+Where T = W Z comes from a weight, W_ls = W M with M = Z X^T gram^-1, and a form on the outputs that is only seen
+through W (W^T G W) is seen through W_ls as well: M^T W^T G W M.
 """
 
 from __future__ import annotations

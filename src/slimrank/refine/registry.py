@@ -45,9 +45,8 @@ class Following(BaseModel):
     ] = True  # fmt: skip
     metric: Annotated[
         Literal["method", "outputs"],
-        Field(description="What counts as small: the outputs' error in the form on the outputs that the method solved in "
-              "(that of the gradients in kfac_svd), or its plain squares."),
-    ] = "method"  # fmt: skip
+        Field(description="Measure errors in the method's form on the outputs (kfac_svd: of gradients), or plainly."),
+    ] = "method"
     stack_of_batch: Annotated[
         int, Field(ge=1, description="Windows averaged, position by position, into one (1 is exact).")
     ] = 1
