@@ -86,16 +86,41 @@ def test_the_bias_gives_first_blocks_more():
     assert kept(8.0) > kept(0.0)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_threshold_is_the_smallest(seed):
-    curves = problem(0.5, seed=seed).curves()
-    budget = problem(0.5, seed=seed).budget
-    table = Table.of(curves)
-    picks = least_maximum(curves, budget)
-    worst = table.errors[np.arange(len(picks)), picks].max()
-    thresholds = np.unique(table.errors[np.isfinite(table.errors)])
-    fitting = [t for t in thresholds if table.total(np.argmax(table.errors <= t, axis=1))[0] <= budget]
-    assert worst <= min(fitting)
+def bounded_curves(seed):
+    """Four curves of any shape, one of which cannot get below an error of 2, and a budget."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(4):
+        costs, errors = np.cumsum(rng.integers(1, 9, 5)), np.sort(rng.random(5))[::-1]
+        made.append(Curve(f"layer {i}", np.arange(1, 6), costs, errors + 2 * (i == seed % 4)))
+    least, most = sum(int(c.costs[0]) for c in made), sum(int(c.costs[-1]) for c in made)
+    return made, int(rng.integers(least, most + 1))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_threshold_is_the_smallest_of_all_plans(seed):
+    """The largest errors in order, so that a layer whose ranks are bounded does not hide the others."""
+    curves, budget = bounded_curves(seed)
+
+    def worst(picks):
+        return sorted((float(c.errors[p]) for c, p in zip(curves, picks, strict=True)), reverse=True)[:2]
+
+    found = least_maximum(curves, budget)
+    assert sum(int(c.costs[p]) for c, p in zip(curves, found, strict=True)) <= budget
+    fitting = [
+        picks for picks in itertools.product(range(5), repeat=4)
+        if sum(int(c.costs[p]) for c, p in zip(curves, picks, strict=True)) <= budget
+    ]  # fmt: skip
+    assert worst(found)[0] == min(map(worst, fitting))[0]
+    if worst(found)[0] == min(curves[seed % 4].errors):
+        assert worst(found) == min(map(worst, fitting))
+
+
+@pytest.mark.parametrize("id", ["asvd", "asvd_plus"])
+def test_a_bounded_layer_takes_the_rank_of_least_error(id):
+    given = problem(0.6)
+    items = tuple(replace(i, limits=Limits(2, 20) if i.path == "layers.2.mlp.up" else i.limits) for i in given.items)
+    assert allocate(id, replace(given, items=items)).ranks["layers.2.mlp.up"] == 20
 
 
 def test_greedy_with_tiny_quotas_is_the_threshold():

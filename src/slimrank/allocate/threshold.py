@@ -13,8 +13,8 @@ from slimrank.allocate.hull import Table
 def least_maximum(curves: Sequence[Curve], budget: int) -> Integers:
     """Candidates whose largest error is least, within the budget.
 
-    Every curve takes its cheapest candidate with an error of at most theta; theta is the least of all errors for which
-    that fits. What is left goes to the target of the largest error that can still grow, again and again.
+    Every curve takes its cheapest candidate with an error of at most theta, or the cheapest of its least error where
+    none has (its ranks are bounded); theta is the least of all errors for which that fits. What is left goes to the target of the largest error that can still grow, again and again.
     """
     table = Table.of(curves)
     thresholds = np.unique(np.concatenate([c.errors for c in curves]))
@@ -45,5 +45,5 @@ def grow_worst(table: Table, picks: Integers, budget: int) -> Integers:
 
 
 def _within(table: Table, theta: float) -> Integers:
-    """The cheapest candidate of each row with an error of at most theta."""
-    return np.argmax(table.errors <= theta, axis=1)
+    """The cheapest candidate of each row with an error of at most theta, or of the row's least error."""
+    return np.argmax(table.errors <= np.maximum(theta, table.errors.min(axis=1))[:, None], axis=1)
