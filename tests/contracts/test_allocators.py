@@ -88,9 +88,11 @@ def test_the_same_again(id, options):
     assert allocate(id, problem(0.6), options).ranks == allocate(id, problem(0.6), options).ranks
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("id", EXACT)
-def test_the_order_of_layers_does_not_matter(id, options):
-    given = problem(0.6)
+def test_the_order_of_layers_does_not_matter(id, alike, options):
+    """Nor where layers are alike, so that all choices between them are ties."""
+    given = problem(0.6, alike=alike, blocks=4)
     turned = replace(given, items=given.items[::-1])
     assert allocate(id, turned, options).ranks == allocate(id, given, options).ranks
 
