@@ -55,6 +55,22 @@ def test_the_curve_goes_through_what_was_measured(anchors):
             assert curve.errors[curve.index(rank)] == pytest.approx(measured, rel=1e-9)
 
 
+@pytest.mark.parametrize("solver", ["lagrange", "exact"])
+@pytest.mark.parametrize("rest", [0.0, 1e-12, 1e-8, 1e-4])
+def test_a_weight_of_nearly_low_rank(rest, solver):
+    """Beyond its second rank nothing is lost: an anchor there has no say about the first."""
+    plain, path = problem(0.6), "layers.1.mlp.up"
+    values = plain.probe.values[path].copy()
+    values[2:] *= rest
+    probe = KnownModel(plain.items, {**plain.probe.values, path: values}, plain.probe.importance)
+    given = replace(plain, spectra={**plain.spectra, path: (values, 0.0)}, probe=probe)
+    found = allocate("lems", given, solver=solver)
+    curve = next(c for c in found.curves if c.path == path)
+    assert curve.errors[:2] == pytest.approx([probe.loss_of(path, 1), probe.loss_of(path, 2)], rel=1e-6, abs=1e-9)
+    assert found.ranks[path] >= 2
+    assert found.gap < 0.02
+
+
 def test_depth_bias():
     """Against the formula, term by term, and the figures of the reference code."""
     for blocks, alpha, gamma in itertools.product((1, 2, 8), (0.0, 1.0, 3.0), (0.0, 5.0)):

@@ -105,6 +105,21 @@ def test_spectra_of_layers(keep, multiple):
     assert all(r == "dense" or r % multiple == 0 for r in solution.ranks.values())
 
 
+@pytest.mark.parametrize("solver", [solve, solve_exactly])
+@pytest.mark.parametrize("factor", [1e10, 1e15, 1e300])
+def test_an_error_that_is_huge_hides_no_other(solver, factor):
+    """The bound as all first errors less all gains lost the others in rounding, and the exact solver stopped."""
+    curves = spectral(blocks=2)
+    budget = int(0.6 * whole(curves))
+    errors = curves[0].errors.copy()
+    errors[0] *= factor
+    curves[0] = Curve(curves[0].path, curves[0].ranks, curves[0].costs, errors)
+    solution, known = solver(curves, budget), solver([curves[0].choose(errors < errors[0]), *curves[1:]], budget)
+    check(solution, curves, budget)
+    assert solution.ranks == known.ranks
+    assert solution.bound == pytest.approx(known.bound, rel=1e-6)
+
+
 def test_everything_is_dense_where_the_budget_is_the_whole():
     curves = spectral()
     for solver in (solve, solve_exactly):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from slimrank.allocate.problem import Effect, Item, Problem
 from slimrank.errors import PlanError
 
 LEAST = 1e-9  # nats; what is less is rounding
+FLOOR = 1e-6  # of a layer's energy; what is less is rounding
 
 
 def anchor_ranks(problem: Problem, item: Item, fractions: Sequence[float]) -> list[int]:
@@ -20,31 +21,42 @@ def anchor_ranks(problem: Problem, item: Item, fractions: Sequence[float]) -> li
     return sorted({max(1, min(round(f * top), min(item.shape) - 1)) for f in fractions})
 
 
-def measure(problem: Problem, fractions: Sequence[float]) -> dict[str, tuple[list[int], list[Effect]]]:
-    """Ranks and effects of each target alone.
+def measure(problem: Problem, ranks: Mapping[str, Sequence[int]]) -> dict[str, list[Effect]]:
+    """Effects of each target alone, at its ranks.
 
     Raises:
         PlanError: an effect that is not finite.
     """
-    ranks = {item.path: anchor_ranks(problem, item, fractions) for item in problem.items}
     effects = problem.measured().single(ranks)
     for path, found in effects.items():
         if not np.isfinite(found).all():
             raise PlanError(f"the divergence measured for '{path}' is not finite.", "run in float32 (--dtype float32)")
-    return {path: (ranks[path], effects[path]) for path in ranks}
+    return dict(effects)
 
 
 def anchored_curves(problem: Problem, anchors: Sequence[float]) -> list[Curve]:
-    """KL(r) = T(r) * exp(linear interpolation of log(KL / T) between the anchors), constant beyond them."""
+    """KL(r) = T(r) * exp(linear interpolation of log(KL / T) between the anchors), constant beyond them.
+
+    An anchor at which less than a millionth of a layer's energy is lost tells nothing: it moves to the last rank at
+    which more is.
+    """
     curves = []
-    measured = measure(problem, anchors)
-    for item, curve in zip(problem.items, problem.curves(), strict=True):
-        ranks, effects = measured[item.path]
-        tail = np.maximum(problem.tail(item)[ranks], np.finfo(float).tiny)
-        ratio = np.log(np.maximum([e.kl for e in effects], LEAST)) - np.log(tail)
-        factor = np.exp(np.interp(curve.ranks, ranks, ratio))
+    tails = {item.path: problem.tail(item) for item in problem.items}
+    ranks = {i.path: _telling(tails[i.path], anchor_ranks(problem, i, anchors)) for i in problem.items}
+    measured = measure(problem, ranks)
+    for curve in problem.curves():
+        tail, at, effects = tails[curve.path], ranks[curve.path], measured[curve.path]
+        lost = np.maximum(tail[at], max(FLOOR * tail[0], np.finfo(float).tiny))
+        ratio = np.log(np.maximum([e.kl for e in effects], LEAST)) - np.log(lost)
+        factor = np.exp(np.interp(curve.ranks, at, ratio))
         curves.append(replace(curve, errors=_falling(curve.errors * factor, curve)))
     return curves
+
+
+def _telling(tail: Floats, ranks: Sequence[int]) -> list[int]:
+    """Ranks, those at which nothing is lost moved down to the last at which something is."""
+    last = int((tail >= FLOOR * tail[0]).sum()) - 1
+    return sorted({max(1, min(rank, last)) for rank in ranks})
 
 
 def interpolated_curves(problem: Problem, fractions: Sequence[float]) -> list[Curve]:
@@ -53,12 +65,12 @@ def interpolated_curves(problem: Problem, fractions: Sequence[float]) -> list[Cu
     Between them it is interpolated linearly in the rank; below them it goes on along the line through the least two.
     """
     curves = []
-    measured = measure(problem, fractions)
+    ranks = {item.path: anchor_ranks(problem, item, fractions) for item in problem.items}
+    measured = measure(problem, ranks)
     base = problem.measured().joint({item.path: "dense" for item in problem.items}).nll
     for item, curve in zip(problem.items, problem.flat_curves(), strict=True):
-        ranks, effects = measured[item.path]
-        top = min(item.shape)
-        points = np.append(np.array(ranks, dtype=np.float64), top)
+        effects = measured[item.path]
+        points = np.append(np.array(ranks[item.path], dtype=np.float64), min(item.shape))
         losses = np.append(isotonic(np.maximum([e.nll - base for e in effects], 0.0)), 0.0)
         slope = (losses[1] - losses[0]) / (points[1] - points[0])
         below = losses[0] + slope * (np.minimum(curve.ranks, points[0]) - points[0])
