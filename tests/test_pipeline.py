@@ -373,6 +373,17 @@ def test_a_layer_that_no_token_reaches_is_cut_by_plain_svd_and_noted(text_file):
     assert isinstance(model.model.layers[1].mlp.idle, LowRankLinear)
 
 
+@pytest.mark.parametrize("method", ["svd_llm", "kfac_svd", "fwsvd", "gfwsvd"])
+def test_a_layer_that_no_token_reaches_is_given_the_least(method, text_file):
+    """The energy of a plain SVD is in no unit of the method's: it took what others need."""
+    model = tiny_model()
+    model.model.layers[1].mlp = OneExpertIdle(model.model.layers[1].mlp)
+    model.model.layers[1].mlp.idle.weight.data.mul_(1e3)
+    chosen = options(text_file, method=method, allocation="spectrum", allocation_options={"solver": "exact"})
+    result = slimrank.compress(model, byte_tokenizer(), **chosen)
+    assert result.plan.targets["model.layers.1.mlp.idle"].rank == 1
+
+
 def test_a_model_in_training_mode_samples_like_one_that_is_not(text_file):
     runs = []
     for training in (True, False):

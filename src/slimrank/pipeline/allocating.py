@@ -70,9 +70,12 @@ def _sketch(path: TradeOff, whole: float) -> list[dict[str, float]]:
 
 
 def with_spectra(problem: Problem, spectra: Spectra, job: Job) -> Problem:
-    """The problem with singular values of all its items."""
+    """The problem with singular values of all its items; without energy where the metric was zero: no token that
+    calibrated would miss the layer.
+    """
     found = {}
     for unit in job.units:
         spectrum, _ = spectra.of(unit)
-        found[unit.path] = (spectrum.values.cpu().numpy(), spectrum.beyond)
+        nothing = np.zeros(min(unit.shape)), 0.0
+        found[unit.path] = nothing if spectrum.stand_in else (spectrum.values.cpu().numpy(), spectrum.beyond)
     return replace(problem, spectra=found)
