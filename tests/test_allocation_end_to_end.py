@@ -175,6 +175,13 @@ def test_biases_ties_and_other_layouts(id, model):
     assert all(t.rank == "dense" or t.rank % 2 == 0 for t in result.plan.targets.values())
 
 
+@pytest.mark.parametrize("method, in_loss", [("kfac_svd", True), ("svd_llm", False), ("svd", False)])
+def test_allocators_know_whether_spectra_are_in_units_of_the_loss(method, in_loss, looking):
+    seen = looking(lambda problem: problem.in_loss, ["spectra"])
+    allocated("looking", method=method, allocation_options={})
+    assert seen["result"] == in_loss
+
+
 def test_methods_that_need_ranks_beforehand_get_uniform_ones():
     result = allocated("lems", method="dobi_svd")
     assert result.plan.parameters <= result.plan.budget

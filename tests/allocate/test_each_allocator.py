@@ -210,6 +210,18 @@ def test_ada_cr():
     assert turned["layers.0.mlp.up"] < turned["layers.4.mlp.up"]
 
 
+@pytest.mark.parametrize("id", ["spectrum", "shared"])
+def test_errors_in_the_unit_of_the_loss_are_absolute_and_all_others_relative(id):
+    given = problem(0.6)
+    other = replace(given, in_loss=False)
+    plans = {scale: allocate(id, given, scale=scale).ranks for scale in ("auto", "metric", "relative")}
+    assert plans["auto"] == plans["metric"] != plans["relative"]
+    assert allocate(id, other).ranks == plans["relative"]
+    units = {item.path: 10.0**i for i, item in enumerate(given.items)}
+    spectra = {path: (values * units[path], 0.0) for path, (values, _) in given.spectra.items()}
+    assert allocate(id, replace(other, spectra=spectra)).ranks == plans["relative"]
+
+
 def test_shared_ranks():
     given = problem(0.6, blocks=6)
     ranks = allocate("shared", given, layers=3).ranks
@@ -243,7 +255,7 @@ def test_fermigrad_finds_the_best_of_two_layers(cost, weights, start):
     values = {"a": np.exp(-k / 12.0), "b": np.exp(-k / 40.0)}
     probe = KnownModel(items, values, dict(zip("ab", weights, strict=True)))
     budget = int(0.6 * 2 * 64 * 64)
-    given = Problem(items, budget, 1, cost, {p: (v, 0.0) for p, v in values.items()}, probe)
+    given = Problem(items, budget, 1, cost, {p: (v, 0.0) for p, v in values.items()}, True, probe)
     found = allocate("fermigrad", given, start=start).ranks
     best = min(
         ((probe.joint({"a": r, "b": q}).kl, r, q) for r in k.tolist() for q in k.tolist()

@@ -24,6 +24,7 @@ from slimrank.allocate.soft import (
     ranks_of_fractions,
     stored,
 )
+from slimrank.allocate.spectrum import spectral_curves
 from slimrank.linalg.cost import Rank
 
 Steps = Annotated[int, Field(ge=1, description="Steps of the descent, each on one batch of search windows.")]
@@ -73,7 +74,7 @@ def fermigrad(
 def _plan(problem: Problem, start: str) -> Mapping[str, Rank]:
     if start == "uniform":
         return ranks_from_fractions(problem, np.zeros(len(problem.items)))
-    return solve(problem.curves(), problem.budget).ranks
+    return solve(spectral_curves(problem), problem.budget).ranks
 
 
 def _costs(problem: Problem, plan: Mapping[str, Rank]) -> Floats:

@@ -87,6 +87,7 @@ class Problem:
         cost: what a rank stores.
         spectra: path -> singular values in the metric of the decomposition (float64, largest first) and the energy
             beyond them; empty for allocators that do not need them.
+        in_loss: their squares are in units of the loss, and can be compared between items.
         probe: the model, for allocators that measure it.
     """
 
@@ -95,6 +96,7 @@ class Problem:
     multiple: int = 1
     cost: CostModel = PAIR
     spectra: Mapping[str, tuple[Floats, float]] = field(default_factory=dict)
+    in_loss: bool = False
     probe: Probe | None = None
 
     @cached_property

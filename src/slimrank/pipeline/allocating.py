@@ -78,4 +78,4 @@ def with_spectra(problem: Problem, spectra: Spectra, job: Job) -> Problem:
         spectrum, _ = spectra.of(unit)
         nothing = np.zeros(min(unit.shape)), 0.0
         found[unit.path] = nothing if spectrum.stand_in else (spectrum.values.cpu().numpy(), spectrum.beyond)
-    return replace(problem, spectra=found)
+    return replace(problem, spectra=found, in_loss=job.method.gathering.backward)
