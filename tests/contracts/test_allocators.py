@@ -9,7 +9,7 @@ from problems import KnownModel, problem
 from slimrank.allocate.curve import Limits
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.registry import ALLOCATORS
-from slimrank.errors import BudgetError, PlanError, RecipeError
+from slimrank.errors import BudgetError, NonFiniteError, PlanError, RecipeError
 from slimrank.linalg.cost import PIVOT
 
 IDS = list(ALLOCATORS.all())
@@ -189,6 +189,25 @@ def test_divergences_that_are_not_finite_are_never_zero(id, options):
     probe = Broken(given.items, given.probe.values, given.probe.importance)
     with pytest.raises(PlanError, match=r"'layers\.0\.attn\.q' is not finite"):
         allocate(id, replace(given, probe=probe), options)
+
+
+class Exploding(KnownModel):
+    def joint(self, ranks):
+        return super().joint(ranks)._replace(kl=np.nan, nll=np.nan)
+
+    def influence(self):
+        return [0.5, np.nan, 0.5]
+
+
+@pytest.mark.parametrize(
+    "id, more",
+    [("atp", {}), ("lems", {"search": True}), ("asvd", {}), ("fermigrad", {}), ("dobi", {}), ("ada_cr", {})],
+)
+def test_plans_whose_effect_is_not_finite_are_never_the_best(id, more, options):
+    given = problem(0.6)
+    probe = Exploding(given.items, given.probe.values, given.probe.importance)
+    with pytest.raises(NonFiniteError, match=r"(divergence of a plan|influence of block 1) is NaN"):
+        allocate(id, replace(given, probe=probe), options, **more)
 
 
 @pytest.mark.parametrize("id", ["spectrum", "lems", "asvd_plus", "mrcs_plus"])

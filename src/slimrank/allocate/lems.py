@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from slimrank.allocate.curve import Curve, Floats
-from slimrank.allocate.measured import anchored_curves
+from slimrank.allocate.measured import anchored_curves, effect_of
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.solving import least_error
@@ -72,7 +72,7 @@ def biased(
     for index, (a, g) in enumerate(settings):
         bias = depth_bias(max(blocks.values()) + 1, a, g)
         allocation = solve([curve.scaled(float(bias[blocks[curve.path]])) for curve in curves])
-        effect = problem.measured().joint(allocation.ranks).kl if search else 0.0
+        effect = effect_of(problem, allocation.ranks).kl if search else 0.0
         found.append((effect, index, allocation))
     effect, index, best = min(found, key=lambda item: item[:2])
     if not search:

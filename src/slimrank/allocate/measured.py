@@ -9,7 +9,8 @@ import numpy as np
 
 from slimrank.allocate.curve import DENSE, Curve, Floats, isotonic
 from slimrank.allocate.problem import Effect, Item, Problem
-from slimrank.errors import PlanError
+from slimrank.errors import NonFiniteError, PlanError
+from slimrank.linalg.cost import Rank
 
 LEAST = 1e-9  # nats; what is less is rounding
 FLOOR = 1e-6  # of a layer's energy; what is less is rounding
@@ -32,6 +33,18 @@ def measure(problem: Problem, ranks: Mapping[str, Sequence[int]]) -> dict[str, l
         if not np.isfinite(found).all():
             raise PlanError(f"the divergence measured for '{path}' is not finite.", "run in float32 (--dtype float32)")
     return dict(effects)
+
+
+def effect_of(problem: Problem, ranks: Mapping[str, Rank]) -> Effect:
+    """Effect of a plan on the whole model.
+
+    Raises:
+        NonFiniteError: it is NaN or infinite.
+    """
+    effect = problem.measured().joint(ranks)
+    if not np.isfinite(effect).all():
+        raise NonFiniteError("the divergence of a plan is NaN or infinite.", "run in float32 (--dtype float32)")
+    return effect
 
 
 def anchored_curves(problem: Problem, anchors: Sequence[float]) -> list[Curve]:
@@ -67,7 +80,7 @@ def interpolated_curves(problem: Problem, fractions: Sequence[float]) -> list[Cu
     curves = []
     ranks = {item.path: anchor_ranks(problem, item, fractions) for item in problem.items}
     measured = measure(problem, ranks)
-    base = problem.measured().joint({item.path: "dense" for item in problem.items}).nll
+    base = effect_of(problem, {item.path: "dense" for item in problem.items}).nll
     for item, curve in zip(problem.items, problem.flat_curves(), strict=True):
         effects = measured[item.path]
         points = np.append(np.array(ranks[item.path], dtype=np.float64), min(item.shape))

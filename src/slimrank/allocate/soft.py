@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimrank.allocate.curve import Floats
+from slimrank.allocate.measured import effect_of
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.errors import NonFiniteError
 from slimrank.linalg.cost import Rank
@@ -48,7 +49,7 @@ def kept_fractions(problem: Problem, ranks: Floats) -> Floats:
 
 def best_of(problem: Problem, plans: Mapping[str, Mapping[str, Rank]]) -> Allocation:
     """The plan of least measured divergence; the first of equal ones. A note tells the divergences of all."""
-    effects = {name: problem.measured().joint(ranks).kl for name, ranks in plans.items()}
+    effects = {name: effect_of(problem, ranks).kl for name, ranks in plans.items()}
     best = min(effects, key=lambda name: effects[name])
     measured = ", ".join(f"{name} {effect:.4g}" for name, effect in effects.items())
     return Allocation(plans[best], notes=(f"kept the plan of '{best}'; divergences: {measured}",))
