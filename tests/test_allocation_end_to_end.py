@@ -242,6 +242,8 @@ def test_limits_in_a_recipe():
     [
         ({"ranks": {"q_porj": 3}}, RecipeError, "pattern 'q_porj' of 'ranks' matches no target"),
         ({"ranks": {"q_proj": "a"}}, RecipeError, "neither a rank, nor MIN..MAX, nor dense"),
+        ({"ranks": {"q_proj": 0}}, RecipeError, "'0' for 'q_proj': the smallest rank is 1"),
+        ({"ranks": {"q_proj": "0..5"}}, RecipeError, r"'0\.\.5' for 'q_proj': the smallest rank is 1"),
         ({"ranks": {"q_proj": "500..600"}}, PlanError, r"no multiple of 1 is a rank of 'model\.layers\.0"),
         ({"ranks": {"*": "dense"}}, BudgetError, "smallest ranks allowed store"),
         ({"allocation_options": {"anchors": [1.5]}}, RecipeError, "less than 1"),

@@ -119,7 +119,13 @@ def test_plans_that_do_not_fit(change, message):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '{"targets": {"a": {"rank": 1.5, "shape": [2, 2]}}}', '{"extra": 1, "targets": {}}'],
+    [
+        "{",
+        "[]",
+        '{"extra": 1, "targets": {}}',
+        *('{"targets": {"a": {"shape": [2, 2], "rank": ' + rank + "}}}" for rank in ("1.5", "1.0", "true", '"1"')),
+        '{"targets": {"a": {"rank": 1, "shape": [2.0, 2]}}}',
+    ],
 )
 def test_files_that_are_no_plan(tmp_path, content):
     (tmp_path / "p.json").write_text(content)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
 
 from slimrank.errors import PlanError, nearest
 from slimrank.linalg.cost import Rank, dense_cost, pair_cost
@@ -20,8 +20,8 @@ class PlannedTarget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rank: int | Literal["dense"]
-    shape: tuple[int, int]
+    rank: StrictInt | Literal["dense"]
+    shape: tuple[StrictInt, StrictInt]
     shares: str | None = None
 
     @property
