@@ -286,7 +286,7 @@ def test_a_run_directory_made_by_other_inputs_is_refused(tmp_path, text_file):
         ({"keep_ratio": None}, RecipeError, "nothing says how small"),
         ({"keep_total": 0.5}, RecipeError, "give only one of keep_ratio and keep_total"),
         ({"keep_ratoi": 0.5}, RecipeError, "did you mean 'keep_ratio'"),
-        ({"keep_ratio": 0.001}, BudgetError, "smallest ranks allowed store"),
+        ({"keep_ratio": 0.001}, BudgetError, "all layers at that fraction take"),
         ({"keep_ratio": None, "keep_total": 0.01}, BudgetError, "already take"),
         ({"method": "svdllm"}, RecipeError, "did you mean 'svd_llm'"),
         ({"calibration": "no-such.txt"}, DataError, "does not exist"),

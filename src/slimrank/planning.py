@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slimrank.allocate.budget import budget_in_parameters
+from slimrank.allocate.budget import Budget
 from slimrank.allocate.curve import Limits
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.problem import Allocation, Item, Problem
@@ -111,28 +111,23 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence
     """What there is to allocate, without spectra.
 
     Raises:
-        BudgetError: the smallest ranks store more than the budget.
-        PlanError: the recipe's `ranks` leave a target none.
         RecipeError: a pattern in `ranks` matches no target.
     """
-    headers = HEADER_BYTES * (len(list(model.parameters())) + len(targets) + 2)
-    budget = budget_in_parameters(
-        targets.coverage.targets,
-        targets.coverage.total,
-        itemsize,
-        recipe.keep_ratio,
-        recipe.keep_total,
-        recipe.max_bytes - headers if recipe.max_bytes is not None else None,
-    )
-    budget -= new_biases(recipe, (t for t in targets if not t.bias))
+    stated = _budget(recipe, model, targets, itemsize)
     limits = _limits(recipe, [t.path for t in targets])
     items = tuple(
         Item(u.path, u.shape, u.targets[0].block, role_of(u.targets[0], targets.blocks_path), limits[u.path])
         for u in units
     )
-    problem = Problem(items, budget, recipe.rank_multiple)
-    problem.check()
-    return problem
+    return Problem(items, stated.parameters, recipe.rank_multiple, stated=stated)
+
+
+def _budget(recipe: Recipe, model: Any, targets: TargetSet, itemsize: int) -> Budget:
+    option: Any = next(name for name in ("keep_ratio", "keep_total", "max_bytes") if getattr(recipe, name) is not None)
+    headers = HEADER_BYTES * (len(list(model.parameters())) + len(targets) + 2)
+    added = new_biases(recipe, (t for t in targets if not t.bias))
+    sizes = targets.coverage.targets, targets.coverage.total
+    return Budget(option, getattr(recipe, option), *sizes, itemsize, headers, added)
 
 
 def plan_of(allocation: Allocation, id: str, problem: Problem, targets: TargetSet, units: Sequence[Unit]) -> RankPlan:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimrank.allocate.budget import budget_in_parameters
+from slimrank.allocate.budget import Budget
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.problem import Item, Problem
 from slimrank.allocate.registry import ALLOCATORS
@@ -74,15 +74,15 @@ def test_infeasible_budgets_say_what_is_feasible():
         ALLOCATORS.get("unifrom")
 
 
-def test_budgets_in_other_units():
-    assert budget_in_parameters(100, 150, 4, keep_ratio=0.8) == 80
-    assert budget_in_parameters(100, 150, 4, keep_total=0.8) == 70
-    assert budget_in_parameters(100, 150, 4, max_bytes=480) == 70
-    assert budget_in_parameters(100, 150, 4, max_bytes=10**6) == 100
-    with pytest.raises(BudgetError, match=r"keep more than 0\.333"):
-        budget_in_parameters(100, 150, 4, keep_total=0.3)
-    with pytest.raises(BudgetError, match="max_bytes"):
-        budget_in_parameters(100, 150, 4, max_bytes=200)
+@pytest.mark.parametrize(
+    "option, value, parameters",
+    [
+        ("keep_ratio", 0.8, 80), ("keep_total", 0.8, 70), ("max_bytes", 480, 70), ("max_bytes", 10**6, 100),
+        ("keep_total", 0.3, 0), ("max_bytes", 200, 0),
+    ],
+)  # fmt: skip
+def test_budgets_in_other_units(option, value, parameters):
+    assert Budget(option, value, targets=100, total=150, itemsize=4).parameters == parameters
 
 
 def test_plan_round_trip(tmp_path):

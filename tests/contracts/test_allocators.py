@@ -115,7 +115,7 @@ def test_budgets_below_the_smallest_ranks(id, options):
     given = problem(0.6)
     least = sum(int(costs[0]) for _, costs in given.choices)
     with pytest.raises(BudgetError, match="keep_ratio of at least"):
-        ALLOCATORS.get(id).configured(QUICK.get(id, {})).allocate(replace(given, budget=least - 1))
+        ALLOCATORS.get(id).configured(options(id, given)).allocate(replace(given, budget=least - 1))
     if id not in ("uniform", "from_plan"):
         assert cost(given, allocate(id, replace(given, budget=least), options).ranks) == least
 

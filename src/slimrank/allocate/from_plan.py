@@ -46,6 +46,6 @@ def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
     if cost > problem.budget:
         raise BudgetError(
             f"the plan '{file}' stores {cost:,} parameters, over the budget of {problem.budget:,}.",
-            f"a keep_ratio of at least {cost / problem.sizes.sum():.4f}; or --plan {file}, which is its own budget",
+            f"{problem.needed(cost)}; or --plan {file}, which is its own budget",
         )
     return Allocation(ranks)

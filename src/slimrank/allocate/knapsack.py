@@ -102,8 +102,18 @@ def trade_off(curves: Sequence[Curve]) -> TradeOff:
     return TradeOff(costs, np.maximum(np.append(error, error - np.cumsum(steps.gain)), 0.0))
 
 
-def check_feasible(curves: Sequence[Curve], budget: int) -> None:
+def in_parameters(parameters: int) -> str:
+    """A budget, in words."""
+    return f"a budget of at least {parameters} parameters"
+
+
+def check_feasible(curves: Sequence[Curve], budget: int, needed: Callable[[int], str] = in_parameters) -> None:
     """Make sure that the smallest candidates fit.
+
+    Args:
+        curves: all candidates.
+        budget: parameters in all.
+        needed: parameters -> the budget that allows them, in words.
 
     Raises:
         BudgetError: they do not.
@@ -111,11 +121,10 @@ def check_feasible(curves: Sequence[Curve], budget: int) -> None:
     least = sum(int(curve.costs[0]) for curve in curves)
     if least > budget:
         largest = max(curves, key=lambda curve: int(curve.costs[0]))
-        whole = sum(int(curve.costs[-1]) for curve in curves)
         raise BudgetError(
             f"the smallest ranks allowed store {least:,} parameters, the budget is {budget:,}; '{largest.path}' alone "
             f"takes {int(largest.costs[0]):,} at rank {largest.rank(0)}.",
-            f"a keep_ratio of at least {least / whole:.4f}, or smaller least ranks",
+            f"{needed(least)}; or smaller least ranks",
         )
 
 

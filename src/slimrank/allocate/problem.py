@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from slimrank.allocate.budget import Budget
 from slimrank.allocate.curve import Curve, Floats, Integers, Limits, candidates, spectral_curve, tails
 from slimrank.allocate.knapsack import check_feasible
 from slimrank.linalg.cost import PAIR, CostModel, Rank
@@ -89,6 +90,7 @@ class Problem:
             beyond them; empty for allocators that do not need them.
         in_loss: their squares are in units of the loss, and can be compared between items.
         probe: the model, for allocators that measure it.
+        stated: the budget as it was stated, for hints; None: as a fraction of the items' parameters.
     """
 
     items: tuple[Item, ...]
@@ -98,6 +100,7 @@ class Problem:
     spectra: Mapping[str, tuple[Floats, float]] = field(default_factory=dict)
     in_loss: bool = False
     probe: Probe | None = None
+    stated: Budget | None = None
 
     @cached_property
     def sizes(self) -> Floats:
@@ -133,14 +136,20 @@ class Problem:
             for item, (ranks, costs) in zip(self.items, self.choices, strict=True)
         ]
 
-    def check(self) -> None:
-        """Make sure that the smallest ranks fit into the budget.
+    def needed(self, parameters: int) -> str:
+        """The budget that allows so many parameters, in the unit that it was stated in, rounded up."""
+        targets = int(self.sizes.sum())
+        stated = self.stated or Budget("keep_ratio", self.budget / targets, targets, targets)
+        return stated.needed(parameters)
+
+    def check(self, curves: Sequence[Curve] | None = None) -> None:
+        """Make sure that the smallest ranks, of these curves or all that are allowed, fit into the budget.
 
         Raises:
             BudgetError: they do not.
             PlanError: limits leave a target no rank.
         """
-        check_feasible(self.flat_curves(), self.budget)
+        check_feasible(self.flat_curves() if curves is None else curves, self.budget, self.needed)
 
     def measured(self) -> Probe:
         """The probe, which an allocator that asks for it has."""

@@ -36,6 +36,7 @@ def least_error(problem: Problem, curves: Sequence[Curve], options: dict[str, An
     Raises:
         BudgetError: no choice of ranks meets the budget and the constraints.
     """
+    problem.check(curves)
     chosen = Solving(**options)
     constraints = Constraints(
         {item.path: item.block for item in problem.items},
