@@ -269,7 +269,19 @@ def test_plans_that_do_not_fit(tmp_path):
     with pytest.raises(BudgetError, match="over the budget"):
         allocated("from_plan", **plan, keep_ratio=0.4)
     short = {"allocation": "from_plan", "allocation_options": {"file": str(tmp_path / "short.json")}}
-    with pytest.raises(PlanError, match=r"lacks 'model\.layers\.0\.self_attn\.q_proj'"):
+    other = {path: t.model_copy(update={"shape": (7, 7)}) for path, t in first.plan.targets.items()}
+    first.plan.model_copy(update={"targets": other}).save(tmp_path / "other.json")
+    shapes = {"allocation": "from_plan", "allocation_options": {"file": str(tmp_path / "other.json")}}
+    with pytest.raises(PlanError, match=r"is \(7, 7\) in the plan and"):
+        allocated("from_plan", **shapes)
+    with pytest.raises(PlanError, match="shares the factor of no other in the plan"):
+        allocated("from_plan", method="basis_sharing", **plan)
+    allocated("spectrum", method="basis_sharing").plan.save(tmp_path / "shared.json")
+    shared = {"allocation": "from_plan", "allocation_options": {"file": str(tmp_path / "shared.json")}}
+    assert allocated("from_plan", method="basis_sharing", **shared).plan.targets
+    with pytest.raises(PlanError, match="and of no other in the method"):
+        allocated("from_plan", **shared)
+    with pytest.raises(PlanError, match=r"lacks 1 targets, e\.g\. 'model\.layers\.0\.self_attn\.q_proj'"):
         allocated("from_plan", **short)
 
 

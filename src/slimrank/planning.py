@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,11 +115,14 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence
     """
     stated = _budget(recipe, model, targets, itemsize)
     limits = _limits(recipe, [t.path for t in targets])
-    items = tuple(
-        Item(u.path, u.shape, u.targets[0].block, role_of(u.targets[0], targets.blocks_path), limits[u.path])
-        for u in units
-    )
+    items = tuple(_item(unit, limits, targets.blocks_path) for unit in units)
     return Problem(items, stated.parameters, recipe.rank_multiple, stated=stated)
+
+
+def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str) -> Item:
+    first = unit.targets[0]
+    members = {t.path: t.shape for t in unit.targets}
+    return Item(unit.path, unit.shape, first.block, role_of(first, blocks_path), limits[first.path], members)
 
 
 def _budget(recipe: Recipe, model: Any, targets: TargetSet, itemsize: int) -> Budget:

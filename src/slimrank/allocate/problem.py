@@ -26,6 +26,7 @@ class Item:
         block: decoder block of the first.
         role: its place in a block, numbers left out ("mlp.down_proj"): equal for layers that do the same in others.
         limits: what ranks it may have.
+        members: the targets, where there are several, and their shapes.
     """
 
     path: str
@@ -33,6 +34,12 @@ class Item:
     block: int = 0
     role: str = ""
     limits: Limits = field(default_factory=Limits)
+    members: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> Mapping[str, tuple[int, int]]:
+        """The shapes of all targets, the first one first."""
+        return self.members or {self.path: self.shape}
 
     @property
     def parameters(self) -> int:
