@@ -238,6 +238,27 @@ def test_limits_in_a_recipe():
 
 
 @pytest.mark.parametrize(
+    "ranks, rank",
+    [
+        ({"layers.1.*.q_proj": 3}, 3),
+        ({"layers.1.*.q_proj": "dense"}, "dense"),
+        ({"layers.0.*.q_proj": "2..5", "layers.1.*.q_proj": "5.."}, 5),
+    ],
+)
+def test_limits_of_any_layer_that_shares_a_factor_count(ranks, rank):
+    plan = allocated("spectrum", method="basis_sharing", ranks=ranks, keep_ratio=0.8).plan.targets
+    assert plan["model.layers.1.self_attn.q_proj"].shares == "model.layers.0.self_attn.q_proj"
+    assert {plan[f"model.layers.{b}.self_attn.q_proj"].rank for b in range(2)} == {rank}
+
+
+@pytest.mark.parametrize("second", ["6..", "dense"])
+def test_limits_of_layers_that_share_a_factor_must_overlap(second):
+    ranks = {"layers.0.*.q_proj": "2..5", "layers.1.*.q_proj": second}
+    with pytest.raises(PlanError, match=r"'.*\.0\..*q_proj' and '.*\.1\..*q_proj', which share a factor, no common"):
+        allocated("spectrum", method="basis_sharing", ranks=ranks)
+
+
+@pytest.mark.parametrize(
     "changes, error, message",
     [
         ({"ranks": {"q_porj": 3}}, RecipeError, "pattern 'q_porj' of 'ranks' matches no target"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from slimrank.allocate.problem import Allocation, Item, Problem
 from slimrank.allocate.registry import ALLOCATORS
 from slimrank.allocate.shares import ranks_from_fractions
 from slimrank.decompose.registry import Configured, Member
-from slimrank.errors import RecipeError
+from slimrank.errors import PlanError, RecipeError
 from slimrank.estimate import Workload
 from slimrank.models.structure import parameters_of, without_numbers
 from slimrank.models.targets import Target, TargetSet, matches
@@ -111,6 +113,7 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence
     """What there is to allocate, without spectra.
 
     Raises:
+        PlanError: the recipe's `ranks` leave targets that share a factor no common one.
         RecipeError: a pattern in `ranks` matches no target.
     """
     stated = _budget(recipe, model, targets, itemsize)
@@ -122,7 +125,18 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence
 def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str) -> Item:
     first = unit.targets[0]
     members = {t.path: t.shape for t in unit.targets}
-    return Item(unit.path, unit.shape, first.block, role_of(first, blocks_path), limits[first.path], members)
+    return Item(unit.path, unit.shape, first.block, role_of(first, blocks_path), _common(unit, limits), members)
+
+
+def _common(unit: Unit, limits: Mapping[str, Limits]) -> Limits:
+    """What all targets of a unit allow. Bounds without a common rank are two that have none."""
+    for one, other in combinations([t.path for t in unit.targets], 2):
+        if limits[one].both(limits[other]) is None:
+            raise PlanError(
+                f"'ranks' leave '{one}' and '{other}', which share a factor, no common rank.",
+                "bounds that overlap, or options of the method that share less",
+            )
+    return reduce(lambda found, t: found.both(limits[t.path]) or found, unit.targets, Limits())
 
 
 def _budget(recipe: Recipe, model: Any, targets: TargetSet, itemsize: int) -> Budget:

@@ -28,7 +28,8 @@ def options(tmp_path):
             return {**QUICK.get(id, {}), **more}
         shapes = {item.path: item.shape for item in given.items}
         ranks = ALLOCATORS.get("uniform").configured({}).allocate(given).ranks
-        RankPlan.build(ranks, shapes, "uniform", given.budget).save(tmp_path / "plan.json")
+        plan = RankPlan.build(ranks, shapes, "uniform", given.budget).model_copy(update={"budget": None})
+        plan.save(tmp_path / "plan.json")
         return {"file": str(tmp_path / "plan.json"), **more}
 
     return chosen

@@ -103,6 +103,15 @@ class Limits:
         if self.least < 1 or (self.most is not None and self.most < 1):
             raise PlanError(f"ranks from {self.least} to {self.most} are asked for; the smallest rank is 1.")
 
+    def both(self, other: Limits) -> Limits | None:
+        """What either allows; None where that is nothing."""
+        bounded = self.most is not None or other.most is not None
+        if self.dense or other.dense:
+            return None if bounded else Limits(dense=True)
+        least = max(self.least, other.least)
+        most = min(m for m in (self.most, other.most) if m is not None) if bounded else None
+        return None if most is not None and most < least else Limits(least, most)
+
 
 def candidates(
     path: str,
