@@ -180,6 +180,23 @@ def test_svd_llm_v2():
     assert allocate("svd_llm_v2", replace(given, spectra=scaled), variant="literal").ranks != ranks
 
 
+@pytest.mark.parametrize("variant", ["relative", "literal"])
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.6, 0.8, 0.9])
+def test_svd_llm_v2_leaves_every_role_its_share(keep, variant):
+    """Up to one step of a layer, which rounding takes of one and gives to another."""
+    given = problem(keep, blocks=5)
+    ranks = allocate("svd_llm_v2", given, variant=variant).ranks
+    for role in SHAPES:
+        members = [i for i in given.items if i.role == role]
+        kept = sum(PAIR.of(*i.shape, ranks[i.path]) for i in members)
+        gap = max(
+            int(np.diff(costs).max())
+            for i, (_, costs) in zip(given.items, given.choices, strict=True)
+            if i.role == role
+        )
+        assert abs(kept - keep * sum(i.parameters for i in members)) <= len(members) * gap
+
+
 def test_atp():
     given = problem(0.6, blocks=5, alike=True)
     flat = allocate("atp", given, spread=0.0, trials=1).ranks
@@ -255,7 +272,7 @@ def test_fermigrad_finds_the_best_of_two_layers(cost, weights, start):
     values = {"a": np.exp(-k / 12.0), "b": np.exp(-k / 40.0)}
     probe = KnownModel(items, values, dict(zip("ab", weights, strict=True)))
     budget = int(0.6 * 2 * 64 * 64)
-    given = Problem(items, budget, 1, cost, {p: (v, 0.0) for p, v in values.items()}, True, probe)
+    given = Problem(items, budget, 1, cost, {p: (v, 0.0) for p, v in values.items()}, probe, True)
     found = allocate("fermigrad", given, start=start).ranks
     best = min(
         ((probe.joint({"a": r, "b": q}).kl, r, q) for r in k.tolist() for q in k.tolist()

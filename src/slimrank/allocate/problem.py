@@ -95,8 +95,8 @@ class Problem:
         cost: what a rank stores.
         spectra: path -> singular values in the metric of the decomposition (float64, largest first) and the energy
             beyond them; empty for allocators that do not need them.
-        in_loss: their squares are in units of the loss, and can be compared between items.
         probe: the model, for allocators that measure it.
+        in_loss: squared singular values are in units of the loss, and can be compared between items.
         stated: the budget as it was stated, for hints; None: as a fraction of the items' parameters.
     """
 
@@ -105,8 +105,8 @@ class Problem:
     multiple: int = 1
     cost: CostModel = PAIR
     spectra: Mapping[str, tuple[Floats, float]] = field(default_factory=dict)
-    in_loss: bool = False
     probe: Probe | None = None
+    in_loss: bool = False
     stated: Budget | None = None
 
     @cached_property
