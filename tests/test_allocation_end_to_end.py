@@ -272,6 +272,8 @@ def test_limits_of_layers_that_share_a_factor_must_overlap(second):
         ({"allocation": "lmes"}, RecipeError, "did you mean 'lems'"),
         ({"allocation": "from_plan", "allocation_options": {"file": "none.json"}}, PlanError, "cannot be read"),
         ({"keep_ratio": 0.001}, BudgetError, "keep_ratio of at least"),
+        ({"allocation_options": {"block_floor": 0.8, "block_cap": 0.5}}, BudgetError, "block_floor of at most 0.5"),
+        ({"allocation_options": {"block_cap": 0.01}}, BudgetError, "block 0 keeps at least"),
     ],
 )
 def test_bad_input_is_told_before_any_work(changes, error, message, monkeypatch):

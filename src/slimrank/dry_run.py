@@ -20,12 +20,12 @@ from slimrank.models.placement import resolve_device
 from slimrank.models.targets import Coverage, TargetSet, find_targets
 from slimrank.planning import (
     Unit,
+    at_first,
     configured_refiner,
     given_plan,
     make_problem,
     new_biases,
     plan_of,
-    provisional,
     units_of,
     workload,
 )
@@ -108,8 +108,7 @@ def _plan(
     if plan is not None:
         return plan
     problem = make_problem(recipe, model, targets, units, itemsize)
-    found = provisional(problem) if allocator.needs else allocator.allocate(problem)
-    return plan_of(found, recipe.allocation, problem, targets, units)
+    return plan_of(at_first(problem, allocator), recipe.allocation, problem, targets, units)
 
 
 def _kinds(plan: RankPlan) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from slimrank.allocate.budget import Budget
 from slimrank.allocate.curve import Limits
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.problem import Allocation, Item, Problem
-from slimrank.allocate.registry import ALLOCATORS
+from slimrank.allocate.registry import ALLOCATORS, ConfiguredAllocator
 from slimrank.allocate.shares import ranks_from_fractions
 from slimrank.decompose.registry import Configured, Member
 from slimrank.errors import PlanError, RecipeError
@@ -152,6 +152,19 @@ def plan_of(allocation: Allocation, id: str, problem: Problem, targets: TargetSe
     every = {t.path: allocation.ranks[unit.path] for unit in units for t in unit.targets}
     shapes = {t.path: t.shape for t in targets}
     return RankPlan.build({path: every[path] for path in shapes}, shapes, id, problem.budget, _shares(units))
+
+
+def at_first(problem: Problem, allocator: ConfiguredAllocator) -> Allocation:
+    """The allocation where it needs nothing else, and else provisional ranks.
+
+    Raises:
+        BudgetError: the budget, or what is asked of blocks, cannot be met.
+        PlanError: limits leave a target no rank, or a plan that does not fit.
+    """
+    if not allocator.needs:
+        return allocator.allocate(problem)
+    allocator.check(problem)
+    return provisional(problem)
 
 
 def provisional(problem: Problem) -> Allocation:

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from slimrank.allocate.constrained import Constraints, solve_constrained
 from slimrank.allocate.curve import Curve, candidates, spectral_curve, tails
 from slimrank.allocate.exact import solve_exactly
 from slimrank.allocate.hull import Table, hull_steps
@@ -190,69 +189,3 @@ def test_a_budget_below_the_smallest_plan_says_what_would_do():
             solver(curves, least - 1)
         assert f"a budget of at least {least} parameters" in str(raised.value)
         assert solver(curves, least).cost == least
-
-
-# side constraints ----------------------------------------------------------------------------------------------
-
-
-def constraints(curves, **kept):
-    blocks = {c.path: int(c.path.split(".")[0]) for c in curves}
-    return Constraints(blocks, {c.path: int(c.costs[-1]) for c in curves}, **kept)
-
-
-def fractions(solution, curves):
-    """What each block keeps."""
-    kept, total = {}, {}
-    for curve in curves:
-        block = int(curve.path.split(".")[0])
-        pick = curve.index(solution.ranks[curve.path])
-        kept[block] = kept.get(block, 0) + int(curve.costs[pick])
-        total[block] = total.get(block, 0) + int(curve.costs[-1])
-    return [kept[b] / total[b] for b in sorted(kept)]
-
-
-@pytest.mark.parametrize(
-    "kept", [{"monotone": True}, {"floor": 0.55}, {"cap": 0.75}, {"monotone": True, "floor": 0.5, "cap": 0.8}], ids=str
-)
-@pytest.mark.parametrize("seed", range(3))
-def test_side_constraints_are_kept(kept, seed):
-    curves = spectral(blocks=6, seed=seed)
-    budget = int(0.65 * whole(curves))
-    solution = solve_constrained(curves, budget, constraints(curves, **kept))
-    found = fractions(solution, curves)
-    assert solution.cost <= budget
-    assert min(found) >= kept.get("floor", 0) - 1e-12
-    assert max(found) <= kept.get("cap", 1) + 1e-12
-    if kept.get("monotone"):
-        assert found == sorted(found, reverse=True)
-    assert solution.bound <= solution.error
-    assert solution.error >= solve_exactly(curves, budget).error * (1 - 1e-9)
-    assert solution.gap < 0.2
-
-
-def test_constraints_against_all_plans():
-    for seed in range(8):
-        curves, budget = small(seed, curves=4, candidates=4)
-        curves = [Curve(f"{i // 2}.{i % 2}", c.ranks, c.costs, c.errors) for i, c in enumerate(curves)]
-        limits = constraints(curves, monotone=True)
-
-        def falls(picks, curves=curves):
-            ratio = [
-                sum(int(c.costs[picks[2 * b + i]]) for i, c in enumerate(curves[2 * b : 2 * b + 2]))
-                / whole(curves[2 * b : 2 * b + 2])
-                for b in range(2)
-            ]
-            return ratio[0] >= ratio[1]
-
-        feasible = [error for cost, error in plans(curves, falls) if cost <= budget]
-        if feasible:
-            solution = solve_constrained(curves, budget, limits)
-            assert solution.bound <= min(feasible) * (1 + 1e-9)
-            assert min(feasible) * (1 - 1e-9) <= solution.error <= min(feasible) * 1.25
-
-
-def test_impossible_constraints():
-    curves = spectral(blocks=3)
-    budget = int(0.5 * whole(curves))
-    with pytest.raises(BudgetError, match=r"keeps 0\.7 to 1 of every block"):
-        solve_constrained(curves, budget, constraints(curves, floor=0.7))

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from slimrank.allocate.curve import DENSE
 from slimrank.allocate.measuring import Measuring
 from slimrank.allocate.problem import Allocation, Problem
-from slimrank.allocate.solving import Solving
+from slimrank.allocate.solving import Solving, check_constraints
 from slimrank.errors import PlanError
 from slimrank.options import options_of, validated
 from slimrank.registry import Registry
@@ -87,11 +87,22 @@ class ConfiguredAllocator:
             BudgetError: no choice of ranks meets the budget.
             PlanError: the allocator broke its contract.
         """
-        if self.needs:  # without any it is a certain plan, and says itself what that takes
-            problem.check()
+        self.check(problem)
         found = self.allocator.allocate(problem, **self.options)
         _check(problem, found, self.allocator.id)
         return found
+
+    def check(self, problem: Problem) -> None:
+        """Refuse what no spectra are needed to refuse.
+
+        Raises:
+            BudgetError: the smallest ranks store more than the budget, or a block cannot keep what is asked of it.
+            PlanError: limits leave a target no rank.
+        """
+        if self.needs:  # without any it is a certain plan, and says itself what that takes
+            problem.check()
+        if self.options.keys() >= Solving.model_fields.keys():
+            check_constraints(problem, self.options)
 
     @property
     def needs(self) -> frozenset[Need]:
