@@ -91,6 +91,27 @@ def test_gamma_zero_is_no_bias_and_is_always_tried():
     assert "gamma 0 of" in searched.notes[0]
 
 
+@pytest.mark.parametrize("id", ["lems", "asvd_plus", "mrcs_plus"])
+def test_curves_are_divergences_whatever_the_bias(id):
+    given = problem(0.6)
+    found = allocate(id, given, gamma=5.0)
+    assert found.divergence
+    predicted = sum(float(c.errors[c.index(found.ranks[c.path])]) for c in found.curves)
+    assert predicted == pytest.approx(total(given, found.ranks), rel=1e-6)
+    assert not allocate("asvd", given).divergence
+
+
+@pytest.mark.parametrize("id, each", [("lems", 1), ("asvd_plus", 1), ("asvd", 6)])
+def test_layers_without_a_choice_are_not_measured(id, each):
+    given = problem(0.7)
+    fixed = {"layers.0.attn.q": Limits(dense=True), "layers.1.attn.q": Limits(9, 9)}
+    items = tuple(replace(i, limits=fixed.get(i.path, i.limits)) for i in given.items)
+    probe = KnownModel(given.items, given.probe.values, given.probe.importance)
+    ranks = allocate(id, replace(given, items=items, probe=probe)).ranks
+    assert (ranks["layers.0.attn.q"], ranks["layers.1.attn.q"]) == ("dense", 9)
+    assert probe.calls == each * (len(items) - 2)
+
+
 def test_the_bias_gives_first_blocks_more():
     given = problem(0.6, blocks=6, alike=True)
 

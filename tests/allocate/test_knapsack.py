@@ -1,6 +1,7 @@
 """The budget solvers against brute force, their certificates, and what must not change a plan."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -117,6 +118,31 @@ def test_an_error_that_is_huge_hides_no_other(solver, factor):
     check(solution, curves, budget)
     assert solution.ranks == known.ranks
     assert solution.bound == pytest.approx(known.bound, rel=1e-6)
+
+
+LLAMA = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
+EXPERT = [(768, 2048), (768, 2048), (2048, 768)]
+
+
+@pytest.mark.parametrize(
+    "shapes, seconds",
+    [
+        (LLAMA * 32, 0.3),
+        ([(2 * m, 2 * n) for m, n in LLAMA] * 80, 1.0),
+        (EXPERT * 4000, 10.0),
+    ],
+    ids=["8b", "70b", "experts"],
+)
+def test_large_models_are_solved_in_time(shapes, seconds):
+    """Ranks in steps of 8. Three times the seconds that are asked for, of one thread: the machine may be slow."""
+    rng, known, curves = np.random.default_rng(0), {s: candidates("layer", s, 8) for s in set(shapes)}, []
+    for i, (m, n) in enumerate(shapes):
+        values = np.arange(1, min(m, n) + 1) ** -rng.uniform(0.4, 0.9) * np.exp(rng.normal())
+        curves.append(spectral_curve(f"{i:05d}", tails(values, 0.0, (m, n), "layer"), *known[m, n]))
+    start = time.process_time()
+    solution = solve(curves, int(0.8 * whole(curves)))
+    assert time.process_time() - start < 3 * seconds
+    assert solution.gap < 5e-4
 
 
 def test_everything_is_dense_where_the_budget_is_the_whole():

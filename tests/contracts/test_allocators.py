@@ -53,15 +53,19 @@ def steps(given, ranks):
 
 
 def slack_is_spent(id, given, ranks):
-    """The budget contract. `uniform`, and plans made by it, keep equal shapes equal; so does `shared` roles."""
+    """The budget contract: nothing that may grow alone could. For `shared` that are groups; `uniform`, and the plan
+    that `from_plan` is given here, hold every layer to its own share of the budget.
+    """
     left = given.budget - cost(given, ranks)
     alike = {}
     for item, step in steps(given, ranks):
-        key = (item.shape, item.role, item.block // 2) if id == "shared" else item.shape
-        alike[key] = alike.get(key, 0) + step if id in ("uniform", "from_plan", "shared") else step
-        if id not in ("uniform", "from_plan", "shared"):
-            assert step > left
-    if id == "shared":
+        key = (item.shape, item.role, item.block // 2) if id == "shared" else item.path
+        alike[key] = alike.get(key, 0) + step
+        if id in ("uniform", "from_plan"):
+            share = given.budget * item.parameters / given.sizes.sum()
+            now = given.cost.of(*item.shape, ranks[item.path])
+            assert now <= share < now + step
+    if id not in ("uniform", "from_plan"):
         assert all(step > left for step in alike.values())
 
 
@@ -98,17 +102,23 @@ def test_the_order_of_layers_does_not_matter(id, alike, options):
     assert allocate(id, turned, options).ranks == allocate(id, given, options).ranks
 
 
-@pytest.mark.parametrize("id", [id for id in EXACT if id not in ("ada_cr", "atp")])
-def test_equal_layers_get_nearly_equal_ranks(id, options):
-    """Up to one step, which the budget allows some of them and not others."""
-    given = problem(0.6, alike=True, blocks=4)
-    ranks = allocate(id, given, options, **({"gamma": 0.0} if id in ("lems", "asvd_plus", "mrcs_plus") else {})).ranks
+@pytest.mark.parametrize("keep", [0.45, 0.6, 0.75])
+@pytest.mark.parametrize("id", [id for id in EXACT if id not in ("ada_cr", "atp", "shared")])
+def test_equal_layers_get_nearly_equal_ranks(id, keep, options):
+    """Up to one step, which the budget allows some of them and not others. Where errors are added up some stay dense
+    and the others are cut the deeper, a pair at break-even being no good; these are equal but for the one that the
+    budget is filled up with.
+    """
+    given = problem(keep, alike=True, blocks=4)
+    ranks = allocate(id, given, options).ranks
     for role in {item.role for item in given.items}:
         numbers = [ranks[i.path] for i in given.items if i.role == role]
-        numbers = [min(i.shape) if r == "dense" else r for i, r in zip(given.items, numbers, strict=False)]
-        if id in ("spectrum", "lems", "shared"):
-            continue  # what is dense in one and factored in another is no step
-        assert max(numbers) - min(numbers) <= 1
+        cut = sorted(r for r in numbers if r != "dense")
+        if id not in ("spectrum", "lems"):
+            assert len(cut) in (0, len(numbers))
+            assert not cut or cut[-1] - cut[0] <= 1
+        else:
+            assert len(cut) < 3 or cut[-2] - cut[0] <= 1
 
 
 @pytest.mark.parametrize("id", IDS)
@@ -163,6 +173,14 @@ def test_an_allocator_that_breaks_its_contract_is_refused(broken, message):
     bad = replace(real, allocate=lambda p, **o: replace(found := real.allocate(p, **o), ranks=broken(found.ranks)))
     with pytest.raises(PlanError, match=message):
         bad.configured({}).allocate(given)
+
+
+def test_options_that_do_nothing_are_errors():
+    """Random plans are compared with predicted divergences, which these do not have."""
+    for id in ("atp", "asvd"):
+        with pytest.raises(RecipeError, match="has no option 'plans'"):
+            ALLOCATORS.get(id).configured({"plans": 3})
+    assert ALLOCATORS.get("lems").configured({"plans": 3}).passes(10, 2) == 10 * 0.5 + 3
 
 
 @pytest.mark.parametrize("id", IDS)

@@ -35,7 +35,9 @@ BISECTIONS = 11
     title="The least rise of the perplexity that no target alone exceeds",
     paper="Yuan et al., ASVD, arXiv 2312.05821 (STRS)",
     needs=["divergence"],
-    passes=lambda options, layers, batches: 0.5 * layers * len(options["fractions"]) + 1,
+    passes=lambda options, layers, batches: (
+        0.5 * layers * len(options["fractions"]) + 1 + (BISECTIONS + 1 if options["max_rise"] else 0)
+    ),
 )
 def asvd(
     problem: Problem, *, fractions: Fractions = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9), max_rise: Rise = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -63,7 +64,10 @@ def biased(
     search: bool,
     solve: Any,
 ) -> Allocation:
-    """Allocation of curves times the depth bias, or the one of least measured divergence over the grid."""
+    """Allocation of curves times the depth bias, or the one of least measured divergence over the grid.
+
+    The curves that it is given with are those without the bias: divergences.
+    """
     settings = [(alpha, gamma)]
     if search:
         settings = sorted({(0.0 if g == 0 else a, g) for a, g in itertools.product(*GRID)} | set(settings))
@@ -75,11 +79,10 @@ def biased(
         effect = effect_of(problem, allocation.ranks).kl if search else 0.0
         found.append((effect, index, allocation))
     effect, index, best = min(found, key=lambda item: item[:2])
-    if not search:
-        return best
     a, g = settings[index]
     note = f"alpha {a:g}, gamma {g:g} of {len(settings)} settings, divergence {effect:.4f}"
-    return Allocation(best.ranks, best.curves, best.gap, (*best.notes, note))
+    notes = (*best.notes, note) if search else best.notes
+    return replace(best, curves=tuple(curves), divergence=True, notes=notes)
 
 
 def depth_bias(blocks: int, alpha: float, gamma: float) -> Floats:

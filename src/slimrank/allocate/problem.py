@@ -170,12 +170,14 @@ class Allocation:
 
     Attributes:
         ranks: path -> rank, for every item.
-        curves: what its errors were taken from, if it has any; they are in units of the loss where `divergence` is.
+        curves: errors of single targets that it went by, if it has any, before any bias.
+        divergence: these are divergences, which sums of can be compared with measured ones.
         gap: certified relative distance from the best plan for these curves.
         notes: anything to tell.
     """
 
     ranks: Mapping[str, Rank]
     curves: Sequence[Curve] = ()
+    divergence: bool = False
     gap: float | None = None
     notes: tuple[str, ...] = ()

@@ -121,7 +121,7 @@ class ConfiguredAllocator:
 
     def described(self) -> dict[str, Any]:
         """All that a result depends on, for JSON."""
-        measuring = self.measuring.model_dump() if "divergence" in self.needs else {}
+        measuring = self.measuring.model_dump(include=set(_measuring(self.needs)))
         return {"id": self.allocator.id, **self.options, **measuring}
 
 
@@ -153,12 +153,18 @@ def allocator(
 
     def register(allocate: Allocate) -> Allocate:
         solving = Solving.model_fields if solves else {}
-        measuring = Measuring.model_fields if "divergence" in asked else {}
-        options = options_of(allocate, {**solving, **measuring})
+        options = options_of(allocate, {**solving, **_measuring(asked)})
         ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, passes, options))
         return allocate
 
     return register
+
+
+def _measuring(needs: frozenset[Need]) -> dict[str, Any]:
+    """The fields of `Measuring` that matter: random plans are compared with what single layers and spectra predict."""
+    if "divergence" not in needs:
+        return {}
+    return {name: field for name, field in Measuring.model_fields.items() if name != "plans" or "spectra" in needs}
 
 
 def _check(problem: Problem, found: Allocation, id: str) -> None:

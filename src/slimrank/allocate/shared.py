@@ -44,7 +44,7 @@ def shared(problem: Problem, *, layers: Layers = 2, scale: Scale = "auto", **sol
     merged = [_sum([curves[item.path] for item in members]) for members in groups.values()]
     found = least_error(problem, merged, solving)
     ranks = {item.path: found.ranks[members[0].path] for members in groups.values() for item in members}
-    return Allocation({item.path: ranks[item.path] for item in problem.items}, tuple(curves.values()), found.gap)
+    return Allocation({item.path: ranks[item.path] for item in problem.items}, tuple(curves.values()), gap=found.gap)
 
 
 def _sum(curves: Sequence[Curve]) -> Curve:

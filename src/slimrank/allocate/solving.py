@@ -45,7 +45,7 @@ def least_error(problem: Problem, curves: Sequence[Curve], options: Mapping[str,
         found = (solve_constrained_exactly if exact else solve_constrained)(curves, problem.budget, constraints)
     else:
         found = (solve_exactly if exact else solve)(curves, problem.budget)
-    return Allocation(found.ranks, tuple(curves), found.gap)
+    return Allocation(found.ranks, tuple(curves), gap=found.gap)
 
 
 def check_constraints(problem: Problem, options: Mapping[str, Any]) -> None:
