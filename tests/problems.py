@@ -76,4 +76,5 @@ def problem(keep=0.6, multiple=1, blocks=3, seed=0, alike=False, cost=PAIR, impo
             weights[path] = importance if alike or place else 2.0 * importance
     budget = int(keep * sum(i.parameters for i in items))
     spectra = {path: (v, 0.0) for path, v in values.items()}
-    return Problem(tuple(items), budget, multiple, cost, spectra, KnownModel(items, values, weights))
+    probe = KnownModel(items, values, weights)
+    return Problem(tuple(items), budget, multiple, cost, spectra, in_loss=True, probe=probe)

@@ -175,6 +175,13 @@ def test_biases_ties_and_other_layouts(id, model):
     assert all(t.rank == "dense" or t.rank % 2 == 0 for t in result.plan.targets.values())
 
 
+@pytest.mark.parametrize("method, in_loss", [("kfac_svd", True), ("svd_llm", False), ("svd", False)])
+def test_allocators_know_whether_spectra_are_in_units_of_the_loss(method, in_loss, looking):
+    seen = looking(lambda problem: problem.in_loss, ["spectra"])
+    allocated("looking", method=method, allocation_options={})
+    assert seen["result"] == in_loss
+
+
 def test_methods_that_need_ranks_beforehand_get_uniform_ones():
     result = allocated("lems", method="dobi_svd")
     assert result.plan.parameters <= result.plan.budget
@@ -231,10 +238,33 @@ def test_limits_in_a_recipe():
 
 
 @pytest.mark.parametrize(
+    "ranks, rank",
+    [
+        ({"layers.1.*.q_proj": 3}, 3),
+        ({"layers.1.*.q_proj": "dense"}, "dense"),
+        ({"layers.0.*.q_proj": "2..5", "layers.1.*.q_proj": "5.."}, 5),
+    ],
+)
+def test_limits_of_any_layer_that_shares_a_factor_count(ranks, rank):
+    plan = allocated("spectrum", method="basis_sharing", ranks=ranks, keep_ratio=0.8).plan.targets
+    assert plan["model.layers.1.self_attn.q_proj"].shares == "model.layers.0.self_attn.q_proj"
+    assert {plan[f"model.layers.{b}.self_attn.q_proj"].rank for b in range(2)} == {rank}
+
+
+@pytest.mark.parametrize("second", ["6..", "dense"])
+def test_limits_of_layers_that_share_a_factor_must_overlap(second):
+    ranks = {"layers.0.*.q_proj": "2..5", "layers.1.*.q_proj": second}
+    with pytest.raises(PlanError, match=r"'.*\.0\..*q_proj' and '.*\.1\..*q_proj', which share a factor, no common"):
+        allocated("spectrum", method="basis_sharing", ranks=ranks)
+
+
+@pytest.mark.parametrize(
     "changes, error, message",
     [
         ({"ranks": {"q_porj": 3}}, RecipeError, "pattern 'q_porj' of 'ranks' matches no target"),
         ({"ranks": {"q_proj": "a"}}, RecipeError, "neither a rank, nor MIN..MAX, nor dense"),
+        ({"ranks": {"q_proj": 0}}, RecipeError, "'0' for 'q_proj': the smallest rank is 1"),
+        ({"ranks": {"q_proj": "0..5"}}, RecipeError, r"'0\.\.5' for 'q_proj': the smallest rank is 1"),
         ({"ranks": {"q_proj": "500..600"}}, PlanError, r"no multiple of 1 is a rank of 'model\.layers\.0"),
         ({"ranks": {"*": "dense"}}, BudgetError, "smallest ranks allowed store"),
         ({"allocation_options": {"anchors": [1.5]}}, RecipeError, "less than 1"),
@@ -242,6 +272,8 @@ def test_limits_in_a_recipe():
         ({"allocation": "lmes"}, RecipeError, "did you mean 'lems'"),
         ({"allocation": "from_plan", "allocation_options": {"file": "none.json"}}, PlanError, "cannot be read"),
         ({"keep_ratio": 0.001}, BudgetError, "keep_ratio of at least"),
+        ({"allocation_options": {"block_floor": 0.8, "block_cap": 0.5}}, BudgetError, "block_floor of at most 0.5"),
+        ({"allocation_options": {"block_cap": 0.01}}, BudgetError, "block 0 keeps at least"),
     ],
 )
 def test_bad_input_is_told_before_any_work(changes, error, message, monkeypatch):
@@ -260,7 +292,19 @@ def test_plans_that_do_not_fit(tmp_path):
     with pytest.raises(BudgetError, match="over the budget"):
         allocated("from_plan", **plan, keep_ratio=0.4)
     short = {"allocation": "from_plan", "allocation_options": {"file": str(tmp_path / "short.json")}}
-    with pytest.raises(PlanError, match=r"lacks 'model\.layers\.0\.self_attn\.q_proj'"):
+    other = {path: t.model_copy(update={"shape": (7, 7)}) for path, t in first.plan.targets.items()}
+    first.plan.model_copy(update={"targets": other}).save(tmp_path / "other.json")
+    shapes = {"allocation": "from_plan", "allocation_options": {"file": str(tmp_path / "other.json")}}
+    with pytest.raises(PlanError, match=r"is \(7, 7\) in the plan and"):
+        allocated("from_plan", **shapes)
+    with pytest.raises(PlanError, match="shares the factor of no other in the plan"):
+        allocated("from_plan", method="basis_sharing", **plan)
+    allocated("spectrum", method="basis_sharing").plan.save(tmp_path / "shared.json")
+    shared = {"allocation": "from_plan", "allocation_options": {"file": str(tmp_path / "shared.json")}}
+    assert allocated("from_plan", method="basis_sharing", **shared).plan.targets
+    with pytest.raises(PlanError, match="and of no other in the method"):
+        allocated("from_plan", **shared)
+    with pytest.raises(PlanError, match=r"lacks 1 targets, e\.g\. 'model\.layers\.0\.self_attn\.q_proj'"):
         allocated("from_plan", **short)
 
 

@@ -286,7 +286,7 @@ def test_a_run_directory_made_by_other_inputs_is_refused(tmp_path, text_file):
         ({"keep_ratio": None}, RecipeError, "nothing says how small"),
         ({"keep_total": 0.5}, RecipeError, "give only one of keep_ratio and keep_total"),
         ({"keep_ratoi": 0.5}, RecipeError, "did you mean 'keep_ratio'"),
-        ({"keep_ratio": 0.001}, BudgetError, "smallest ranks allowed store"),
+        ({"keep_ratio": 0.001}, BudgetError, "all layers at that fraction take"),
         ({"keep_ratio": None, "keep_total": 0.01}, BudgetError, "already take"),
         ({"method": "svdllm"}, RecipeError, "did you mean 'svd_llm'"),
         ({"calibration": "no-such.txt"}, DataError, "does not exist"),
@@ -371,6 +371,17 @@ def test_a_layer_that_no_token_reaches_is_cut_by_plain_svd_and_noted(text_file):
     (note,) = [note for note in result.report["notes"] if "no calibration token" in note]
     assert note.startswith("model.layers.1.mlp.idle")
     assert isinstance(model.model.layers[1].mlp.idle, LowRankLinear)
+
+
+@pytest.mark.parametrize("method", ["svd_llm", "kfac_svd", "fwsvd", "gfwsvd"])
+def test_a_layer_that_no_token_reaches_is_given_the_least(method, text_file):
+    """The energy of a plain SVD is in no unit of the method's: it took what others need."""
+    model = tiny_model()
+    model.model.layers[1].mlp = OneExpertIdle(model.model.layers[1].mlp)
+    model.model.layers[1].mlp.idle.weight.data.mul_(1e3)
+    chosen = options(text_file, method=method, allocation="spectrum", allocation_options={"solver": "exact"})
+    result = slimrank.compress(model, byte_tokenizer(), **chosen)
+    assert result.plan.targets["model.layers.1.mlp.idle"].rank == 1
 
 
 def test_a_model_in_training_mode_samples_like_one_that_is_not(text_file):

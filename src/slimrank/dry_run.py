@@ -21,6 +21,7 @@ from slimrank.models.placement import resolve_device
 from slimrank.models.targets import Coverage, TargetSet, find_targets
 from slimrank.planning import (
     Unit,
+    at_first,
     configured_refiner,
     following_plan,
     given_plan,
@@ -28,7 +29,6 @@ from slimrank.planning import (
     new_biases,
     order_bytes,
     plan_of,
-    provisional,
     units_of,
     workload,
 )
@@ -115,8 +115,7 @@ def _plan(
     if plan is not None:
         return plan
     problem = make_problem(recipe, model, targets, units, itemsize)
-    found = provisional(problem) if allocator.needs else allocator.allocate(problem)
-    return plan_of(found, recipe, problem, targets, units)
+    return plan_of(at_first(problem, allocator), recipe, problem, targets, units)
 
 
 def _kinds(plan: RankPlan) -> list[dict[str, Any]]:

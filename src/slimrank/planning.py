@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from slimrank.allocate.budget import budget_in_parameters
+from slimrank.allocate.budget import Budget
 from slimrank.allocate.curve import Limits
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.problem import Allocation, Item, Problem
-from slimrank.allocate.registry import ALLOCATORS
+from slimrank.allocate.registry import ALLOCATORS, ConfiguredAllocator
 from slimrank.allocate.shares import ranks_from_fractions
 from slimrank.decompose.registry import Configured, Member
-from slimrank.errors import RecipeError
+from slimrank.errors import PlanError, RecipeError
 from slimrank.estimate import Workload
 from slimrank.linalg.cost import COST_MODELS, FactorForm
 from slimrank.models.structure import parameters_of, without_numbers
@@ -153,27 +155,38 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence
     """What there is to allocate, without spectra.
 
     Raises:
-        BudgetError: the smallest ranks store more than the budget.
-        PlanError: the recipe's `ranks` leave a target none.
+        PlanError: the recipe's `ranks` leave targets that share a factor no common one.
         RecipeError: a pattern in `ranks` matches no target.
     """
-    budget = budget_in_parameters(
-        targets.coverage.targets,
-        targets.coverage.total,
-        itemsize,
-        recipe.keep_ratio,
-        recipe.keep_total,
-        recipe.max_bytes - _overhead(recipe.stored_as, model, targets) if recipe.max_bytes is not None else None,
-    )
-    budget -= new_biases(recipe, (t for t in targets if not t.bias))
+    stated = _budget(recipe, model, targets, itemsize)
     limits = _limits(recipe, [t.path for t in targets])
-    items = tuple(
-        Item(u.path, u.shape, u.targets[0].block, role_of(u.targets[0], targets.blocks_path), limits[u.path])
-        for u in units
-    )
-    problem = Problem(items, budget, recipe.rank_multiple, COST_MODELS[recipe.factor_form])
-    problem.check()
-    return problem
+    items = tuple(_item(unit, limits, targets.blocks_path) for unit in units)
+    return Problem(items, stated.parameters, recipe.rank_multiple, COST_MODELS[recipe.factor_form], stated=stated)
+
+
+def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str) -> Item:
+    first = unit.targets[0]
+    members = {t.path: t.shape for t in unit.targets}
+    return Item(unit.path, unit.shape, first.block, role_of(first, blocks_path), _common(unit, limits), members)
+
+
+def _common(unit: Unit, limits: Mapping[str, Limits]) -> Limits:
+    """What all targets of a unit allow. Bounds without a common rank are two that have none."""
+    for one, other in combinations([t.path for t in unit.targets], 2):
+        if limits[one].both(limits[other]) is None:
+            raise PlanError(
+                f"'ranks' leave '{one}' and '{other}', which share a factor, no common rank.",
+                "bounds that overlap, or options of the method that share less",
+            )
+    return reduce(lambda found, t: found.both(limits[t.path]) or found, unit.targets, Limits())
+
+
+def _budget(recipe: Recipe, model: Any, targets: TargetSet, itemsize: int) -> Budget:
+    option: Any = next(name for name in ("keep_ratio", "keep_total", "max_bytes") if getattr(recipe, name) is not None)
+    headers = _overhead(recipe.stored_as, model, targets)
+    added = new_biases(recipe, (t for t in targets if not t.bias))
+    sizes = targets.coverage.targets, targets.coverage.total
+    return Budget(option, getattr(recipe, option), *sizes, itemsize, headers, added)
 
 
 def plan_of(
@@ -191,6 +204,19 @@ def plan_of(
         recipe.factor_form,
         recipe.secondary,
     )
+
+
+def at_first(problem: Problem, allocator: ConfiguredAllocator) -> Allocation:
+    """The allocation where it needs nothing else, and else provisional ranks.
+
+    Raises:
+        BudgetError: the budget, or what is asked of blocks, cannot be met.
+        PlanError: limits leave a target no rank, or a plan that does not fit.
+    """
+    if not allocator.needs:
+        return allocator.allocate(problem)
+    allocator.check(problem)
+    return provisional(problem)
 
 
 def provisional(problem: Problem) -> Allocation:

@@ -114,6 +114,8 @@ class Recipe(BaseModel):
         for pattern, limit in value.items():
             if not re.fullmatch(r"dense|\d+|\d*\.\.\d*", str(limit)):
                 raise ValueError(f"'{limit}' for '{pattern}' is neither a rank, nor MIN..MAX, nor dense")
+            if re.search(r"(?<!\d)0+(?!\d)", str(limit)):
+                raise ValueError(f"'{limit}' for '{pattern}': the smallest rank is 1")
         return value
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slimrank.errors import OutputError, RunError
 
-SCHEMA = 2  # raise it when the content of stored files changes meaning
+SCHEMA = 3  # raise it when the content of stored files changes meaning
 
 
 def content_key(parts: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimrank.allocate.budget import budget_in_parameters
+from slimrank.allocate.budget import Budget
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.problem import Item, Problem
 from slimrank.allocate.registry import ALLOCATORS
@@ -74,15 +74,15 @@ def test_infeasible_budgets_say_what_is_feasible():
         ALLOCATORS.get("unifrom")
 
 
-def test_budgets_in_other_units():
-    assert budget_in_parameters(100, 150, 4, keep_ratio=0.8) == 80
-    assert budget_in_parameters(100, 150, 4, keep_total=0.8) == 70
-    assert budget_in_parameters(100, 150, 4, max_bytes=480) == 70
-    assert budget_in_parameters(100, 150, 4, max_bytes=10**6) == 100
-    with pytest.raises(BudgetError, match=r"keep more than 0\.333"):
-        budget_in_parameters(100, 150, 4, keep_total=0.3)
-    with pytest.raises(BudgetError, match="max_bytes"):
-        budget_in_parameters(100, 150, 4, max_bytes=200)
+@pytest.mark.parametrize(
+    "option, value, parameters",
+    [
+        ("keep_ratio", 0.8, 80), ("keep_total", 0.8, 70), ("max_bytes", 480, 70), ("max_bytes", 10**6, 100),
+        ("keep_total", 0.3, 0), ("max_bytes", 200, 0),
+    ],
+)  # fmt: skip
+def test_budgets_in_other_units(option, value, parameters):
+    assert Budget(option, value, targets=100, total=150, itemsize=4).parameters == parameters
 
 
 def test_plan_round_trip(tmp_path):
@@ -119,7 +119,13 @@ def test_plans_that_do_not_fit(change, message):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '{"targets": {"a": {"rank": 1.5, "shape": [2, 2]}}}', '{"extra": 1, "targets": {}}'],
+    [
+        "{",
+        "[]",
+        '{"extra": 1, "targets": {}}',
+        *('{"targets": {"a": {"shape": [2, 2], "rank": ' + rank + "}}}" for rank in ("1.5", "1.0", "true", '"1"')),
+        '{"targets": {"a": {"rank": 1, "shape": [2.0, 2]}}}',
+    ],
 )
 def test_files_that_are_no_plan(tmp_path, content):
     (tmp_path / "p.json").write_text(content)

@@ -45,6 +45,12 @@ def test_limits_that_leave_no_rank(limits):
         candidates("layer", SHAPE, 1, limits)
 
 
+@pytest.mark.parametrize("least, most", [(0, 5), (0, 0), (1, 0), (-1, None)])
+def test_there_is_no_rank_zero(least, most):
+    with pytest.raises(PlanError, match="the smallest rank is 1"):
+        Limits(least, most)
+
+
 @pytest.mark.parametrize("shape", [(10, 14), (14, 10)])
 def test_tails_are_errors_on_the_data(shape):
     """T(r) = || (W - W'_r) X ||_F^2 on the calibration data, and T(0) = || W X ||_F^2."""

@@ -1,11 +1,11 @@
 """The budget solvers against brute force, their certificates, and what must not change a plan."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
 
-from slimrank.allocate.constrained import Constraints, solve_constrained
 from slimrank.allocate.curve import Curve, candidates, spectral_curve, tails
 from slimrank.allocate.exact import solve_exactly
 from slimrank.allocate.hull import Table, hull_steps
@@ -105,6 +105,46 @@ def test_spectra_of_layers(keep, multiple):
     assert all(r == "dense" or r % multiple == 0 for r in solution.ranks.values())
 
 
+@pytest.mark.parametrize("solver", [solve, solve_exactly])
+@pytest.mark.parametrize("factor", [1e10, 1e15, 1e300])
+def test_an_error_that_is_huge_hides_no_other(solver, factor):
+    """The bound as all first errors less all gains lost the others in rounding, and the exact solver stopped."""
+    curves = spectral(blocks=2)
+    budget = int(0.6 * whole(curves))
+    errors = curves[0].errors.copy()
+    errors[0] *= factor
+    curves[0] = Curve(curves[0].path, curves[0].ranks, curves[0].costs, errors)
+    solution, known = solver(curves, budget), solver([curves[0].choose(errors < errors[0]), *curves[1:]], budget)
+    check(solution, curves, budget)
+    assert solution.ranks == known.ranks
+    assert solution.bound == pytest.approx(known.bound, rel=1e-6)
+
+
+LLAMA = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
+EXPERT = [(768, 2048), (768, 2048), (2048, 768)]
+
+
+@pytest.mark.parametrize(
+    "shapes, seconds",
+    [
+        (LLAMA * 32, 0.3),
+        ([(2 * m, 2 * n) for m, n in LLAMA] * 80, 1.0),
+        (EXPERT * 4000, 10.0),
+    ],
+    ids=["8b", "70b", "experts"],
+)
+def test_large_models_are_solved_in_time(shapes, seconds):
+    """Ranks in steps of 8. Three times the seconds that are asked for, of one thread: the machine may be slow."""
+    rng, known, curves = np.random.default_rng(0), {s: candidates("layer", s, 8) for s in set(shapes)}, []
+    for i, (m, n) in enumerate(shapes):
+        values = np.arange(1, min(m, n) + 1) ** -rng.uniform(0.4, 0.9) * np.exp(rng.normal())
+        curves.append(spectral_curve(f"{i:05d}", tails(values, 0.0, (m, n), "layer"), *known[m, n]))
+    start = time.process_time()
+    solution = solve(curves, int(0.8 * whole(curves)))
+    assert time.process_time() - start < 3 * seconds
+    assert solution.gap < 5e-4
+
+
 def test_everything_is_dense_where_the_budget_is_the_whole():
     curves = spectral()
     for solver in (solve, solve_exactly):
@@ -173,71 +213,5 @@ def test_a_budget_below_the_smallest_plan_says_what_would_do():
     for solver in (solve, solve_exactly):
         with pytest.raises(BudgetError, match=r"smallest ranks allowed store .* '0\.\d'") as raised:
             solver(curves, least - 1)
-        assert f"at least {least / whole(curves):.4f}" in str(raised.value)
+        assert f"a budget of at least {least} parameters" in str(raised.value)
         assert solver(curves, least).cost == least
-
-
-# side constraints ----------------------------------------------------------------------------------------------
-
-
-def constraints(curves, **kept):
-    blocks = {c.path: int(c.path.split(".")[0]) for c in curves}
-    return Constraints(blocks, {c.path: int(c.costs[-1]) for c in curves}, **kept)
-
-
-def fractions(solution, curves):
-    """What each block keeps."""
-    kept, total = {}, {}
-    for curve in curves:
-        block = int(curve.path.split(".")[0])
-        pick = curve.index(solution.ranks[curve.path])
-        kept[block] = kept.get(block, 0) + int(curve.costs[pick])
-        total[block] = total.get(block, 0) + int(curve.costs[-1])
-    return [kept[b] / total[b] for b in sorted(kept)]
-
-
-@pytest.mark.parametrize(
-    "kept", [{"monotone": True}, {"floor": 0.55}, {"cap": 0.75}, {"monotone": True, "floor": 0.5, "cap": 0.8}], ids=str
-)
-@pytest.mark.parametrize("seed", range(3))
-def test_side_constraints_are_kept(kept, seed):
-    curves = spectral(blocks=6, seed=seed)
-    budget = int(0.65 * whole(curves))
-    solution = solve_constrained(curves, budget, constraints(curves, **kept))
-    found = fractions(solution, curves)
-    assert solution.cost <= budget
-    assert min(found) >= kept.get("floor", 0) - 1e-12
-    assert max(found) <= kept.get("cap", 1) + 1e-12
-    if kept.get("monotone"):
-        assert found == sorted(found, reverse=True)
-    assert solution.bound <= solution.error
-    assert solution.error >= solve_exactly(curves, budget).error * (1 - 1e-9)
-    assert solution.gap < 0.2
-
-
-def test_constraints_against_all_plans():
-    for seed in range(8):
-        curves, budget = small(seed, curves=4, candidates=4)
-        curves = [Curve(f"{i // 2}.{i % 2}", c.ranks, c.costs, c.errors) for i, c in enumerate(curves)]
-        limits = constraints(curves, monotone=True)
-
-        def falls(picks, curves=curves):
-            ratio = [
-                sum(int(c.costs[picks[2 * b + i]]) for i, c in enumerate(curves[2 * b : 2 * b + 2]))
-                / whole(curves[2 * b : 2 * b + 2])
-                for b in range(2)
-            ]
-            return ratio[0] >= ratio[1]
-
-        feasible = [error for cost, error in plans(curves, falls) if cost <= budget]
-        if feasible:
-            solution = solve_constrained(curves, budget, limits)
-            assert solution.bound <= min(feasible) * (1 + 1e-9)
-            assert min(feasible) * (1 - 1e-9) <= solution.error <= min(feasible) * 1.25
-
-
-def test_impossible_constraints():
-    curves = spectral(blocks=3)
-    budget = int(0.5 * whole(curves))
-    with pytest.raises(BudgetError, match=r"keeps 0\.7 to 1 of every block"):
-        solve_constrained(curves, budget, constraints(curves, floor=0.7))

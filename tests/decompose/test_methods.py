@@ -23,8 +23,9 @@ from slimrank.linalg.cost import max_pair_rank
 from slimrank.linalg.forms import Metric
 from slimrank.linalg.lowrank import solve
 from slimrank.statistics.collector import Collector
+from slimrank.statistics.layer import LayerStatistics
 from slimrank.statistics.needs import Gathering
-from slimrank.statistics.sums import SampleGradients, weight_gradient_squares
+from slimrank.statistics.sums import GramSum, SampleGradients, weight_gradient_squares
 
 SHAPES = [(12, 12), (8, 20), (20, 8)]
 
@@ -70,7 +71,7 @@ def rearranged_svd(gradients):
 @pytest.mark.parametrize("m, n", [(6, 5), (5, 6), (1, 6), (6, 1)])
 def test_kronecker_factors_are_the_rearranged_svd(m, n, seed):
     gradients = [random(m, n, seed=100 * seed + i) @ random(n, n, seed=seed) for i in range(8)]
-    row, column = kronecker_factors(dense_samples(gradients), gradients[0], iterations=200)
+    row, column, _ = kronecker_factors(dense_samples(gradients), gradients[0], iterations=200)
     expected_row, expected_column, values = rearranged_svd(gradients)
     close(row, expected_row * expected_row.trace().sign(), 1e-7)
     close(column, expected_column * expected_column.trace().sign(), 1e-7)
@@ -86,15 +87,34 @@ def test_kronecker_factors_are_positive_and_of_unit_norm(m, n, iterations):
     """D8: of singular vectors either sign is as good, and a negative pair was damped away to the identity."""
     gradients = [random(m, n, seed=i) for i in range(3)]
     for sign in (1, -1):
-        factors = kronecker_factors(dense_samples([sign * g for g in gradients]), gradients[0], iterations)
+        *factors, norm = kronecker_factors(dense_samples([sign * g for g in gradients]), gradients[0], iterations)
+        assert norm > 0
         for factor in factors:
             assert factor.dtype == torch.float64
             assert torch.equal(factor, factor.t())
             assert float(factor.norm()) == pytest.approx(1)
             assert float(torch.linalg.eigvalsh(factor).min()) > -1e-12
     both = [kronecker_factors(dense_samples([s * g for g in gradients]), gradients[0], iterations) for s in (1, -1)]
-    for one, other in zip(*both, strict=True):
+    for one, other in zip(both[0][:2], both[1][:2], strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 12), (12, 8)])
+@pytest.mark.parametrize("tokens", [128, 1024])
+def test_squared_errors_of_methods_that_look_at_gradients_estimate_the_change_of_the_loss(shape, tokens):
+    """So that layers, experts among them, can be weighed by them: sums over tokens, whatever their number and shape."""
+    m, n = shape
+    weight, g, x = random(m, n), random(tokens, m, seed=1), random(tokens, n, seed=2)
+    forms = {"gradients": GramSum.empty(m), "inputs": GramSum.empty(n)}
+    forms["gradients"].add(g)
+    forms["inputs"].add(x)
+    squares = sum(torch.outer(*pair).square().sum(dim=0) for pair in zip(g, x, strict=True))
+    samples = SampleGradients(dense=[torch.outer(*pair) for pair in zip(g, x, strict=True)])
+    statistics = LayerStatistics(shape, tokens=tokens, **forms, weight_squares=squares, samples=samples)
+    change = float(((g @ weight) * x).sum(dim=1).square().sum())
+    for method in ("kfac_svd", "gfwsvd", "fwsvd"):
+        spectrum = DECOMPOSERS.get(method).configured({}).solve(weight, statistics)
+        assert spectrum.tail(0) == pytest.approx(change, rel=0.5), method
 
 
 def test_the_metric_of_gfwsvd_does_not_degrade_to_the_identity():
@@ -116,7 +136,7 @@ def test_kronecker_factors_recover_a_separable_fisher():
     errors = []
     for count in (50, 5000):
         gradients = [left @ random(8, 7, seed=i) @ right.t() for i in range(5, count)]
-        row, column = kronecker_factors(dense_samples(gradients), gradients[0], iterations=10)
+        row, column, _ = kronecker_factors(dense_samples(gradients), gradients[0], iterations=10)
         errors.append(float((row - unit(left @ left.t())).norm() + (column - unit(right @ right.t())).norm()))
     assert errors[1] < 0.06
     assert errors[1] < 0.3 * errors[0]
@@ -125,7 +145,7 @@ def test_kronecker_factors_recover_a_separable_fisher():
 def test_kronecker_factors_converge_fast():
     observed = observe({"gradients"}, 12, 10, batches=8)
     rounds = [kronecker_factors(observed.statistics.samples, observed.weight, i) for i in (1, 3, 10, 100)]
-    gaps = [float((row - rounds[-1][0]).norm() + (column - rounds[-1][1]).norm()) for row, column in rounds[:-1]]
+    gaps = [float((row - rounds[-1][0]).norm() + (column - rounds[-1][1]).norm()) for row, column, _ in rounds[:-1]]
     assert gaps[2] < gaps[1] < gaps[0]
     assert gaps[2] < 1e-3
 
@@ -164,7 +184,7 @@ def test_a_sample_that_is_not_full_counts_too():
 def test_samples_of_a_layer_are_its_weight_gradients(m, n, tokens):
     observed = observe({"gradients"}, m, n, batches=3, tokens=tokens)
     assert bool(observed.statistics.samples.tokens) == (tokens == 3)
-    row, column = kronecker_factors(observed.statistics.samples, observed.weight, 5)
+    row, column, _ = kronecker_factors(observed.statistics.samples, observed.weight, 5)
     expected_row, expected_column = kronecker(weight_gradients(observed), 5)
     close(row, expected_row, 1e-5)
     close(column, expected_column, 1e-5)
@@ -175,7 +195,8 @@ def test_gfwsvd_accumulates_windows():
     assert len(observed.statistics.samples) == 2
     singles = weight_gradients(observed)
     expected = kronecker([sum(singles[:3]), sum(singles[3:])], 4)
-    for found, wanted in zip(kronecker_factors(observed.statistics.samples, observed.weight, 4), expected, strict=True):
+    factors = kronecker_factors(observed.statistics.samples, observed.weight, 4)[:2]
+    for found, wanted in zip(factors, expected, strict=True):
         close(found, wanted, 1e-5)
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.shares import ranks_from_fractions
+from slimrank.errors import NonFiniteError
 
 Least = Annotated[
     float | None,
@@ -31,6 +32,9 @@ Importance = Annotated[
 def ada_cr(problem: Problem, *, least: Least = None, importance: Importance = "change") -> Allocation:
     """fraction_b = least + I_b / mean(I) * (keep - least), clipped to what ranks store, shifted to the budget."""
     cosines = np.array(problem.measured().influence())
+    if not np.isfinite(cosines).all():
+        block = int(np.argmin(np.isfinite(cosines)))
+        raise NonFiniteError(f"the influence of block {block} is NaN or infinite.", "run in float32 (--dtype float32)")
     blocks = np.array([item.block for item in problem.items])
     weight = (cosines if importance == "similarity" else np.maximum(1 - cosines, 0.0))[blocks]
     mean = float((weight * problem.sizes).sum() / problem.sizes.sum())

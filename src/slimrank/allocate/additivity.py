@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 
 from slimrank.allocate.curve import Curve
 from slimrank.allocate.knapsack import solve
+from slimrank.allocate.measured import effect_of
 from slimrank.allocate.problem import Problem
 
 NOISE = 1.0  # standard deviation of the logarithm of a layer's weight
@@ -44,6 +45,6 @@ def additivity(problem: Problem, curves: Sequence[Curve], plans: int) -> Additiv
         weights = np.exp(NOISE * random.normal(size=len(curves)))
         ranks = solve([c.scaled(float(w)) for c, w in zip(curves, weights, strict=True)], problem.budget).ranks
         predicted.append(sum(float(c.errors[c.index(ranks[c.path])]) for c in curves))
-        measured.append(problem.measured().joint(ranks).kl)
+        measured.append(effect_of(problem, ranks).kl)
     correlation = float(spearmanr(predicted, measured).statistic)
     return Additivity(correlation if np.isfinite(correlation) else 0.0, tuple(predicted), tuple(measured))

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from slimrank.allocate.curve import Curve, Integers
-from slimrank.allocate.measured import interpolated_curves
+from slimrank.allocate.measured import effect_of, interpolated_curves
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.shares import ranks_of
@@ -35,7 +35,9 @@ BISECTIONS = 11
     title="The least rise of the perplexity that no target alone exceeds",
     paper="Yuan et al., ASVD, arXiv 2312.05821 (STRS)",
     needs=["divergence"],
-    passes=lambda options, layers, batches: 0.5 * layers * len(options["fractions"]) + 1,
+    passes=lambda options, layers, batches: (
+        0.5 * layers * len(options["fractions"]) + 1 + (BISECTIONS + 1 if options["max_rise"] else 0)
+    ),
 )
 def asvd(
     problem: Problem, *, fractions: Fractions = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9), max_rise: Rise = None
@@ -49,15 +51,14 @@ def _threshold(problem: Problem, curves: Sequence[Curve], max_rise: float | None
     picks = least_maximum(curves, problem.budget)
     if max_rise is None:
         return picks
-    probe = problem.measured()
-    allowed = probe.joint({item.path: "dense" for item in problem.items}).nll + np.log(max_rise)
+    allowed = effect_of(problem, {item.path: "dense" for item in problem.items}).nll + np.log(max_rise)
     low, high = sum(int(c.costs[0]) for c in curves), problem.budget
-    if probe.joint(ranks_of(problem, picks)).nll > allowed:
+    if effect_of(problem, ranks_of(problem, picks)).nll > allowed:
         return picks
     for _ in range(BISECTIONS):
         middle = (low + high) // 2
         trial = least_maximum(curves, middle)
-        if probe.joint(ranks_of(problem, trial)).nll <= allowed:
+        if effect_of(problem, ranks_of(problem, trial)).nll <= allowed:
             picks, high = trial, middle
         else:
             low = middle

@@ -7,6 +7,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from slimrank.allocate.measured import effect_of
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.shares import ranks_from_fractions
@@ -38,6 +39,6 @@ def atp(problem: Problem, *, spread: Spread = 1.0, trials: Trials = 11) -> Alloc
     plans = [ranks_from_fractions(problem, keep + beta * (0.5 - depth)) for beta in betas]
     if len(plans) == 1:
         return Allocation(plans[0])
-    effects = [problem.measured().joint(plan).kl for plan in plans]
+    effects = [effect_of(problem, plan).kl for plan in plans]
     best = int(np.argmin(effects))
     return Allocation(plans[best], notes=(f"spread {betas[best]:.4f} of {trials}, divergence {effects[best]:.4f}",))

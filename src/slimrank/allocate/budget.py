@@ -1,45 +1,62 @@
-"""A budget stated in any of three ways, as parameters that the targets may store."""
+"""A budget stated in any of three ways, as parameters that the targets may store, and back again."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
+from math import ceil
+from typing import Literal
 
-from slimrank.errors import BudgetError
+DIGITS = 10**4  # of a fraction in a hint
 
 
-def budget_in_parameters(
-    targets: int,
-    total: int,
-    itemsize: int,
-    keep_ratio: float | None = None,
-    keep_total: float | None = None,
-    max_bytes: int | None = None,
-) -> int:
-    """Parameters that the targets together may store.
+@dataclass(frozen=True)
+class Budget:
+    """How small a model is to get.
 
-    Args:
+    Attributes:
+        option: keep_ratio, of the targets' parameters; keep_total, of the whole model's; or max_bytes, of all weights.
+        value: a fraction, or bytes.
         targets: parameters of the targets before compression.
         total: parameters of the whole model.
         itemsize: bytes per stored parameter.
-        keep_ratio: fraction of the targets' parameters to keep, or
-        keep_total: fraction of the whole model's parameters to keep, or
-        max_bytes: bytes of all weights. Exactly one of the three is given.
-
-    Raises:
-        BudgetError: what cannot be compressed alone is over the budget.
+        headers: bytes that files take besides parameters.
+        added: parameters that compressing adds to the model.
     """
-    rest = total - targets
-    if keep_ratio is not None:
-        return int(Fraction(str(keep_ratio)) * targets)
-    if keep_total is not None:
-        allowed, wish = int(Fraction(str(keep_total)) * total), f"keep_total {keep_total}"
-    else:
-        assert max_bytes is not None
-        allowed, wish = max_bytes // itemsize, f"max_bytes {max_bytes:,}"
-    if allowed <= rest:
-        raise BudgetError(
-            f"{wish} allows {allowed:,} parameters; embeddings, norms and other parts that are not compressed "
-            f"already take {rest:,} of {total:,}.",
-            f"keep more than {rest / total:.3f} of the whole model",
-        )
-    return min(allowed - rest, targets)
+
+    option: Literal["keep_ratio", "keep_total", "max_bytes"]
+    value: float
+    targets: int
+    total: int
+    itemsize: int = 1
+    headers: int = 0
+    added: int = 0
+
+    @property
+    def rest(self) -> int:
+        """Parameters that are counted besides those of the targets."""
+        return self.added + (0 if self.option == "keep_ratio" else self.total - self.targets)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that the targets together may store; 0 where there is no room for any."""
+        if self.option == "max_bytes":
+            allowed = (int(self.value) - self.headers) // self.itemsize
+        else:
+            allowed = int(Fraction(str(self.value)) * self._whole)
+        return max(0, min(allowed - self.rest, self.targets))
+
+    def needed(self, parameters: int) -> str:
+        """The least value at which the targets may store so many parameters, in words, rounded up."""
+        stored = parameters + self.rest
+        taken = f" (parts that are not compressed already take {self.rest:,} parameters)" if self.rest else ""
+        if self.option == "max_bytes":
+            return f"a max_bytes of at least {stored * self.itemsize + self.headers}{taken}"
+        least = Fraction(ceil(Fraction(stored, self._whole) * DIGITS), DIGITS)
+        if least > 1:
+            return f"less to store: no {self.option} is enough{taken}"
+        return f"a {self.option} of at least {float(least):.4f}{taken}"
+
+    @property
+    def _whole(self) -> int:
+        return self.targets if self.option == "keep_ratio" else self.total

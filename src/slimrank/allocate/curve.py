@@ -87,14 +87,30 @@ class Limits:
     """What ranks a target may have.
 
     Attributes:
-        least: smallest rank.
+        least: smallest rank, at least 1.
         most: largest rank; None for no bound, which allows the dense weight, too.
         dense: the weight is to stay as it is.
+
+    Raises:
+        PlanError: a bound below 1.
     """
 
     least: int = 1
     most: int | None = None
     dense: bool = False
+
+    def __post_init__(self) -> None:
+        if self.least < 1 or (self.most is not None and self.most < 1):
+            raise PlanError(f"ranks from {self.least} to {self.most} are asked for; the smallest rank is 1.")
+
+    def both(self, other: Limits) -> Limits | None:
+        """What either allows; None where that is nothing."""
+        bounded = self.most is not None or other.most is not None
+        if self.dense or other.dense:
+            return None if bounded else Limits(dense=True)
+        least = max(self.least, other.least)
+        most = min(m for m in (self.most, other.most) if m is not None) if bounded else None
+        return None if most is not None and most < least else Limits(least, most)
 
 
 def candidates(
@@ -124,7 +140,7 @@ def candidates(
     if limits.dense:
         found: list[int] = []
     elif ranks is not None:
-        found = sorted({r for r in ranks if max(1, limits.least) <= r <= most})
+        found = sorted({r for r in ranks if limits.least <= r <= most})
     elif limits.least == limits.most:
         found = [limits.least] if limits.least <= top else []
     else:

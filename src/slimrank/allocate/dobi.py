@@ -12,7 +12,7 @@ from torch import Tensor
 from slimrank.allocate.problem import Allocation, Problem, Transform
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.shares import ranks_from_fractions
-from slimrank.allocate.soft import descend, full_ranks, ranks_of_fractions, stored
+from slimrank.allocate.soft import best_of, descend, full_ranks, kept_fractions, ranks_of_fractions, stored
 
 Steps = Annotated[int, Field(ge=1, description="Steps of the descent, each on one batch of search windows.")]
 Rate = Annotated[float, Field(gt=0, le=1, description="Size of a step, as a fraction of the full rank.")]
@@ -26,7 +26,7 @@ BLUR = 1e-3  # of the largest singular value: gaps below it do not make gradient
     title="Gradient descent through softly truncated activations",
     paper="Dobi-SVD, arXiv 2502.02723",
     needs=["gradient"],
-    passes=lambda options, layers, batches: 15.0 * options["steps"] / batches,
+    passes=lambda options, layers, batches: 15.0 * options["steps"] / batches + 3,
 )
 def dobi(
     problem: Problem, *, steps: Steps = 20, rate: Rate = 0.0025, penalty: Penalty = 200.0, sharpness: Sharpness = 10.0
@@ -34,7 +34,8 @@ def dobi(
     """Minimise perplexity + penalty |P / budget - 1| over g, from the uniform ranks.
 
     The outputs of a layer on one window are U diag(s t) V^T with t_i = 1/2 tanh(beta (g - i)) + 1/2; g, as a fraction
-    of min(tokens, m), is the rank as a fraction of min(m, n).
+    of min(tokens, m), is the rank as a fraction of min(m, n). Of the result and the uniform plan, the one of less
+    measured divergence is taken.
     """
     top = full_ranks(problem)
     probe = problem.measured()
@@ -47,8 +48,8 @@ def dobi(
         return loss.exp() + penalty * (stored(problem, ranks).sum() / problem.budget - 1).abs()
 
     ranks = descend(first, top, steps, rate, objective)
-    kept = stored(problem, torch.from_numpy(ranks)).numpy() / problem.sizes
-    return Allocation(ranks_from_fractions(problem, kept))
+    found = ranks_from_fractions(problem, kept_fractions(problem, ranks))
+    return best_of(problem, {"descent": found, "uniform": ranks_from_fractions(problem, np.zeros(len(problem.items)))})
 
 
 def _truncating(fraction: Tensor, sharpness: float) -> Transform:

@@ -43,7 +43,7 @@ def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = SECONDS
     )
     if found.x is None:
         return known
-    solution = _solution(core, found.x, float(found.mip_dual_bound) * scale)
+    solution = solution_of(core, found.x, float(found.mip_dual_bound) * scale)
     return known if known.error < solution.error or solution.cost > budget else solution
 
 
@@ -55,7 +55,8 @@ def one_each(curves: Sequence[Curve]) -> LinearConstraint:
     return LinearConstraint(matrix, 1, 1)
 
 
-def _solution(curves: Sequence[Curve], x: Floats, bound: float) -> Solution:
+def solution_of(curves: Sequence[Curve], x: Floats, bound: float) -> Solution:
+    """The plan that a solver's variables say."""
     ends = np.cumsum([len(c) for c in curves])
     chosen = [(curve, int(np.argmax(part))) for curve, part in zip(curves, np.split(x, ends[:-1]), strict=True)]
     error = sum(float(curve.errors[pick]) for curve, pick in chosen)

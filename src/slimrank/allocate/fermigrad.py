@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import numpy as np
@@ -9,20 +10,29 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from slimrank.allocate.curve import Floats
 from slimrank.allocate.knapsack import solve
 from slimrank.allocate.problem import Allocation, Problem, Transform
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.shares import ranks_from_fractions
-from slimrank.allocate.soft import descend, full_ranks, ranks_of_fractions, stored
+from slimrank.allocate.soft import (
+    best_of,
+    descend,
+    finite,
+    full_ranks,
+    kept_fractions,
+    ranks_of_fractions,
+    stored,
+)
+from slimrank.allocate.spectrum import spectral_curves
+from slimrank.linalg.cost import Rank
 
 Steps = Annotated[int, Field(ge=1, description="Steps of the descent, each on one batch of search windows.")]
 Rate = Annotated[float, Field(gt=0, le=1, description="Size of a step, as a fraction of the full rank.")]
 Penalty = Annotated[float, Field(gt=0, description="Weight of the squared relative distance from the budget.")]
-Start = Annotated[
-    Literal["spectrum", "uniform", "full"],
-    Field(description="Begin at the plan of that allocation, or at full rank with a penalty that grows."),
-]
+Start = Annotated[Literal["spectrum", "uniform"], Field(description="Begin at the plan of that allocation.")]
 WARM, COLD = 1 / 64, 1 / 640  # temperatures, as fractions of the full rank
+LEAST = 1e-2  # of the median weight of all layers: what is less, or negative, is noise of the batches
 
 
 @allocator(
@@ -30,7 +40,7 @@ WARM, COLD = 1 / 64, 1 / 640  # temperatures, as fractions of the full rank
     title="Gradient descent on soft ranks under a penalty on the size",
     paper="FermiGrad, arXiv 2512.03062",
     needs=["spectra", "gradient"],
-    passes=lambda options, layers, batches: 7.0 * options["steps"] / batches,
+    passes=lambda options, layers, batches: 7.0 * (options["steps"] + batches) / batches + 4,
 )
 def fermigrad(
     problem: Problem, *, steps: Steps = 60, rate: Rate = 0.005, penalty: Penalty = 100.0, start: Start = "spectrum"
@@ -39,35 +49,36 @@ def fermigrad(
 
     Component k of a layer is multiplied by f_k; the loss is the next-token loss of the whole model, less that of the
     original, in units of what it is at the start. T falls from 1/64 to 1/640 of the full rank; P counts what
-    real-valued ranks store. Only mu is trained.
+    real-valued ranks store. Only mu is trained. Of mu as ranks, the knapsack's plan for the slopes of the loss at mu,
+    and the start, the plan of least measured divergence is taken.
     """
     top = full_ranks(problem)
-    first = _first(problem, top, start)
+    begin = _plan(problem, start)
+    first = ranks_of_fractions(problem, _costs(problem, begin) / problem.sizes)
     masks = Masks(problem)
     with torch.no_grad():
-        base = float(problem.measured().loss({}, 0))
-        scale = max(abs(float(masks.loss(first, COLD * top, 0)) - base), 1e-3) if start != "full" else base
+        base = float(finite(problem.measured().loss({}, 0), "of the original"))
+        scale = max(abs(float(finite(masks.loss(first, COLD * top, 0), "at the start")) - base), 1e-3)
 
     def objective(ranks: Tensor, step: int) -> Tensor:
-        done = step / max(1, steps - 1)
-        loss = masks.loss(ranks, WARM * (COLD / WARM) ** done * top, step)
+        temperatures = WARM * (COLD / WARM) ** (step / max(1, steps - 1)) * top
         over = stored(problem, ranks).sum() / problem.budget - 1
-        growth = done**2 if start == "full" else 1.0
-        return (loss - base) / scale + penalty * growth * over**2
+        return (masks.loss(ranks, temperatures, step) - base) / scale + penalty * over**2
 
     ranks = descend(first, top, steps, rate, objective)
-    kept = stored(problem, torch.from_numpy(ranks)).numpy() / problem.sizes
-    return Allocation(ranks_from_fractions(problem, kept))
+    slopes = solve(problem.curves(worths(masks, ranks)), problem.budget).ranks
+    rounded = ranks_from_fractions(problem, kept_fractions(problem, ranks))
+    return best_of(problem, {"descent": rounded, "slopes": slopes, "start": begin})
 
 
-def _first(problem: Problem, top: Tensor, start: str) -> Tensor:
-    if start == "full":
-        return top.clone()
+def _plan(problem: Problem, start: str) -> Mapping[str, Rank]:
     if start == "uniform":
-        return ranks_of_fractions(problem, np.full(len(problem.items), problem.keep_ratio))
-    plan = solve(problem.curves(), problem.budget).ranks
-    costs = np.array([problem.cost.of(*item.shape, plan[item.path]) for item in problem.items])
-    return ranks_of_fractions(problem, costs / problem.sizes)
+        return ranks_from_fractions(problem, np.zeros(len(problem.items)))
+    return solve(spectral_curves(problem), problem.budget).ranks
+
+
+def _costs(problem: Problem, plan: Mapping[str, Rank]) -> Floats:
+    return np.array([problem.cost.of(*item.shape, plan[item.path]) for item in problem.items], dtype=np.float64)
 
 
 class Masks:
@@ -82,10 +93,44 @@ class Masks:
         transforms: dict[str, Transform] = {}
         for item, mu, temperature in zip(self.problem.items, ranks, temperatures, strict=True):
             a, b = self.factors[item.path]
-            k = torch.arange(1, len(a) + 1, dtype=torch.float64)
-            missing = torch.sigmoid((k - 0.5 - mu) / temperature).to(a)
-            transforms[item.path] = _without(a, b, missing)
+            transforms[item.path] = _without(a, b, missing(mu, temperature, len(a)).to(a))
         return self.probe.loss(transforms, step % self.probe.batches()).to("cpu", torch.float64)
+
+
+def missing(mu: Tensor, temperature: Tensor, count: int) -> Tensor:
+    """1 - f_k of the first components, float64."""
+    k = torch.arange(1, count + 1, dtype=torch.float64)
+    return torch.sigmoid((k - 0.5 - mu) / temperature)
+
+
+def worths(masks: Masks, ranks: Floats) -> dict[str, float]:
+    """What a unit of each layer's squared error costs at these ranks: the slope of the loss over all batches by that
+    of the squared error, both by mu.
+
+    Raises:
+        NonFiniteError: the loss is NaN or infinite.
+    """
+    mu = torch.from_numpy(ranks).clone().requires_grad_()
+    temperatures = WARM * full_ranks(masks.problem)
+    by_error = torch.autograd.grad(_squared_error(masks.problem, mu, temperatures), mu)[0].numpy()
+    by_loss = np.zeros(len(ranks))
+    for batch in range(masks.probe.batches()):
+        with torch.enable_grad():
+            loss = finite(masks.loss(mu, temperatures, batch), f"of batch {batch} after the descent")
+        by_loss += torch.autograd.grad(loss, mu)[0].numpy()
+    worth = np.divide(by_loss, by_error, out=np.zeros(len(ranks)), where=by_error != 0)
+    worth = np.maximum(worth, LEAST * np.median(np.abs(worth)))
+    return dict(zip([item.path for item in masks.problem.items], worth.tolist(), strict=True))
+
+
+@torch.enable_grad()
+def _squared_error(problem: Problem, mu: Tensor, temperatures: Tensor) -> Tensor:
+    """Sum over layers and components of sigma_k^2 (1 - f_k)^2."""
+    total = torch.zeros((), dtype=torch.float64)
+    for item, m, temperature in zip(problem.items, mu, temperatures, strict=True):
+        values = torch.from_numpy(problem.spectra[item.path][0])
+        total = total + (values * missing(m, temperature, len(values))).square().sum()
+    return total
 
 
 def _without(a: Tensor, b: Tensor, missing: Tensor) -> Transform:

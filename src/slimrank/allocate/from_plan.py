@@ -6,10 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from slimrank.allocate.curve import DENSE
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import allocator
-from slimrank.errors import BudgetError, PlanError, nearest
+from slimrank.errors import BudgetError, PlanError
+from slimrank.linalg.cost import Rank
 
 File = Annotated[str, Field(description="JSON, as 'slimrank plan --save' and every compressed model's plan.json.")]
 
@@ -23,29 +25,25 @@ def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
     """The ranks of a file, which must name every target and keep within the budget.
 
     Raises:
-        PlanError: no such file, not a plan, other targets or shapes, or ranks that are no candidates.
+        PlanError: no such file, not a plan, other targets, shapes or shared factors, or ranks that are no candidates.
         BudgetError: it stores more than the budget.
     """
     plan = RankPlan.load(file)
-    known = {item.path for item in problem.items}
-    ranks = {}
+    targets = [(path, shape, item.path) for item in problem.items for path, shape in item.targets.items()]
+    shares = {path: first for path, _, first in targets if path != first}
+    plan.check({path: shape for path, shape, _ in targets}, shares)
+    ranks: dict[str, Rank] = {item.path: plan.targets[item.path].rank for item in problem.items}
     for item, (candidates, _) in zip(problem.items, problem.choices, strict=True):
-        if item.path not in plan.targets:
-            raise PlanError(f"the plan '{file}' lacks '{item.path}'.", nearest(item.path, plan.targets))
-        rank = plan.targets[item.path].rank
-        if (-1 if rank == "dense" else rank) not in candidates:
+        rank = ranks[item.path]
+        if (DENSE if rank == "dense" else rank) not in candidates:
             raise PlanError(
                 f"the plan '{file}' gives '{item.path}' rank {rank}, which it may not have here.",
                 "another --rank-multiple or --rank; 'slimrank plan --save' makes one that fits",
             )
-        ranks[item.path] = rank
-    shared = {path for path, target in plan.targets.items() if target.shares}
-    for path in plan.targets.keys() - known - shared:
-        raise PlanError(f"the plan '{file}' names '{path}', which is no target.", nearest(path, known))
     cost = sum(problem.cost.of(*item.shape, ranks[item.path]) for item in problem.items)
     if cost > problem.budget:
         raise BudgetError(
             f"the plan '{file}' stores {cost:,} parameters, over the budget of {problem.budget:,}.",
-            f"a keep_ratio of at least {cost / problem.sizes.sum():.4f}; or --plan {file}, which is its own budget",
+            f"{problem.needed(cost)}; or --plan {file}, which is its own budget",
         )
     return Allocation(ranks)

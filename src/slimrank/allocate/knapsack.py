@@ -89,7 +89,7 @@ def solve(curves: Sequence[Curve], budget: int) -> Solution:
 def possible(curves: Sequence[Curve], bound: float, error: float, price: float) -> list[Curve]:
     """Candidates that a plan of less than this error may hold, by their reduced cost at the price of a parameter."""
     reduced = [curve.errors + price * curve.costs for curve in curves]
-    room = error - bound + SLIVER * error
+    room = max(error - bound, 0.0) + SLIVER * error
     return [curve.choose(r - r.min() <= room) for curve, r in zip(curves, reduced, strict=True)]
 
 
@@ -102,8 +102,18 @@ def trade_off(curves: Sequence[Curve]) -> TradeOff:
     return TradeOff(costs, np.maximum(np.append(error, error - np.cumsum(steps.gain)), 0.0))
 
 
-def check_feasible(curves: Sequence[Curve], budget: int) -> None:
+def in_parameters(parameters: int) -> str:
+    """A budget, in words."""
+    return f"a budget of at least {parameters} parameters"
+
+
+def check_feasible(curves: Sequence[Curve], budget: int, needed: Callable[[int], str] = in_parameters) -> None:
     """Make sure that the smallest candidates fit.
+
+    Args:
+        curves: all candidates.
+        budget: parameters in all.
+        needed: parameters -> the budget that allows them, in words.
 
     Raises:
         BudgetError: they do not.
@@ -111,22 +121,25 @@ def check_feasible(curves: Sequence[Curve], budget: int) -> None:
     least = sum(int(curve.costs[0]) for curve in curves)
     if least > budget:
         largest = max(curves, key=lambda curve: int(curve.costs[0]))
-        whole = sum(int(curve.costs[-1]) for curve in curves)
         raise BudgetError(
             f"the smallest ranks allowed store {least:,} parameters, the budget is {budget:,}; '{largest.path}' alone "
             f"takes {int(largest.costs[0]):,} at rank {largest.rank(0)}.",
-            f"a keep_ratio of at least {least / whole:.4f}, or smaller least ranks",
+            f"{needed(least)}; or smaller least ranks",
         )
 
 
 def relaxed(table: Table, steps: Steps, budget: int) -> tuple[int, float]:
-    """How many steps fit in a row, and the optimum of the linear relaxation."""
-    cost, error = table.total(steps.start)
+    """How many steps fit in a row, and the optimum of the linear relaxation.
+
+    That is taken from the errors that remain: less all gains from the first errors, it would be lost in their rounding
+    where one of them is huge.
+    """
+    cost, _ = table.total(steps.start)
     spent = cost + np.cumsum(steps.cost)
     count = int(np.searchsorted(spent, budget, side="right"))
-    left = budget - (int(spent[count - 1]) if count else cost)
-    bound = error - float(steps.gain[:count].sum())
+    _, bound = table.total(steps.picks(count))
     if count < len(steps.cost):
+        left = budget - (int(spent[count - 1]) if count else cost)
         bound -= float(steps.gain[count]) * left / int(steps.cost[count])
     return count, max(bound, 0.0)
 

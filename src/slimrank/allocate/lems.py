@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
 from slimrank.allocate.curve import Curve, Floats
-from slimrank.allocate.measured import anchored_curves
+from slimrank.allocate.measured import anchored_curves, effect_of
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.solving import least_error
@@ -63,7 +64,10 @@ def biased(
     search: bool,
     solve: Any,
 ) -> Allocation:
-    """Allocation of curves times the depth bias, or the one of least measured divergence over the grid."""
+    """Allocation of curves times the depth bias, or the one of least measured divergence over the grid.
+
+    The curves that it is given with are those without the bias: divergences.
+    """
     settings = [(alpha, gamma)]
     if search:
         settings = sorted({(0.0 if g == 0 else a, g) for a, g in itertools.product(*GRID)} | set(settings))
@@ -72,14 +76,13 @@ def biased(
     for index, (a, g) in enumerate(settings):
         bias = depth_bias(max(blocks.values()) + 1, a, g)
         allocation = solve([curve.scaled(float(bias[blocks[curve.path]])) for curve in curves])
-        effect = problem.measured().joint(allocation.ranks).kl if search else 0.0
+        effect = effect_of(problem, allocation.ranks).kl if search else 0.0
         found.append((effect, index, allocation))
     effect, index, best = min(found, key=lambda item: item[:2])
-    if not search:
-        return best
     a, g = settings[index]
     note = f"alpha {a:g}, gamma {g:g} of {len(settings)} settings, divergence {effect:.4f}"
-    return Allocation(best.ranks, best.curves, best.gap, (*best.notes, note))
+    notes = (*best.notes, note) if search else best.notes
+    return replace(best, curves=tuple(curves), divergence=True, notes=notes)
 
 
 def depth_bias(blocks: int, alpha: float, gamma: float) -> Floats:

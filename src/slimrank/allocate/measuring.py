@@ -24,7 +24,7 @@ class Measuring(BaseModel):
         int,
         Field(
             ge=0,
-            description="Random plans measured to tell, in the report, whether errors of layers add up; 0: none.",
+            description="Random plans measured to tell, in the report, whether errors of layers add up; up to 1: none.",
         ),
     ] = 20
 

@@ -13,7 +13,7 @@ from slimrank.allocate.hull import Table
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.shares import ranks_of
-from slimrank.allocate.threshold import grow_worst
+from slimrank.allocate.threshold import by_path, grow_worst
 
 Steps = Annotated[int, Field(ge=1, description="Cuts by which the excess over the budget falls to a third.")]
 
@@ -38,7 +38,8 @@ def greedy(curves: Sequence[Curve], budget: int, steps: int) -> Integers:
     whose error is least after it. With ever more steps this becomes `threshold.least_maximum`. What a last cut took too
     much goes back to the targets of largest error.
     """
-    table = Table.of(curves)
+    order = by_path(curves)
+    table = Table.of([curves[i] for i in order])
     rows = np.arange(len(curves))
     picks = table.lengths - 1
     cost = table.total(picks)[0]
@@ -53,4 +54,4 @@ def greedy(curves: Sequence[Curve], budget: int, steps: int) -> Integers:
         cost -= int(now[best] - table.costs[best, after[best]])
         picks[best] = after[best]
         cut += 1
-    return grow_worst(table, picks, budget)
+    return grow_worst(table, picks, budget)[np.argsort(order)]

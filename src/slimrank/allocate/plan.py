@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError, model_validator
 
 from slimrank.errors import PlanError, nearest
 from slimrank.linalg.cost import COST_MODELS, FactorForm, Rank, dense_cost
@@ -20,8 +20,8 @@ class PlannedTarget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rank: int | Literal["dense"]
-    shape: tuple[int, int]
+    rank: StrictInt | Literal["dense"]
+    shape: tuple[StrictInt, StrictInt]
     shares: str | None = None
 
     def cost(self, form: FactorForm) -> int:

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from slimrank.allocate.budget import Budget
 from slimrank.allocate.curve import Curve, Floats, Integers, Limits, candidates, spectral_curve, tails
 from slimrank.allocate.knapsack import check_feasible
 from slimrank.linalg.cost import PAIR, CostModel, Rank
@@ -25,6 +26,7 @@ class Item:
         block: decoder block of the first.
         role: its place in a block, numbers left out ("mlp.down_proj"): equal for layers that do the same in others.
         limits: what ranks it may have.
+        members: the targets, where there are several, and their shapes.
     """
 
     path: str
@@ -32,6 +34,12 @@ class Item:
     block: int = 0
     role: str = ""
     limits: Limits = field(default_factory=Limits)
+    members: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> Mapping[str, tuple[int, int]]:
+        """The shapes of all targets, the first one first."""
+        return self.members or {self.path: self.shape}
 
     @property
     def parameters(self) -> int:
@@ -88,6 +96,8 @@ class Problem:
         spectra: path -> singular values in the metric of the decomposition (float64, largest first) and the energy
             beyond them; empty for allocators that do not need them.
         probe: the model, for allocators that measure it.
+        in_loss: squared singular values are in units of the loss, and can be compared between items.
+        stated: the budget as it was stated, for hints; None: as a fraction of the items' parameters.
     """
 
     items: tuple[Item, ...]
@@ -96,6 +106,8 @@ class Problem:
     cost: CostModel = PAIR
     spectra: Mapping[str, tuple[Floats, float]] = field(default_factory=dict)
     probe: Probe | None = None
+    in_loss: bool = False
+    stated: Budget | None = None
 
     @cached_property
     def sizes(self) -> Floats:
@@ -131,14 +143,20 @@ class Problem:
             for item, (ranks, costs) in zip(self.items, self.choices, strict=True)
         ]
 
-    def check(self) -> None:
-        """Make sure that the smallest ranks fit into the budget.
+    def needed(self, parameters: int) -> str:
+        """The budget that allows so many parameters, in the unit that it was stated in, rounded up."""
+        targets = int(self.sizes.sum())
+        stated = self.stated or Budget("keep_ratio", self.budget / targets, targets, targets)
+        return stated.needed(parameters)
+
+    def check(self, curves: Sequence[Curve] | None = None) -> None:
+        """Make sure that the smallest ranks, of these curves or all that are allowed, fit into the budget.
 
         Raises:
             BudgetError: they do not.
             PlanError: limits leave a target no rank.
         """
-        check_feasible(self.flat_curves(), self.budget)
+        check_feasible(self.flat_curves() if curves is None else curves, self.budget, self.needed)
 
     def measured(self) -> Probe:
         """The probe, which an allocator that asks for it has."""
@@ -152,12 +170,14 @@ class Allocation:
 
     Attributes:
         ranks: path -> rank, for every item.
-        curves: what its errors were taken from, if it has any; they are in units of the loss where `divergence` is.
+        curves: errors of single targets that it went by, if it has any, before any bias.
+        divergence: these are divergences, which sums of can be compared with measured ones.
         gap: certified relative distance from the best plan for these curves.
         notes: anything to tell.
     """
 
     ranks: Mapping[str, Rank]
     curves: Sequence[Curve] = ()
+    divergence: bool = False
     gap: float | None = None
     notes: tuple[str, ...] = ()

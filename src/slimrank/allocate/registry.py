@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from slimrank.allocate.curve import DENSE
 from slimrank.allocate.measuring import Measuring
 from slimrank.allocate.problem import Allocation, Problem
-from slimrank.allocate.solving import Solving
+from slimrank.allocate.solving import Solving, check_constraints
 from slimrank.errors import PlanError
 from slimrank.options import options_of, validated
 from slimrank.registry import Registry
@@ -87,10 +87,22 @@ class ConfiguredAllocator:
             BudgetError: no choice of ranks meets the budget.
             PlanError: the allocator broke its contract.
         """
-        problem.check()
+        self.check(problem)
         found = self.allocator.allocate(problem, **self.options)
         _check(problem, found, self.allocator.id)
         return found
+
+    def check(self, problem: Problem) -> None:
+        """Refuse what no spectra are needed to refuse.
+
+        Raises:
+            BudgetError: the smallest ranks store more than the budget, or a block cannot keep what is asked of it.
+            PlanError: limits leave a target no rank.
+        """
+        if self.needs:  # without any it is a certain plan, and says itself what that takes
+            problem.check()
+        if self.options.keys() >= Solving.model_fields.keys():
+            check_constraints(problem, self.options)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -109,7 +121,7 @@ class ConfiguredAllocator:
 
     def described(self) -> dict[str, Any]:
         """All that a result depends on, for JSON."""
-        measuring = self.measuring.model_dump() if "divergence" in self.needs else {}
+        measuring = self.measuring.model_dump(include=set(_measuring(self.needs)))
         return {"id": self.allocator.id, **self.options, **measuring}
 
 
@@ -141,12 +153,18 @@ def allocator(
 
     def register(allocate: Allocate) -> Allocate:
         solving = Solving.model_fields if solves else {}
-        measuring = Measuring.model_fields if "divergence" in asked else {}
-        options = options_of(allocate, {**solving, **measuring})
+        options = options_of(allocate, {**solving, **_measuring(asked)})
         ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, passes, options))
         return allocate
 
     return register
+
+
+def _measuring(needs: frozenset[Need]) -> dict[str, Any]:
+    """The fields of `Measuring` that matter: random plans are compared with what single layers and spectra predict."""
+    if "divergence" not in needs:
+        return {}
+    return {name: field for name, field in Measuring.model_fields.items() if name != "plans" or "spectra" in needs}
 
 
 def _check(problem: Problem, found: Allocation, id: str) -> None:

@@ -13,6 +13,7 @@ from slimrank.allocate.curve import Curve
 from slimrank.allocate.problem import Allocation, Item, Problem
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.solving import least_error
+from slimrank.allocate.spectrum import Scale, spectral_curves
 from slimrank.errors import PlanError, RecipeError
 
 Layers = Annotated[int, Field(ge=1, description="Consecutive blocks whose layers of the same role get one rank.")]
@@ -25,7 +26,7 @@ Layers = Annotated[int, Field(ge=1, description="Consecutive blocks whose layers
     needs=["spectra"],
     solves=True,
 )
-def shared(problem: Problem, *, layers: Layers = 2, **solving: Any) -> Allocation:
+def shared(problem: Problem, *, layers: Layers = 2, scale: Scale = "auto", **solving: Any) -> Allocation:
     """As `spectrum`; the curves of a group are added up, so that it is one item of the knapsack.
 
     With `basis_sharing` what shares a factor is one item already.
@@ -36,14 +37,14 @@ def shared(problem: Problem, *, layers: Layers = 2, **solving: Any) -> Allocatio
     """
     if layers > 1 and (solving["monotone"] or solving["block_floor"] > 0 or solving["block_cap"] < 1):
         raise RecipeError("side constraints by block do not go with ranks shared between blocks.", "layers=1")
-    curves = {curve.path: curve for curve in problem.curves()}
+    curves = {curve.path: curve for curve in spectral_curves(problem, scale)}
     groups: defaultdict[tuple[str, tuple[int, int], int], list[Item]] = defaultdict(list)
     for item in problem.items:
         groups[item.role, item.shape, item.block // layers].append(item)
     merged = [_sum([curves[item.path] for item in members]) for members in groups.values()]
     found = least_error(problem, merged, solving)
     ranks = {item.path: found.ranks[members[0].path] for members in groups.values() for item in members}
-    return Allocation({item.path: ranks[item.path] for item in problem.items}, tuple(curves.values()), found.gap)
+    return Allocation({item.path: ranks[item.path] for item in problem.items}, tuple(curves.values()), gap=found.gap)
 
 
 def _sum(curves: Sequence[Curve]) -> Curve:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slimrank.allocate.curve import Floats, Integers
 from slimrank.allocate.problem import Problem
@@ -12,6 +14,7 @@ from slimrank.linalg.cost import Rank
 
 SLIVER = 1e-4  # parameters that rounding may cost or give
 BISECTIONS = 200
+EQUAL = 12  # digits: fractions that agree so far are equal, and the path decides
 
 
 def project(fractions: Floats, sizes: Floats, low: Floats, high: Floats, total: float) -> Floats:
@@ -69,27 +72,47 @@ def ranks_of(problem: Problem, picks: Sequence[int] | Integers) -> dict[str, Ran
 def ranks_from_fractions(problem: Problem, fractions: Floats) -> dict[str, Rank]:
     """Ranks of targets that are to keep these fractions, up to a shift and their bounds, within the budget.
 
-    Each is rounded down; what that leaves goes, candidate by candidate, to the target that is farthest below its
-    fraction, until no target can grow within it.
+    What is to keep all of itself stays dense, the largest fractions first, as long as the others can make room for
+    it: just below, a pair stores as much and errs. Each of the others is rounded down; what that leaves goes, candidate
+    by candidate, to the target that is farthest below its fraction, until no target can grow within it.
 
     Raises:
         BudgetError: even the smallest ranks store more than the budget.
     """
     problem.check()
-    wanted = project(fractions, problem.sizes, *bounds(problem), problem.budget)
-    picks = floors(problem, wanted * problem.sizes)
+    low, high = bounds(problem)
+    low = np.where(_whole(problem, fractions, low, high), high, low)
+    wanted = project(fractions, problem.sizes, low, high, problem.budget)
+    return ranks_of(problem, _grown(problem, wanted, floors(problem, wanted * problem.sizes)))
+
+
+def _whole(problem: Problem, fractions: Floats, low: Floats, high: Floats) -> NDArray[np.bool_]:
+    """Which targets are to keep all of themselves and can, besides the smallest ranks of all others."""
+    extra = np.rint((high - low) * problem.sizes)
+    left = problem.budget - np.rint(low * problem.sizes).sum()
+    chosen = np.zeros(len(fractions), dtype=bool)
+    for i in sorted(np.flatnonzero(fractions >= 1), key=lambda i: (-fractions[i], problem.items[i].path)):
+        chosen[i] = extra[i] <= left
+        left -= extra[i] * chosen[i]
+    return chosen
+
+
+def _grown(problem: Problem, wanted: Floats, picks: Integers) -> Integers:
+    """Hand out what is left of the budget. In place, and given back."""
     left = problem.budget - sum(int(costs[p]) for (_, costs), p in zip(problem.choices, picks, strict=True))
-    order = sorted(range(len(picks)), key=lambda i: problem.items[i].path)
-    while True:
-        best, worth = None, -np.inf
-        for i in order:
-            costs = problem.choices[i][1]
-            if picks[i] + 1 < len(costs) and costs[picks[i] + 1] - costs[picks[i]] <= left:
-                short = wanted[i] - costs[picks[i]] / problem.sizes[i]
-                if short > worth + 1e-15:
-                    best, worth = i, short
-        if best is None:
-            return ranks_of(problem, picks)
-        costs = problem.choices[best][1]
-        left -= int(costs[picks[best] + 1] - costs[picks[best]])
-        picks[best] += 1
+
+    def entry(i: int) -> tuple[float, str, int]:
+        short = wanted[i] - problem.choices[i][1][picks[i]] / problem.sizes[i]
+        return -round(float(short), EQUAL), problem.items[i].path, i
+
+    heap = [entry(i) for i in range(len(picks))]
+    heapify(heap)
+    while heap:
+        _, _, i = heappop(heap)
+        costs = problem.choices[i][1]
+        step = int(costs[picks[i] + 1] - costs[picks[i]]) if picks[i] + 1 < len(costs) else left + 1
+        if step <= left:
+            left -= step
+            picks[i] += 1
+            heappush(heap, entry(i))
+    return picks

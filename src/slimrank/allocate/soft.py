@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from slimrank.allocate.curve import Floats
-from slimrank.allocate.problem import Problem
+from slimrank.allocate.measured import effect_of
+from slimrank.allocate.problem import Allocation, Problem
+from slimrank.errors import NonFiniteError
+from slimrank.linalg.cost import Rank
 
 
 def stored(problem: Problem, ranks: Tensor) -> Tensor:
@@ -36,6 +39,33 @@ def ranks_of_fractions(problem: Problem, fractions: Floats) -> Tensor:
     return low
 
 
+def kept_fractions(problem: Problem, ranks: Floats) -> Floats:
+    """What items store at real-valued ranks, as fractions of their parameters; 1 and more, the nearer to the full rank
+    the more, where that is as much as the dense weight.
+    """
+    kept = stored(problem, torch.from_numpy(ranks)).numpy() / problem.sizes
+    return np.where(kept < 1, kept, 1 + ranks / full_ranks(problem).numpy())
+
+
+def best_of(problem: Problem, plans: Mapping[str, Mapping[str, Rank]]) -> Allocation:
+    """The plan of least measured divergence; the first of equal ones. A note tells the divergences of all."""
+    effects = {name: effect_of(problem, ranks).kl for name, ranks in plans.items()}
+    best = min(effects, key=lambda name: effects[name])
+    measured = ", ".join(f"{name} {effect:.4g}" for name, effect in effects.items())
+    return Allocation(plans[best], notes=(f"kept the plan of '{best}'; divergences: {measured}",))
+
+
+def finite(loss: Tensor, where: str) -> Tensor:
+    """A loss that is a number.
+
+    Raises:
+        NonFiniteError: it is NaN or infinite.
+    """
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteError(f"the loss {where} is NaN or infinite.", "run in float32 (--dtype float32)")
+    return loss
+
+
 def descend(
     start: Tensor,
     top: Tensor,
@@ -51,6 +81,9 @@ def descend(
         steps: how many.
         rate: step size, as a fraction of the full rank.
         objective: (ranks, step) -> what is to be minimised.
+
+    Raises:
+        NonFiniteError: what is to be minimised is NaN or infinite.
     """
     fractions = (start / top).clone().requires_grad_()
     optimiser = torch.optim.Adam([fractions], lr=rate)
@@ -58,7 +91,7 @@ def descend(
     for step in range(steps):
         optimiser.zero_grad()
         with torch.enable_grad():
-            loss = objective(fractions * top, step)
+            loss = finite(objective(fractions * top, step), f"at step {step + 1} of {steps} of the descent")
         loss.backward()
         optimiser.step()
         with torch.no_grad():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from slimrank.allocate.constrained import Constraints, solve_constrained
+from slimrank.allocate.constrained import solve_constrained
+from slimrank.allocate.constrained_exact import solve_constrained_exactly
+from slimrank.allocate.constraints import Constraints, blocks_of, check_reachable
 from slimrank.allocate.curve import Curve
 from slimrank.allocate.exact import solve_exactly
 from slimrank.allocate.knapsack import solve
@@ -30,22 +32,39 @@ class Solving(BaseModel):
     block_cap: Annotated[float, Field(gt=0, le=1, description="Largest fraction that a block keeps.")] = 1.0
 
 
-def least_error(problem: Problem, curves: Sequence[Curve], options: dict[str, Any]) -> Allocation:
+def least_error(problem: Problem, curves: Sequence[Curve], options: Mapping[str, Any]) -> Allocation:
     """The allocation of least total error, by the options of `Solving`.
 
     Raises:
         BudgetError: no choice of ranks meets the budget and the constraints.
     """
-    chosen = Solving(**options)
-    constraints = Constraints(
+    problem.check(curves)
+    chosen, constraints = Solving(**options), constraints_of(problem, options)
+    exact = chosen.solver == "exact"
+    if constraints.any:
+        found = (solve_constrained_exactly if exact else solve_constrained)(curves, problem.budget, constraints)
+    else:
+        found = (solve_exactly if exact else solve)(curves, problem.budget)
+    return Allocation(found.ranks, tuple(curves), gap=found.gap)
+
+
+def check_constraints(problem: Problem, options: Mapping[str, Any]) -> None:
+    """Make sure, before any error is known, that each block can keep what the options ask of it.
+
+    Raises:
+        BudgetError: it cannot.
+    """
+    constraints = constraints_of(problem, options)
+    if constraints.any:
+        check_reachable(blocks_of(problem.flat_curves(), constraints), problem.budget, constraints)
+
+
+def constraints_of(problem: Problem, options: Mapping[str, Any]) -> Constraints:
+    """The side constraints among the options of `Solving`."""
+    return Constraints(
         {item.path: item.block for item in problem.items},
         {item.path: item.parameters for item in problem.items},
-        chosen.monotone,
-        chosen.block_floor,
-        chosen.block_cap,
+        options["monotone"],
+        options["block_floor"],
+        options["block_cap"],
     )
-    if constraints.any:
-        found = solve_constrained(curves, problem.budget, constraints)
-    else:
-        found = (solve_exactly if chosen.solver == "exact" else solve)(curves, problem.budget)
-    return Allocation(found.ranks, tuple(curves), found.gap)

@@ -6,13 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from slimrank.allocate.curve import Curve
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.solving import least_error
 
 Scale = Annotated[
-    Literal["metric", "relative"],
-    Field(description="metric: squared errors as the method measures them; relative: as fractions of a layer's own."),
+    Literal["auto", "metric", "relative"],
+    Field(
+        description="metric: squared errors as the method measures them; relative: as fractions of a layer's own; "
+        "auto: metric for methods that look at gradients, whose errors are in units of the loss, else relative."
+    ),
 ]
 
 
@@ -23,14 +27,14 @@ Scale = Annotated[
     needs=["spectra"],
     solves=True,
 )
-def spectrum(problem: Problem, *, scale: Scale = "metric", **solving: Any) -> Allocation:
-    """Minimise the sum of T_l(r_l), the energy of each spectrum beyond its rank.
+def spectrum(problem: Problem, *, scale: Scale = "auto", **solving: Any) -> Allocation:
+    """Minimise the sum of T_l(r_l), the energy of each spectrum beyond its rank, or of T_l(r_l) / T_l(0)."""
+    return least_error(problem, spectral_curves(problem, scale), solving)
 
-    With a metric that looks at gradients (`kfac_svd`, `gfwsvd`) that is already in units of the loss. `relative`
-    divides by T_l(0).
-    """
-    weights = None
-    if scale == "relative":
-        energies = {item.path: float(problem.tail(item)[0]) for item in problem.items}
-        weights = {path: 1 / energy if energy > 0 else 0.0 for path, energy in energies.items()}
-    return least_error(problem, problem.curves(weights), solving)
+
+def spectral_curves(problem: Problem, scale: str = "auto") -> list[Curve]:
+    """T_l(r), divided by T_l(0) where the scale is relative, or auto and spectra are not in units of the loss."""
+    if scale == "metric" or (scale == "auto" and problem.in_loss):
+        return problem.curves()
+    energies = {item.path: float(problem.tail(item)[0]) for item in problem.items}
+    return problem.curves({path: 1 / energy if energy > 0 else 0.0 for path, energy in energies.items()})

@@ -11,7 +11,7 @@ from pydantic import Field
 from slimrank.allocate.curve import Floats
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import allocator
-from slimrank.allocate.shares import ranks_from_fractions
+from slimrank.allocate.shares import bounds, project, ranks_from_fractions
 
 Variant = Annotated[
     Literal["relative", "literal"],
@@ -31,21 +31,28 @@ TINY = 1e-12
 def svd_llm_v2(problem: Problem, *, variant: Variant = "relative") -> Allocation:
     """removed_l = removed * s_l / mean(s), the mean over all layers of the same role, weighed by their sizes.
 
+    Where ranks cannot store that, it is clipped, and the others of the role are shifted to its total.
+
     s = 1 / ln L with L = || W X - W'_r X || at the uniform rank is the paper's; it depends on how many tokens L was
     summed over, and changes sign at L = 1. s = -ln(L / || W X ||) does neither and falls with the loss as well.
     """
     losses = _losses(problem)
-    removed = 1 - problem.keep_ratio
+    low, high = bounds(problem)
     fractions = np.empty(len(problem.items))
     roles: defaultdict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(problem.items):
         roles[item.role].append(index)
     for members in roles.values():
-        share = _shares(losses[members], variant)
         sizes = problem.sizes[members]
-        mean = float((share * sizes).sum() / sizes.sum())
-        fractions[members] = 1 - removed * (share / mean if mean > TINY and np.isfinite(mean) else 1.0)
+        kept = 1 - (1 - problem.keep_ratio) * _relative(_shares(losses[members], variant), sizes)
+        fractions[members] = project(kept, sizes, low[members], high[members], problem.keep_ratio * sizes.sum())
     return Allocation(ranks_from_fractions(problem, fractions))
+
+
+def _relative(shares: Floats, sizes: Floats) -> Floats:
+    """Shares over their mean, weighed by sizes; all equal where there is no such mean."""
+    mean = float((shares * sizes).sum() / sizes.sum())
+    return shares / mean if mean > TINY and np.isfinite(mean) else np.ones(len(shares))
 
 
 def _shares(losses: Floats, variant: str) -> Floats:

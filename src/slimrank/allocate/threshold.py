@@ -13,10 +13,12 @@ from slimrank.allocate.hull import Table
 def least_maximum(curves: Sequence[Curve], budget: int) -> Integers:
     """Candidates whose largest error is least, within the budget.
 
-    Every curve takes its cheapest candidate with an error of at most theta; theta is the least of all errors for which
-    that fits. What is left goes to the target of the largest error that can still grow, again and again.
+    Every curve takes its cheapest candidate with an error of at most theta, or the cheapest of its least error where
+    none has (its ranks are bounded); theta is the least of all errors for which that fits. What is left goes to the
+    target of the largest error that can still grow, again and again.
     """
-    table = Table.of(curves)
+    order = by_path(curves)
+    table = Table.of([curves[i] for i in order])
     thresholds = np.unique(np.concatenate([c.errors for c in curves]))
     low, high = 0, len(thresholds) - 1  # the largest threshold lets everything be cheapest
     while low < high:
@@ -26,7 +28,12 @@ def least_maximum(curves: Sequence[Curve], budget: int) -> Integers:
         else:
             low = middle + 1
     picks = _within(table, thresholds[high])
-    return grow_worst(table, picks, budget)
+    return grow_worst(table, picks, budget)[np.argsort(order)]
+
+
+def by_path(curves: Sequence[Curve]) -> list[int]:
+    """The order of the paths, in which ties are broken: that of the curves does not matter."""
+    return sorted(range(len(curves)), key=lambda i: curves[i].path)
 
 
 def grow_worst(table: Table, picks: Integers, budget: int) -> Integers:
@@ -45,5 +52,5 @@ def grow_worst(table: Table, picks: Integers, budget: int) -> Integers:
 
 
 def _within(table: Table, theta: float) -> Integers:
-    """The cheapest candidate of each row with an error of at most theta."""
-    return np.argmax(table.errors <= theta, axis=1)
+    """The cheapest candidate of each row with an error of at most theta, or of the row's least error."""
+    return np.argmax(table.errors <= np.maximum(theta, table.errors.min(axis=1))[:, None], axis=1)

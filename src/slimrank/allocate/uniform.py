@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from slimrank.allocate.problem import Allocation, Item, Problem
+from slimrank.allocate.curve import Floats
+from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.shares import bounds, floors, project, ranks_of
 from slimrank.errors import BudgetError
@@ -27,18 +28,26 @@ def uniform(problem: Problem) -> Allocation:
     """
     low, high = bounds(problem)
     bounded = np.array([item.limits.dense or item.limits.least > 1 for item in problem.items])
-    shares = project(np.zeros(len(low)), problem.sizes, np.where(bounded, low, 0), high, problem.budget) * problem.sizes
-    picks = floors(problem, shares)
-    for item, (ranks, costs), pick, share in zip(problem.items, problem.choices, picks, shares, strict=True):
-        if pick < 0:
-            raise _too_small(problem, item, int(ranks[0]), int(costs[0]), float(share), low)
-    return Allocation(ranks_of(problem, picks))
+    least = np.where(bounded, low, 0)
+    if bounded.all():
+        problem.check()
+    else:
+        _check(problem, np.where(bounded, 0, low), least, high)
+    shares = project(np.zeros(len(low)), problem.sizes, least, high, problem.budget) * problem.sizes
+    return Allocation(ranks_of(problem, floors(problem, shares)))
 
 
-def _too_small(problem: Problem, item: Item, rank: int, cost: int, share: float, low: np.ndarray) -> BudgetError:
-    smaller = ", or a smaller rank_multiple" if problem.multiple > 1 else ""
-    return BudgetError(
-        f"'{item.path}' ({item.shape[0]} x {item.shape[1]}) may store {share:,.0f} parameters; its smallest rank "
-        f"({rank if rank > 0 else 'dense'}) alone takes {cost:,}.",
-        f"a keep_ratio of at least {low.max():.4f}{smaller}, or an allocation that need not treat all layers alike",
+def _check(problem: Problem, wanted: Floats, least: Floats, high: Floats) -> None:
+    """Make sure that the largest fraction that a smallest rank takes can be that of all."""
+    enough = int(np.ceil((np.clip(wanted.max(), least, high) * problem.sizes).sum()))
+    if enough <= problem.budget:
+        return
+    index = int(np.argmax(wanted))
+    item, (ranks, costs) = problem.items[index], problem.choices[index]
+    smaller = ", a smaller rank_multiple" if problem.multiple > 1 else ""
+    raise BudgetError(
+        f"'{item.path}' ({item.shape[0]} x {item.shape[1]}) takes {int(costs[0]):,} parameters at its smallest rank "
+        f"({int(ranks[0]) if ranks[0] > 0 else 'dense'}); all layers at that fraction take {enough:,}, the budget is "
+        f"{problem.budget:,}.",
+        f"{problem.needed(enough)}{smaller}, or an allocation that need not treat all layers alike",
     )

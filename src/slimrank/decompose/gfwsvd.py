@@ -34,12 +34,12 @@ def gfwsvd(
     """
     if statistics.samples is None or len(statistics.samples) == 0:
         return solve(weight, Metric.of(torch.zeros(weight.shape[0]), torch.zeros(weight.shape[1])))
-    row, column = kronecker_factors(statistics.samples, weight, iterations)
-    return solve(weight, Metric(Form(row).shrunk(shrink), Form(column).shrunk(shrink)))
+    row, column, strength = kronecker_factors(statistics.samples, weight, iterations)
+    return solve(weight, Metric(Form(row).shrunk(shrink), Form(column).shrunk(shrink))).scaled(strength)
 
 
-def kronecker_factors(samples: SampleGradients, like: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Row (m x m) and column (n x n) factor of the nearest Kronecker product, float64, each of unit norm.
+def kronecker_factors(samples: SampleGradients, like: Tensor, iterations: int) -> tuple[Tensor, Tensor, float]:
+    """Row (m x m) and column (n x n) factor of the nearest Kronecker product, float64, each of unit norm; and its norm.
 
     Power iteration on the rearranged Fisher matrix, B <- I, A <- sum G_i B G_i^T, B <- sum G_i^T A G_i. Both maps keep
     matrices positive semidefinite, so that the factors have the right sign by themselves; singular vectors as a Lanczos
@@ -49,8 +49,9 @@ def kronecker_factors(samples: SampleGradients, like: Tensor, iterations: int) -
     column = torch.eye(like.shape[1], device=like.device, dtype=dtype)
     for _ in range(iterations):
         row = _unit(samples.row(column))
-        column = _unit(samples.column(row))
-    return row.double(), column.double()
+        pulled = samples.column(row)
+        column = _unit(pulled)
+    return row.double(), column.double(), float(pulled.norm())
 
 
 def _unit(matrix: Tensor) -> Tensor:

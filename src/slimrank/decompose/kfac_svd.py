@@ -32,7 +32,8 @@ def kfac_svd(
     """Minimise tr(E^T G E C), E = W - W': sum over pairs of tokens (s, t) of (g_s^T E x_t)^2.
 
     C = sum x x^T over inputs, G = sum g g^T over output gradients of the next-token loss, each shrunk towards a
-    multiple of the identity.
+    multiple of the identity. Spectra hold it over the number of tokens, so that it estimates the sum over tokens of
+    (g_t^T E x_t)^2 also for layers (experts) that see only some of them.
     """
     row, column = statistics.row.shrunk(row_shrink), statistics.column.shrunk(column_shrink)
-    return solve(weight, Metric(row, column))
+    return solve(weight, Metric(row, column)).scaled(1 / max(1, statistics.tokens))

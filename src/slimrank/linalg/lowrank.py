@@ -41,6 +41,7 @@ class Spectrum:
         side: on which side of the weight the projector stands.
         dual: D, of the shape of P, where the projector is oblique; None where B is to be orthonormal.
         beyond: energy (sum of squared singular values) beyond the k values.
+        stand_in: a form of the metric was zero and the identity has stood in for it: values are in another unit.
         notes: anything unusual met on the way, for the report.
     """
 
@@ -49,6 +50,7 @@ class Spectrum:
     side: Side
     dual: Tensor | None = None
     beyond: float = 0.0
+    stand_in: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -66,7 +68,7 @@ class Spectrum:
         return (self.tail(rank) / total) ** 0.5 if total > 0 else 0.0
 
     def row(self) -> Form:
-        """The form G on the outputs that this was solved in, damping included, as far as the solver knew it.
+        """The form G on the outputs that this was solved in, damping included, up to its scale.
 
         Out-side D = L U, so that G = D D^T; in-side R^T (W^T G W) R = V S^2 V^T and D = R^-T V, so that D S^2 D^T is
         W^T G W: the form as seen through W.
@@ -83,6 +85,10 @@ class Spectrum:
             return Form(d @ d.t())
         scaled = d * self.values.to(d)
         return Form(scaled @ scaled.t(), seen=True)
+
+    def scaled(self, factor: float) -> Spectrum:
+        """Squared errors times a factor: the metric in another unit, which changes no factors of the weight."""
+        return replace(self, values=self.values * factor**0.5, beyond=self.beyond * factor)
 
     def factors(self, weight: Tensor, rank: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """A (rank x n) and B (m x rank) with W' = B A; the columns of B have unit norm and canonical signs.
@@ -159,6 +165,7 @@ def solve(
         side=side,
         dual=None if orthonormal else _dual(near_root, vectors, side),
         beyond=beyond,
+        stand_in=bool(notes),
         notes=notes + near_root.notes + more,
     )
 

@@ -49,12 +49,11 @@ def allocate(job: Job, run: Run, stage: Stage) -> dict[str, Any]:
 def _about(job: Job, problem: Problem, found: Allocation) -> dict[str, Any]:
     about = {**job.allocator.described(), "gap": found.gap}
     if found.curves:
-        curves = {curve.path: curve for curve in found.curves}
-        about["predicted"] = sum(float(c.errors[c.index(found.ranks[p])]) for p, c in curves.items())
         about["trade_off"] = _sketch(trade_off(found.curves), float(problem.sizes.sum()))
-    plans = job.allocator.measuring.plans
-    if found.curves and plans > 1 and "divergence" in job.allocator.needs:
-        about["additivity"] = asdict(additivity(problem, found.curves, plans))
+    if found.divergence:
+        about["predicted"] = sum(float(c.errors[c.index(found.ranks[c.path])]) for c in found.curves)
+    if found.divergence and job.allocator.measuring.plans > 1:
+        about["additivity"] = asdict(additivity(problem, found.curves, job.allocator.measuring.plans))
     return about
 
 
@@ -70,9 +69,12 @@ def _sketch(path: TradeOff, whole: float) -> list[dict[str, float]]:
 
 
 def with_spectra(problem: Problem, spectra: Spectra, job: Job) -> Problem:
-    """The problem with singular values of all its items."""
+    """The problem with singular values of all its items; without energy where the metric was zero: no token that
+    calibrated would miss the layer.
+    """
     found = {}
     for unit in job.units:
         spectrum, _ = spectra.of(unit)
-        found[unit.path] = (spectrum.values.cpu().numpy(), spectrum.beyond)
-    return replace(problem, spectra=found)
+        nothing = np.zeros(min(unit.shape)), 0.0
+        found[unit.path] = nothing if spectrum.stand_in else (spectrum.values.cpu().numpy(), spectrum.beyond)
+    return replace(problem, spectra=found, in_loss=job.method.gathering.backward)

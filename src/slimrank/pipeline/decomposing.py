@@ -82,6 +82,7 @@ class _Walk(ABC):
             about[unit.path] = {
                 "side": spectrum.side,
                 "beyond": spectrum.beyond,
+                "stand_in": spectrum.stand_in,
                 "notes": spectrum.notes,
                 "groups": {t.path: self.leaders.get(t.path, t.path) for t in unit.targets},
             }
@@ -99,7 +100,9 @@ class _Walk(ABC):
         parts = [self.gathered[t.path] for t in unit.targets if t.path in self.gathered]
         if not parts or all(part.tokens == 0 for part in parts):
             plain = DECOMPOSERS.get("svd").solve(weight, LayerStatistics(unit.shape))
-            return replace(plain, notes=(*plain.notes, "no calibration token reached this layer: plain SVD instead"))
+            return replace(
+                plain, stand_in=True, notes=(*plain.notes, "no calibration token reached this layer: plain SVD instead")
+            )
         statistics = parts[0]
         for part in parts[1:]:
             statistics = statistics.merged(part)

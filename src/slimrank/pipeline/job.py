@@ -34,13 +34,13 @@ from slimrank.models.structure import find_blocks
 from slimrank.models.targets import TargetSet, find_targets
 from slimrank.planning import (
     Unit,
+    at_first,
     configured_refiner,
     following_plan,
     given_plan,
     make_problem,
     order_bytes,
     plan_of,
-    provisional,
     units_of,
     workload,
 )
@@ -119,8 +119,7 @@ class Job:
         self.problem: Problem | None = None
         if plan is None:
             self.problem = make_problem(self.recipe, self.model, self.targets, self.units, self.dtype.itemsize)
-            known = provisional(self.problem) if self.allocator.needs else self.allocator.allocate(self.problem)
-            plan = self.plan_of(known)
+            plan = self.plan_of(at_first(self.problem, self.allocator))
         self.plan = plan
         self._ranks_at_first = plan.factored()
 

@@ -23,12 +23,15 @@ from slimrank.pipeline.spectra import Spectra
 from slimrank.planning import Unit
 from slimrank.run import Stage
 
+HELD = 2**30  # bytes of final hidden states, of cuts that are compared at a time
+Cut = tuple[str, int]  # path and rank
+
 
 class ModelProbe:
     """Effects of cutting targets, on search windows.
 
     A change in block b leaves everything before b as it was: the original's hidden states go through the blocks once,
-    and for each target only the blocks from its own on are run. What was measured is stored block by block.
+    and for each target only the blocks from its own on are run. What was measured is stored at least after every block.
 
     Args:
         job: knows the model and the search windows.
@@ -67,24 +70,31 @@ class ModelProbe:
             hidden = list(self._embedded)
             for index in range(len(self.runner)):
                 mine = [(p, r) for p, some in missing.items() for r in some if min(self.units[p].blocks) == index]
-                for path, effects in self._block(index, hidden, mine).items():
-                    known.setdefault(path, {}).update(effects)
-                if mine:
+                for group in self._groups(mine):
+                    for path, effects in self._block(index, hidden, group).items():
+                        known.setdefault(path, {}).update(effects)
                     self.stage.save("effects", {}, known)
                 hidden = self._through(hidden, index, index + 1)
         return {p: [Effect(*known[p][str(r)]) for r in found] for p, found in ranks.items()}
 
+    def _groups(self, cuts: Sequence[Cut]) -> list[Sequence[Cut]]:
+        """As many cuts at a time as their final hidden states may be held of."""
+        one = sum(hidden.nbytes for hidden in self._scorer.original)
+        count = max(1, HELD // max(1, one))
+        return [cuts[start : start + count] for start in range(0, len(cuts), count)]
+
     def _block(
-        self, index: int, hidden: list[Tensor], cuts: Sequence[tuple[str, int]]
+        self, index: int, hidden: list[Tensor], cuts: Sequence[Cut]
     ) -> dict[str, dict[str, tuple[float, float]]]:
-        """Effects of cuts that begin in this block, all compared with the original at once."""
+        """Effects of some cuts that begin in this block, all compared with the original at once."""
         finals = []
         for path, rank in cuts:
-            with swapped(self.job.model, self.spectra.layers(self.units[path], rank)):
+            layers = self.spectra.layers(self.units[path], rank)
+            with _measuring(f"'{path}' cut to rank {rank}"), swapped(self.job.model, layers):
                 finals.append(self._scorer.kept(self._through(hidden, index, len(self.runner))))
             self.job.progress.step()
         found: dict[str, dict[str, tuple[float, float]]] = {}
-        for (path, rank), effect in zip(cuts, self._scorer.score(finals) if cuts else [], strict=True):
+        for (path, rank), effect in zip(cuts, self._scorer.score(finals), strict=True):
             if not torch.isfinite(torch.tensor(effect)).all():
                 raise NonFiniteError(f"the divergence of '{path}' at rank {rank} is NaN or infinite.", _FLOAT32)
             found.setdefault(path, {})[str(rank)] = effect
@@ -96,12 +106,9 @@ class ModelProbe:
         layers: dict[str, nn.Module] = {}
         for path, rank in ranks.items():
             layers |= self.spectra.layers(self.units[path], rank) if rank != "dense" else {}
-        with swapped(self.job.model, layers):
+        with _measuring("a plan of the allocation"), swapped(self.job.model, layers):
             final = self._scorer.kept(self._through(self._embedded, 0, len(self.runner)))
-        effect = Effect(*self._scorer.score([final])[0])
-        if not torch.isfinite(torch.tensor(effect)).all():
-            raise NonFiniteError("the divergence of a plan is NaN or infinite.", _FLOAT32)
-        return effect
+        return Effect(*self._scorer.score([final])[0])
 
     def _known(self) -> dict[str, dict[str, tuple[float, float]]]:
         return self.stage.load("effects")[1] if self.stage.has("effects") else {}
@@ -160,6 +167,15 @@ class ModelProbe:
         """The whole model on the device, its weights frozen."""
         with frozen(self.job.model), self.runner.placed(self.job.model):
             yield
+
+
+@contextmanager
+def _measuring(what: str) -> Iterator[None]:
+    """Whatever is not finite on the way says what was being measured."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"while {what} was measured: {error.message}", error.hint) from error
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class Spectra:
             side=mine["side"],
             dual=tensors.get(f"{unit.path}.dual"),
             beyond=mine["beyond"],
+            stand_in=mine["stand_in"],
             notes=tuple(mine["notes"]),
         )
         return spectrum, mine

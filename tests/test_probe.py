@@ -1,0 +1,54 @@
+"""Measuring a model: what is not finite says where, and memory is bounded."""
+
+import pytest
+
+from slimrank.errors import NonFiniteError
+from slimrank.pipeline import probe
+from slimrank.run import Stage
+from test_allocation_end_to_end import SEARCH, SEQ_LEN, allocated
+
+
+def test_what_is_not_finite_inside_a_block_names_the_cut(monkeypatch):
+    from slimrank.pipeline.spectra import Spectra
+
+    real = Spectra.layers
+
+    def overflowing(self, unit, rank):
+        layers = real(self, unit, rank)
+        for layer in layers.values():
+            layer.B.weight.data.mul_(float("inf") if "layers.1.mlp.down" in unit.path else 1.0)
+        return layers
+
+    monkeypatch.setattr(Spectra, "layers", overflowing)
+    name = r"model\.layers\.1\.mlp\.down_proj"
+    with pytest.raises(NonFiniteError, match=rf"while '{name}' cut to rank \d+ was measured: NaN .* block"):
+        allocated("lems")
+    with pytest.raises(NonFiniteError, match="while a plan of the allocation was measured"):
+        allocated("atp")
+
+
+@pytest.mark.parametrize("id, method", [("fermigrad", "kfac_svd"), ("dobi", "svd_llm")])
+def test_a_loss_that_is_not_finite_names_the_step(id, method, monkeypatch):
+    real, calls = probe.next_token_loss, []
+
+    def failing(*arguments):
+        calls.append(1)
+        return real(*arguments) * (1 if len(calls) < 4 else float("nan"))
+
+    monkeypatch.setattr(probe, "next_token_loss", failing)
+    with pytest.raises(NonFiniteError, match=r"step \d of \d of the descent"):
+        allocated(id, method=method, allocation_options={"steps": 5})
+
+
+def test_measurements_are_compared_and_stored_a_few_at_a_time(tmp_path, monkeypatch):
+    whole = allocated("lems")
+    groups, saved = [], []
+    real, save = probe.ModelProbe._block, Stage.save
+    monkeypatch.setattr(probe, "HELD", 2 * SEARCH * (SEQ_LEN // 2) * 32 * 4)  # two final states
+    monkeypatch.setattr(
+        probe.ModelProbe, "_block", lambda self, i, h, cuts: (groups.append(len(cuts)), real(self, i, h, cuts))[1]
+    )
+    monkeypatch.setattr(Stage, "save", lambda self, name, *a: (saved.append(name), save(self, name, *a))[1])
+    assert allocated("lems").plan == whole.plan
+    assert groups == [2, 2, 2, 1] * 3
+    assert saved.count("effects") == len(groups)
