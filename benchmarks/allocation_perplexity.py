@@ -24,6 +24,8 @@ from slimrank.models.load import load
 
 VARIANTS = {
     "spectrum relative": ("spectrum", {"scale": "relative"}),
+    "spectrum metric": ("spectrum", {"scale": "metric"}),
+    "shared metric": ("shared", {"scale": "metric"}),
     "lems 0.5": ("lems", {"anchors": [0.5]}),
     "lems 0.1, 0.4, 0.8": ("lems", {"anchors": [0.1, 0.4, 0.8]}),
     "lems search": ("lems", {"search": True}),
