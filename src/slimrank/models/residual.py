@@ -1,0 +1,80 @@
+"""Which layers of a block add what they answer to the residual stream, found by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Place = Literal["entry", "exit"]
+TOLERANCE = 8  # times the rounding error of the largest number
+
+
+def residual_places(
+    block: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Tensor], entry: Tensor
+) -> dict[str, Place]:
+    """Where layers add to the residual stream: to what enters the block, or to what leaves it.
+
+    "entry" is a layer whose answer is added to the block's input, and the sum read by a norm (o_proj); "exit" one whose
+    answer is a term of the block's output (down_proj). Layers with a norm or a factor in between are neither.
+
+    Args:
+        block: a decoder block.
+        layers: module path -> module, linear layers of it.
+        run: runs it; its output.
+        entry: what enters it (windows x tokens x width).
+    """
+    output, answers, read = _heard(block, layers, run)
+    found: dict[str, Place] = {}
+    for path, answer in answers.items():
+        if answer.numel() != output.numel():
+            continue
+        if any(_near(x.view_as(entry), entry + answer.view_as(entry)) for x in read if x.numel() == entry.numel()):
+            found[path] = "entry"
+        elif _near(_run_with(layers[path], _wave(output), run), output + _wave(output)):
+            found[path] = "exit"
+    return found
+
+
+def _heard(
+    block: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Tensor]
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    """The block's output, what each layer answers, and what the modules inside read."""
+    answers: dict[str, Tensor] = {}
+    read: list[Tensor] = []
+
+    def answered(path: str) -> Any:
+        return lambda module, args, output: answers.__setitem__(path, output)
+
+    def reads(module: nn.Module, args: tuple[Any, ...]) -> None:
+        read.extend(x for x in args[:1] if isinstance(x, Tensor))
+
+    handles = [layer.register_forward_hook(answered(path)) for path, layer in layers.items()]
+    handles += [module.register_forward_pre_hook(reads) for module in block.modules() if module is not block]
+    try:
+        return run(), answers, read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_with(layer: nn.Module, more: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    """The block's output when a layer answers so much more."""
+    handle = layer.register_forward_hook(lambda module, args, output: output + more.view_as(output))
+    try:
+        return run()
+    finally:
+        handle.remove()
+
+
+def _wave(output: Tensor) -> Tensor:
+    """A change of the output's size, with both signs, that nothing but an addition hands on as it is."""
+    wave = torch.linspace(-3, 5, output.numel(), dtype=torch.float32, device=output.device).sin()
+    return (wave.view_as(output) * output.abs().max()).to(output)
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    limit = TOLERANCE * torch.finfo(found.dtype).eps * float(expected.abs().max())
+    return bool((found - expected).abs().max() <= limit)
