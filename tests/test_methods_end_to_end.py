@@ -27,6 +27,7 @@ from slimrank.estimate import Machine
 from slimrank.layers import LowRankLinear
 from slimrank.layers.dense import weight_of
 from slimrank.linalg.cost import pair_cost
+from slimrank.models.structure import find_blocks
 from slimrank.models.targets import find_targets
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
@@ -335,26 +336,41 @@ def first_layers(model):
     return list(found.values())
 
 
-def inputs_of(model, paths):
-    """Inputs of layers on the calibration text, as float64 tokens, by plain hooks."""
+ENTRY, EXIT = ("o_proj", "attn.c_proj"), ("down_proj", "mlp.c_proj")  # they add to the residual stream
+
+
+def heard(model, paths):
+    """Inputs of layers on the calibration text, and the residual stream where they add to it; float64 tokens."""
     windows = draw_windows(tokenise("\n\n".join(TEXT), byte_tokenizer()), SAMPLES, SEQ_LEN, seed=0)
-    seen = {}
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(
-            lambda m, a, path=path: seen.update({path: a[0].flatten(0, -2).double()})
-        )
-        for path in paths
-    ]
+    name, blocks = find_blocks(model)
+    read, told, handles = {}, {}, []
+
+    def observe(path):
+        def hook(module, args, output):
+            output = output[0] if isinstance(output, tuple) else output
+            read[path], told[path] = args[0].flatten(0, -2).double(), output.flatten(0, -2).double()
+
+        return hook
+
+    modules = {path: model.get_submodule(path) for path in paths} | {f"{name}.{i}": b for i, b in enumerate(blocks)}
+    handles = [module.register_forward_hook(observe(path)) for path, module in modules.items()]
     logits(model, windows)
     for handle in handles:
         handle.remove()
-    return seen
+    stream = {}
+    for path in paths:
+        block = f"{name}.{path.removeprefix(name + '.').split('.')[0]}"
+        if path.endswith(ENTRY):
+            stream[path] = read[block]
+        elif path.endswith(EXIT):
+            stream[path] = told[block] - told[path]
+    return read, stream
 
 
-def relative_residual(layer, dense, x, y, anchor, biased):
+def relative_residual(layer, dense, x, y, anchor, biased, lack=0.0):
     """|| outputs of the layer on y - target || / || target ||, around the means where the bias is free."""
     weight, bias = weight_of(dense).detach().double(), dense.bias
-    target = (anchor * x + (1 - anchor) * y) @ weight.T
+    target = (anchor * x + (1 - anchor) * y) @ weight.T + anchor * lack
     output = y @ product(layer).T
     if biased:
         old = 0 if bias is None else bias.detach().double()
@@ -363,16 +379,17 @@ def relative_residual(layer, dense, x, y, anchor, biased):
     return float((output - target).norm() / target.norm())
 
 
-def check_refined(result, dense, anchor, bias, paths=None, rel=1e-3):
+def check_refined(result, dense, anchor, bias, paths=None, rel=1e-3, residual=True):
     """The errors reported are those of raw tokens through the finished model."""
     paths = paths or [target.path for target in find_targets(dense)]
-    original, compressed = inputs_of(dense, paths), inputs_of(result.model, paths)
+    (original, before), (compressed, now) = heard(dense, paths), heard(result.model, paths)
     rows = {row["path"]: row for row in result.report["targets"]}
     for path in paths:
         layer, old = result.model.get_submodule(path), dense.get_submodule(path)
         biased = bias == "all" or (bias == "existing" and old.bias is not None)
-        residual = relative_residual(layer, old, original[path], compressed[path], anchor, biased)
-        assert rows[path]["refined"]["after"] == pytest.approx(residual, rel=rel)
+        lack = before[path] - now[path] if residual and path in now else 0.0
+        expected = relative_residual(layer, old, original[path], compressed[path], anchor, biased, lack)
+        assert rows[path]["refined"]["after"] == pytest.approx(expected, rel=rel)
 
 
 @pytest.mark.parametrize("bias", ["none", "existing", "all"])
@@ -398,6 +415,15 @@ def test_refined_factors(model, refiner, anchor, bias):
         assert (layer.bias is not None) == (old is not None or bias == "all")
         if old is not None:
             assert torch.equal(layer.bias, old) == (bias == "none")
+
+
+@pytest.mark.parametrize("refiner", REFINERS.all())
+def test_the_residual_stream_may_be_left_as_it_is(refiner):
+    settings = {"anchor": 1, "residual": False, "ridge": 0.0}
+    result = compress(tiny_model("qwen2").double(), refine=refiner, refine_options=settings)
+    check_refined(result, tiny_model("qwen2").double(), 1, "none", rel=1e-8, residual=False)
+    with pytest.raises(AssertionError):
+        check_refined(result, tiny_model("qwen2").double(), 1, "none", rel=1e-8)
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2", "qwen2"])
@@ -646,7 +672,7 @@ def test_members_that_read_one_input_get_the_optimum_of_their_stack():
     """Sharing within a block is svd_llm of the stacked weight, exactly: by full SVD of the whitened stack."""
     result, dense = compress(method="basis_sharing", method_options=SHARED["block"]), tiny_model()
     names = [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"]
-    x = inputs_of(dense, names[:1])[names[0]]
+    x = heard(dense, names[:1])[0][names[0]]
     w = torch.cat([dense.get_submodule(n).weight.detach().double() for n in names])
     rank = result.plan.targets[names[0]].rank
     u, sigma, _ = torch.linalg.svd(w @ x.T, full_matrices=False)

@@ -43,6 +43,12 @@ class Following(BaseModel):
         Field(description="Solve for the layers of a block in the order in which they read, each with what the refined "
               "ones before it give it; false: all at once, with what the factors as they were cut give."),
     ] = True  # fmt: skip
+    residual: Annotated[
+        bool,
+        Field(
+            description="Layers that add to the residual stream also make up for what it lacks there (by the anchor)."
+        ),
+    ] = True
     metric: Annotated[
         Literal["method", "outputs"],
         Field(description="Measure errors in the method's form on the outputs (kfac_svd: of gradients), or plainly."),
@@ -52,7 +58,7 @@ class Following(BaseModel):
     ] = 1
 
 
-COMMON = ("anchor", "ridge", "bias", "true_sequential")
+COMMON = ("anchor", "residual", "ridge", "bias", "true_sequential")
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,11 @@ class ConfiguredRefiner:
     refiner: Refiner
     options: Mapping[str, Any]
     following: Following
+
+    @property
+    def in_metric(self) -> bool:
+        """Whether the method's form on the outputs counts."""
+        return "metric" in self.refiner.options.model_fields and self.following.metric == "method"
 
     def refine(self, problem: Regression, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """New factors."""

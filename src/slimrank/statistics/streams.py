@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.linalg.regression import Regression
+from slimrank.statistics.lack import LackSums
 from slimrank.statistics.layer import all_tokens, as_windows
 from slimrank.statistics.sums import CHUNK, GramSum
 
@@ -47,8 +48,14 @@ class StreamSums:
             self.cross += (t.to(wide).t() @ x.to(wide)).to(self.cross.device)
         return self.wanted.add(wanted) and finite
 
-    def problem(self, weight: Tensor, centred: bool) -> Regression:
-        """The least-squares problem of reproducing W x from x'; around the means of both, if `centred`."""
+    def problem(self, weight: Tensor, centred: bool, lack: LackSums | None = None) -> Regression:
+        """The least-squares problem of reproducing W x (+ e) from x'; around the means of all, if `centred`.
+
+        Args:
+            weight: W (m x n).
+            centred: whether a bias makes up for the means.
+            lack: sums of e, what the target is to make up for besides.
+        """
         w, gram, wanted = weight.to(self.inputs.upper), self.inputs.gram, self.wanted.gram
         cross = gram if self.cross is None else self.cross
         if centred and self.inputs.count:
@@ -56,17 +63,23 @@ class StreamSums:
             n = self.inputs.count
             gram, wanted = gram - n * torch.outer(mean, mean), wanted - n * torch.outer(aim, aim)
             cross = cross - n * torch.outer(aim, mean)
-        return Regression(gram, w @ cross, float((w @ wanted * w).sum()), cross)
+            lack = lack.centred(mean, aim, n) if lack is not None else None
+        plain = Regression(gram, w @ cross, float((w @ wanted * w).sum()), cross)
+        if lack is None:
+            return plain
+        energy = plain.energy + 2 * float((w * lack.by_wanted).sum()) + lack.energy
+        return Regression(gram, plain.cross + lack.by_inputs, energy)
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean of x' and of x."""
         count = max(1, self.inputs.count)
         return self.inputs.total / count, self.wanted.total / count
 
-    def bias_change(self, weight: Tensor, compressed: Tensor) -> Tensor:
-        """What a bias must gain so that the mean output is that of the target: W mean(x) - W' mean(x')."""
+    def bias_change(self, weight: Tensor, compressed: Tensor, lack: LackSums | None = None) -> Tensor:
+        """What a bias must gain so that the mean output is that of the target: W mean(x) (+ mean(e)) - W' mean(x')."""
         mean, aim = self.means()
-        return weight.to(aim) @ aim - compressed.to(mean) @ mean
+        change = weight.to(aim) @ aim - compressed.to(mean) @ mean
+        return change if lack is None else change + lack.total / max(1, self.inputs.count)
 
 
 @dataclass
@@ -79,7 +92,9 @@ class StreamCollector:
         anchor: weight of the original stream in the target.
         stack: windows averaged into one.
         device: where sums are kept.
+        adding: layers that add to the residual stream, and are to make up for what it lacks; see `add_lack`.
         sums: module path -> sums; one object for layers that read the same tensor.
+        lacks: module path -> sums of what the residual stream lacks there.
     """
 
     originals: Mapping[str, nn.Module]
@@ -87,9 +102,12 @@ class StreamCollector:
     anchor: float
     stack: int
     device: torch.device
+    adding: frozenset[str] = frozenset()
     sums: dict[str, StreamSums] = field(default_factory=dict)
+    lacks: dict[str, LackSums] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._read: dict[str, tuple[Tensor, Tensor]] = {}
         self._mask: Tensor | None = None
         self._shape: tuple[int, ...] | None = None
         self._original: dict[str, Tensor] = {}
@@ -107,11 +125,18 @@ class StreamCollector:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._original, self._seen = {}, []
+        self._original, self._seen, self._read = {}, [], {}
 
     def begin(self, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
         """A new batch is coming, with this padding mask and (windows, tokens)."""
-        self._mask, self._shape, self._seen, self._original = mask, shape, [], {}
+        self._mask, self._shape, self._seen, self._original, self._read = mask, shape, [], {}, {}
+
+    def add_lack(self, path: str, lack: Tensor) -> None:
+        """Add e (windows x tokens x m) of the batch that one of the layers `adding` has just read."""
+        inputs, wanted = self._read[path]
+        if path not in self.lacks:
+            self.lacks[path] = LackSums.empty(lack.shape[-1], inputs.shape[-1], self.device)
+        self.lacks[path].add(self._tokens(lack), inputs, wanted)
 
     def _remember(self, path: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -122,6 +147,8 @@ class StreamCollector:
     def _add(self, path: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
+            if path in self.adding:
+                self._read[path] = self._tokens(x), self._tokens(self._wanted(path, x))
             leader = next((name for known, name in self._seen if known is x), path)
             if self._leaders.setdefault(path, leader) != leader:
                 raise ModelError(
