@@ -19,7 +19,7 @@ from helpers import byte_tokenizer, save_tiny, text, tiny_model
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.problem import Item, Problem
 from slimrank.allocate.registry import ALLOCATORS
-from slimrank.calibration.windows import draw_windows, tokenise
+from slimrank.calibration.windows import draw_apart, draw_windows, tokenise
 from slimrank.cli import main
 from slimrank.decompose.registry import DECOMPOSERS, Configured
 from slimrank.errors import DataError, ModelError, PlanError, RecipeError
@@ -29,6 +29,7 @@ from slimrank.layers.dense import weight_of
 from slimrank.linalg.cost import pair_cost
 from slimrank.models.structure import find_blocks
 from slimrank.models.targets import find_targets
+from slimrank.pipeline.held_out import HeldOut
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.refine.registry import REFINERS
@@ -401,7 +402,7 @@ def test_refined_factors(model, refiner, anchor, bias):
 
     In float64: a layer reads what low-rank layers before it give, so without a ridge its problem is all but singular.
     """
-    settings = {"anchor": anchor, "bias": bias, "ridge": 0.0}
+    settings = {"anchor": anchor, "bias": bias, "ridge": 0.0, "held_out": 0}
     result = compress(tiny_model(model).double(), refine=refiner, refine_options=settings)
     dense = tiny_model(model).double()
     gains = []
@@ -417,9 +418,58 @@ def test_refined_factors(model, refiner, anchor, bias):
             assert torch.equal(layer.bias, old) == (bias == "none")
 
 
+def kl_on(dense, model, windows, dropped):
+    """KL(dense || model) of whole passes in float64, in nats a token, over the positions that count."""
+    p, q = (logits(m, windows).double()[:, dropped:].log_softmax(-1) for m in (dense, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("model", ["gpt2", "qwen2"])
+def test_a_refined_block_is_kept_only_where_it_is_nearer_on_windows_kept_aside(model, bias, tmp_path, monkeypatch):
+    """Each decision by whole passes of models that are made by hand; the last one is the finished model's."""
+    options = {"refine": "regress", "refine_options": {"bias": bias}, "keep_ratio": 0.4, "search_samples": 3}
+    seen, divergence = [], HeldOut.divergence
+    monkeypatch.setattr(HeldOut, "divergence", lambda self, index: seen.append(divergence(self, index)) or seen[-1])
+    result = compress(tiny_model(model), **options)
+    undone = {note.split(":")[0] for note in result.report["notes"] if note.endswith("undone")}
+    after, before = seen[0::2], seen[1::2]
+    assert undone == {f"block {i}" for i, (a, b) in enumerate(zip(after, before, strict=True)) if a > b}
+    for row in result.report["targets"]:
+        if f"block {row['block']}" in undone:
+            assert row["refined"]["undone"]
+            assert row["refined"]["after"] == row["refined"]["before"]
+    windows, _ = draw_apart(tokenise("\n\n".join(TEXT), byte_tokenizer()), 3, SAMPLES, SEQ_LEN, 0, None)
+    ours = kl_on(tiny_model(model), result.model, windows, SEQ_LEN // 2)
+    assert ours == pytest.approx(min(after[-1], before[-1]), rel=1e-3)
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("worse", [True, False])
+def test_undone_blocks_are_cut_blocks_also_after_an_interruption(worse, after, tmp_path, monkeypatch):
+    """Whatever refining did, bit by bit, biases and their count included."""
+    seen = []
+
+    def judged(self, index):
+        seen.append(index)
+        return float(len(seen) % 2) if worse else 0.0
+
+    monkeypatch.setattr(HeldOut, "divergence", judged)
+    options = {"refine": "update", "refine_options": {"bias": "all"}}
+    resumed, _ = interrupted_then_resumed(tmp_path, "cut and refine factors", after, **options)
+    seen.clear()
+    assert_same(resumed, compress(**options))
+    count = sum(note.endswith("undone") for note in resumed.report["notes"])
+    assert count == (3 if worse else 0)
+    plain = low_rank(compress(plan=resumed.plan, keep_ratio=None).model)
+    for path, layer in low_rank(resumed.model).items():
+        assert torch.equal(layer.B.weight, plain[path].B.weight) == worse
+        assert (layer.bias is None) == worse
+
+
 @pytest.mark.parametrize("refiner", REFINERS.all())
 def test_the_residual_stream_may_be_left_as_it_is(refiner):
-    settings = {"anchor": 1, "residual": False, "ridge": 0.0}
+    settings = {"anchor": 1, "residual": False, "ridge": 0.0, "held_out": 0}
     result = compress(tiny_model("qwen2").double(), refine=refiner, refine_options=settings)
     check_refined(result, tiny_model("qwen2").double(), 1, "none", rel=1e-8, residual=False)
     with pytest.raises(AssertionError):
@@ -429,7 +479,7 @@ def test_the_residual_stream_may_be_left_as_it_is(refiner):
 @pytest.mark.parametrize("model", ["llama", "gpt2", "qwen2"])
 def test_all_layers_of_a_block_refined_at_once(model):
     """Errors are those of the finished model only for layers that read no refined layer of their block."""
-    settings = {"anchor": 1, "ridge": 0.0}
+    settings = {"anchor": 1, "ridge": 0.0, "held_out": 0}
     dense = tiny_model(model)
     at_once = compress(model, refine="update", refine_options={**settings, "true_sequential": False})
     check_refined(at_once, dense, 1, "none", first_layers(dense))
@@ -627,7 +677,7 @@ def _biased(model, path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"refine": "update", "refine_options": {"bias": "all"}},
+        {"refine": "update", "refine_options": {"bias": "all", "held_out": 0}},
         {"method": "basis_sharing"},
         {"method": "basis_sharing", "method_options": SHARED["both"], "refine": "update"},
         {"method": "kfac_svd"},

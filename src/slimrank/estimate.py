@@ -38,6 +38,7 @@ class Workload:
         pivots: whether they are stored as pivot layers, for which they are decomposed once more.
         solves: eigen-problems per weight.
         search: forward passes over the search text, times its tokens.
+        held_out: the same of the windows that refined blocks are judged on.
         samples: weight gradients held per weight (0 for a method that needs none).
     """
 
@@ -53,6 +54,7 @@ class Workload:
     solves: int = 1
     samples: int = 0
     search: float = 0.0
+    held_out: float = 0.0
 
 
 def measure_machine(device: torch.device) -> Machine:
@@ -81,6 +83,7 @@ def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
     cutting = (2 if work.pivots else 1) * decompose / 4 / machine.float64
     if work.refines:
         cutting += (5 * forward + 4 * grams) / machine.float32 + decompose / machine.float64
+        cutting += 2 * work.held_out * (work.matrices + work.head) / machine.float32
     stored = 4 * sum(t.parameters for t in work.targets)
     return {
         "measure the original": evaluate / machine.float32,

@@ -261,6 +261,12 @@ def _search(recipe: Recipe, layers: int) -> float:
     return allocator.passes(layers, -(-recipe.search_samples // recipe.batch_size))
 
 
+def _held_out(recipe: Recipe, method: Configured) -> int:
+    """Windows on which every refined block is judged, twice, with half of the blocks on average to run."""
+    refiner = configured_refiner(recipe, method)
+    return 0 if refiner is None else min(refiner.following.held_out, recipe.search_samples)
+
+
 def workload(
     recipe: Recipe,
     model: Any,
@@ -286,5 +292,6 @@ def workload(
         pivots=recipe.stored_as == "pivot",
         solves={"once": 1, "twice": 2, "per batch": 1 + batches}[method.method.solves],
         search=_search(recipe, len(targets)) * recipe.search_samples * seq_len,
+        held_out=_held_out(recipe, method) * len({t.block for t in targets}) * seq_len,
         samples=-(-recipe.samples // gathering.accumulate) if "gradients" in gathering.needs else 0,
     )

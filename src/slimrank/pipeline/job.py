@@ -87,7 +87,8 @@ class Job:
     def load(self, model: Any, tokenizer: Any) -> None:
         """Load the model, find its targets, make the plan, read the texts: all that may fail, fails here."""
         recipe = following_plan(self.recipe)
-        searches = recipe.plan is None and self.allocator.measures
+        holds_out = self.refiner is not None and self.refiner.following.held_out > 0
+        searches = (recipe.plan is None and self.allocator.measures) or holds_out
         texts = prepare_texts(recipe, self.calibrates, searches)
         if isinstance(model, (str, Path)):
             self.progress.note(f"loading {model}")
@@ -172,7 +173,7 @@ class Job:
         assert self.refiner is not None
         key = {**self.spectra_key(), "refine": self.refiner.described(), "plan": self.plan.factored()}
         key["stored_as"] = self.plan.stored_as
-        return {**key, "dtype": str(self.dtype)}
+        return {**key, "dtype": str(self.dtype), "search": self.texts.search_digest}
 
     def predicted_bytes(self) -> int:
         """Bytes of the weights to be written."""

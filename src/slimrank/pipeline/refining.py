@@ -16,11 +16,15 @@ from slimrank.linalg.regression import Regression, best_b
 from slimrank.models.paging import page_out
 from slimrank.models.targets import Target
 from slimrank.pipeline.cutting import Cutter
+from slimrank.pipeline.held_out import HeldOut
 from slimrank.pipeline.job import Job, hidden_states, named
 from slimrank.pipeline.two_streams import TwoStreams
 from slimrank.run import Stage
 from slimrank.statistics.lack import LackSums
 from slimrank.statistics.streams import StreamSums
+
+_MORE_OUTPUTS = "more outputs than inputs: it does not make up for the residual stream"
+_UNDONE = "refining brought the divergence on windows kept aside from {before:.4f} to {after:.4f}: undone"
 
 
 class Refinement:
@@ -36,6 +40,8 @@ class Refinement:
         self.job, self.cutter, self.stage, self.refiner = job, cutter, stage, job.refiner
         self.streams = TwoStreams(job, job.refiner.following)
         self.runner = self.streams.runner
+        count = job.refiner.following.held_out
+        self.held_out = HeldOut(job, count, stage) if count else None
 
     def walk(self) -> None:
         """Cut and refine all blocks in order."""
@@ -43,6 +49,8 @@ class Refinement:
         with job.timed("cut and refine factors", len(runner)), runner.session():
             first = int(self.stage.load("streams")[1]["next"]) if self.stage.has("streams") else 0
             self.streams.start()
+            if self.held_out is not None:
+                self.held_out.start()
             if first:
                 job.progress.note(f"resuming at block {first} of {len(runner)}")
                 self._take_up(first)
@@ -56,18 +64,27 @@ class Refinement:
         self.streams.compressed = hidden_states(streams, "compressed.", count)
         if self.streams.original:
             self.streams.original = hidden_states(streams, "original.", count)
+        if self.held_out is not None:
+            self.held_out.hidden = hidden_states(streams, "held-out.", len(self.held_out.hidden))
         for index in range(first):
             self.cutter.cut_block(index)
             tensors, about = self.stage.load(f"refined-{index:04d}")
             for target in self._factored(index):
-                if target.path not in about:
-                    self._not_refined(target)
-                    continue
                 mine = f"{target.path}."
-                self._put(target, {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)})
-                self.cutter.done.rows[target.path]["refined"] = about[target.path]
+                found = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
+                if found:
+                    self._put(target, found)
+                elif target.path not in about["errors"]:
+                    self._not_refined(target)
+            self._told(about)
             self._let_go(index)
             self.job.progress.step()
+
+    def _told(self, about: Mapping[str, Any]) -> None:
+        """What there is to report of a block."""
+        for path, errors in about["errors"].items():
+            self.cutter.done.rows[path]["refined"] = errors
+        self.cutter.done.notes += about["notes"]
 
     def _not_refined(self, target: Target) -> None:
         self.cutter.done.notes.append(f"{target.path}: no calibration token reached this layer: not refined")
@@ -87,8 +104,9 @@ class Refinement:
         self.cutter.cut_block(index)
         targets = {t.path: t for t in self._factored(index)}
         originals = self._let_go(index)
-        tensors: dict[str, Tensor] = {}
-        about: dict[str, Any] = {}
+        cut = {path: self._state(path) for path in targets}
+        refined: dict[str, dict[str, Tensor]] = {}
+        about: dict[str, Any] = {"errors": {}, "notes": []}
         stages = self.streams.stages(index, list(targets))
         for number, paths in enumerate(stages, 1):
             gathered = self.streams.gather(index, originals, paths, last=number == len(stages))
@@ -98,19 +116,69 @@ class Refinement:
                     continue
                 weight = weight_of(originals[target.path]).to(self.job.solver)
                 sums, lack = gathered.sums[target.path], gathered.lacks.get(target.path)
-                new, about[target.path] = self._refined(target, weight, sums, lack)
-                tensors |= {f"{target.path}.{k}": v for k, v in new.items()}
-                self._put(target, new)
-                self.cutter.done.rows[target.path]["refined"] = about[target.path]
+                if lack is not None and self._row(target).seen:
+                    about["notes"].append(f"{target.path}: {_MORE_OUTPUTS}")
+                    lack = None
+                refined[target.path], about["errors"][target.path] = self._refined(target, weight, sums, lack)
+                self._put(target, refined[target.path])
+        if self.held_out is not None and refined and self._undone(index, targets, cut, refined, about):
+            refined = {}
+        self._told(about)
         self.streams.step(index)
+        if self.held_out is not None:
+            self.held_out.step(index)
         page_out(self.runner.blocks[index])
         if self.job.resumable:
-            self._store(index, tensors, about)
+            self._store(index, refined, about)
 
-    def _store(self, index: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def _undone(
+        self,
+        index: int,
+        targets: Mapping[str, Target],
+        cut: Mapping[str, Mapping[str, Tensor]],
+        refined: Mapping[str, Mapping[str, Tensor]],
+        about: dict[str, Any],
+    ) -> bool:
+        """Whether the block as it was cut is nearer to the original on windows kept aside; if so it is that again."""
+        assert self.held_out is not None
+        after = self.held_out.divergence(index)
+        for path in refined:
+            self._put_back(targets[path], cut[path])
+        before = self.held_out.divergence(index)
+        about["divergence"] = {"before": before, "after": after}
+        if after > before:
+            about["errors"] = {p: {**e, "after": e["before"], "undone": True} for p, e in about["errors"].items()}
+            about["notes"] = [f"block {index}: {_UNDONE.format(before=before, after=after)}"]
+            return True
+        for path, state in refined.items():
+            self._put(targets[path], state)
+        return False
+
+    def _state(self, path: str) -> dict[str, Tensor]:
+        """What a layer holds: tensors that stay as they are when others are put in their place."""
+        return dict(self.job.model.get_submodule(path).state_dict())
+
+    def _put_back(self, target: Target, cut: Mapping[str, Tensor]) -> None:
+        """Give a layer what it held before it was refined; a bias that refining gave it is taken away."""
+        for path in (target.path, *target.ties):
+            layer: CompressedLinear = self.job.model.get_submodule(path)
+            if layer.bias is not None and not any(name.endswith("bias") for name in cut):
+                self.cutter.done.new_biases -= layer.bias.numel()
+                layer.set_bias(None)
+        self._put(target, cut)
+
+    def _store(self, index: int, refined: Mapping[str, Mapping[str, Tensor]], about: dict[str, Any]) -> None:
+        tensors = {f"{path}.{name}": tensor for path, state in refined.items() for name, tensor in state.items()}
         self.stage.save(f"refined-{index:04d}", tensors, about)
-        both = {**named("original.", self.streams.original), **named("compressed.", self.streams.compressed)}
+        streams = {"original.": self.streams.original, "compressed.": self.streams.compressed}
+        if self.held_out is not None:
+            streams["held-out."] = self.held_out.hidden
+        both = {name: state for prefix, hidden in streams.items() for name, state in named(prefix, hidden).items()}
         self.stage.save("streams", both, {"next": index + 1})
+
+    def _row(self, target: Target) -> Form:
+        """The form on the outputs that counts."""
+        return self.cutter.spectra.row(target) if self.refiner.in_metric else Form()
 
     def _refined(
         self, target: Target, weight: Tensor, sums: StreamSums, lack: LackSums | None
@@ -119,11 +187,7 @@ class Refinement:
         layer: CompressedLinear = self.job.model.get_submodule(target.path)
         following = self.refiner.following
         biased = not target.ties and (following.bias == "all" or (following.bias == "existing" and target.bias))
-        row = self.cutter.spectra.row(target) if self.refiner.in_metric else Form()
-        if row.seen and lack is not None:
-            self._residual_stays(target)
-            lack = None
-        problem = replace(sums.problem(weight, biased, lack), row=row)
+        problem = replace(sums.problem(weight, biased, lack), row=self._row(target))
         a, b = (factor.to(weight.device) for factor in pair_of(layer))
         damped = problem.towards(weight, following.ridge)
         new = self._stored(damped, *self.refiner.refine(damped, weight, a, b))
@@ -134,11 +198,6 @@ class Refinement:
             new.set_bias((old + sums.bias_change(weight, product, lack)).to(self.job.dtype))
         errors = {"before": _relative(problem, b @ a), "after": _relative(problem, product)}
         return new.state_dict(), errors
-
-    def _residual_stays(self, target: Target) -> None:
-        self.cutter.done.notes.append(
-            f"{target.path}: more outputs than inputs: it does not make up for the residual stream"
-        )
 
     def _stored(self, problem: Regression, a: Tensor, b: Tensor) -> CompressedLinear:
         """The layer of refined factors; the B of a pair is fitted again to what casting leaves of A."""

@@ -43,6 +43,14 @@ class Following(BaseModel):
         Field(description="Solve for the layers of a block in the order in which they read, each with what the refined "
               "ones before it give it; false: all at once, with what the factors as they were cut give."),
     ] = True  # fmt: skip
+    held_out: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Search windows on which a refined block must not be farther from the original than the block "
+            "as it was cut, else it is undone; 0: no check.",
+        ),
+    ] = 4
     residual: Annotated[
         bool,
         Field(
@@ -58,7 +66,7 @@ class Following(BaseModel):
     ] = 1
 
 
-COMMON = ("anchor", "residual", "ridge", "bias", "true_sequential")
+COMMON = ("anchor", "held_out", "residual", "ridge", "bias", "true_sequential")
 
 
 @dataclass(frozen=True)
