@@ -1,9 +1,12 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from slimrank.errors import OutputError, RecipeError, RunError
 from slimrank.recipe import PRESETS, Recipe
-from slimrank.run import Run, content_key
+from slimrank.run import Run, content_key, remove_run
 
 
 def test_one_schema_for_yaml_and_python(tmp_path):
@@ -67,6 +70,19 @@ def test_store_round_trip_and_damage(tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(RunError, match="cannot be read"):
         stage.load("x")
+
+
+def test_one_process_at_a_time_in_a_run_directory(tmp_path):
+    with Run(tmp_path / "run", {}):
+        folder = f"Path({str(tmp_path / 'run')!r})"
+        code = f"from pathlib import Path; from slimrank.run import Run; Run({folder}, {{}}).__enter__()"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "another slimrank is at work" in found.stderr
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    with Run(tmp_path / "run", {}), Run(tmp_path / "run", {}):  # one process may, as notebooks do
+        pass
+    remove_run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_directories_guard_their_inputs(tmp_path):

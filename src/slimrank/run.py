@@ -13,12 +13,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from slimrank.errors import OutputError, RunError
 
+LOCK = "lock"
 SCHEMA = 3  # raise it when the content of stored files changes meaning
 
 
@@ -56,6 +58,25 @@ class Run:
                 f"the run directory '{folder}' cannot be used: {error}", "choose another folder"
             ) from error
 
+    def __enter__(self) -> Run:
+        """Keep other processes out of the folder.
+
+        Raises:
+            RunError: another one is at work in it.
+        """
+        self._lock = FileLock(self.folder / LOCK, is_singleton=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(
+                f"another slimrank is at work in the run directory '{self.folder}'.",
+                "wait for it to end, or give this one a --run-dir of its own",
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
     def stage(self, parts: dict[str, Any]) -> Stage:
         """The stored results of one stage, under the key of everything that they depend on."""
         return Stage(self.folder / "store" / content_key(parts))
@@ -65,6 +86,7 @@ def remove_run(folder: Path) -> None:
     """Delete what a run has stored; whatever else lies in the folder stays."""
     shutil.rmtree(folder / "store", ignore_errors=True)
     (folder / "run.json").unlink(missing_ok=True)
+    (folder / LOCK).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
 

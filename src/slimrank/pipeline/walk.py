@@ -54,8 +54,7 @@ def compress(
     job = Job(Recipe.merged(recipe, options), progress or Progress(), resumable)
     output = OutputFolder(Path(out), overwrite) if out is not None else None
     job.load(model, tokenizer)
-    with _run_folder(output.path if output else None, run_dir) as folder:
-        run = Run(folder, job.identity())
+    with _run_folder(output.path if output else None, run_dir) as folder, Run(folder, job.identity()) as run:
         job.announce()
         need_space(folder, job.stored_bytes())
         if output is not None:
@@ -108,8 +107,7 @@ def find_plan(
     made = Recipe.merged(recipe, options).model_copy(update={"evaluation": None})
     job = Job(made, progress or Progress(), resumable=run_dir is not None)
     job.load(model, tokenizer)
-    with _run_folder(None, run_dir) as folder:
-        run = Run(folder, job.identity())
+    with _run_folder(None, run_dir) as folder, Run(folder, job.identity()) as run:
         job.announce()
         need_space(folder, job.stored_bytes())
         stage = run.stage(job.spectra_key())
