@@ -619,7 +619,10 @@ def tied_between_layers():
 def test_the_original_stream_is_the_original_model_where_weights_are_tied():
     """up_proj of block 1 is replaced along with that of block 0; what block 2 reads in the original must not be."""
     result = compress(
-        tied_between_layers(), refine="regress", refine_options={"ridge": 0.0, "anchor": 1.0}, keep_ratio=0.4
+        tied_between_layers(),
+        refine="regress",
+        refine_options={"ridge": 0.0, "anchor": 1.0, "held_out": 0},
+        keep_ratio=0.4,
     )
     check_refined(result, tied_between_layers(), 1.0, "none")
 
@@ -651,7 +654,7 @@ def test_new_biases_count(model, budget, tmp_path):
     if "max_bytes" in budget and model != "llama":
         budget = {"max_bytes": 130_000}
     folder = save_tiny(tmp_path / "model", model)
-    options = {"keep_ratio": None, **budget, "refine": "update", "refine_options": {"bias": "all"}}
+    options = {"keep_ratio": None, **budget, "refine": "update", "refine_options": {"bias": "all", "held_out": 0}}
     result = slimrank.compress(
         folder, out=tmp_path / "out", calibration=TEXT, evaluation=None, samples=SAMPLES, seq_len=SEQ_LEN, **options
     )
