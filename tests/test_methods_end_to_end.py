@@ -467,6 +467,15 @@ def test_undone_blocks_are_cut_blocks_also_after_an_interruption(worse, after, t
         assert (layer.bias is None) == worse
 
 
+def test_a_refined_block_that_gives_no_number_is_undone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        HeldOut, "divergence", lambda self, index: seen.append(index) or (math.nan, 1.0)[1 - len(seen) % 2]
+    )
+    notes = compress(refine="update").report["notes"]
+    assert sum(note.endswith("undone") for note in notes) == 3
+
+
 @pytest.mark.parametrize("refiner", REFINERS.all())
 def test_the_residual_stream_may_be_left_as_it_is(refiner):
     settings = {"anchor": 1, "residual": False, "ridge": 0.0, "held_out": 0}

@@ -145,8 +145,7 @@ class Refinement:
         for path in refined:
             self._put_back(targets[path], cut[path])
         before = self.held_out.divergence(index)
-        about["divergence"] = {"before": before, "after": after}
-        if after > before:
+        if not after <= before:  # NaN is never nearer
             about["errors"] = {p: {**e, "after": e["before"], "undone": True} for p, e in about["errors"].items()}
             about["notes"] = [f"block {index}: {_UNDONE.format(before=before, after=after)}"]
             return True
