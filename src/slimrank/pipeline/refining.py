@@ -115,11 +115,12 @@ class Refinement:
                     self._not_refined(target)
                     continue
                 weight = weight_of(originals[target.path]).to(self.job.solver)
-                sums, lack = gathered.sums[target.path], gathered.lacks.get(target.path)
-                if lack is not None and self._row(target).seen:
+                row, lack = self._row(target), gathered.lacks.get(target.path)
+                if lack is not None and row.seen:
                     about["notes"].append(f"{target.path}: {_MORE_OUTPUTS}")
                     lack = None
-                refined[target.path], about["errors"][target.path] = self._refined(target, weight, sums, lack)
+                found = self._refined(target, weight, gathered.sums[target.path], lack, row)
+                refined[target.path], about["errors"][target.path] = found
                 self._put(target, refined[target.path])
         if self.held_out is not None and refined and self._undone(index, targets, cut, refined, about):
             refined = {}
@@ -180,13 +181,13 @@ class Refinement:
         return self.cutter.spectra.row(target) if self.refiner.in_metric else Form()
 
     def _refined(
-        self, target: Target, weight: Tensor, sums: StreamSums, lack: LackSums | None
+        self, target: Target, weight: Tensor, sums: StreamSums, lack: LackSums | None, row: Form
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What the refined layer holds, cast to the dtype it is stored in, and the relative errors before and after."""
         layer: CompressedLinear = self.job.model.get_submodule(target.path)
         following = self.refiner.following
         biased = not target.ties and (following.bias == "all" or (following.bias == "existing" and target.bias))
-        problem = replace(sums.problem(weight, biased, lack), row=self._row(target))
+        problem = replace(sums.problem(weight, biased, lack), row=row)
         a, b = (factor.to(weight.device) for factor in pair_of(layer))
         damped = problem.towards(weight, following.ridge)
         new = self._stored(damped, *self.refiner.refine(damped, weight, a, b))

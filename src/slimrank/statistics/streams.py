@@ -147,8 +147,6 @@ class StreamCollector:
     def _add(self, path: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            if path in self.adding:
-                self._read[path] = self._tokens(x), self._tokens(self._wanted(path, x))
             leader = next((name for known, name in self._seen if known is x), path)
             if self._leaders.setdefault(path, leader) != leader:
                 raise ModelError(
@@ -157,12 +155,17 @@ class StreamCollector:
                 )
             if leader != path:
                 self.sums[path] = self.sums[leader]
+                if path not in self.adding:
+                    return
+            read = self._tokens(x), self._tokens(self._wanted(path, x))
+            if path in self.adding:
+                self._read[path] = read
+            if leader != path:
                 return
             self._seen.append((x, path))
-            wanted = self._wanted(path, x)
             if path not in self.sums:
                 self.sums[path] = StreamSums.empty(x.shape[-1], self.device, self.anchor == 0)
-            if not self.sums[path].add(self._tokens(x), self._tokens(wanted)):
+            if not self.sums[path].add(*read):
                 raise NonFiniteError(
                     f"NaN or infinity in the inputs of layer '{path}' of the compressed model.",
                     "run in float32 (--dtype float32), or keep more",
