@@ -128,6 +128,18 @@ class BlockRunner:
             )
         return output
 
+    def through(self, hidden: Sequence[Tensor], first: int, last: int) -> list[Tensor]:
+        """Hidden states of all batches after blocks first .. last - 1; those that are passed in stay as they are.
+
+        Raises:
+            NonFiniteError: NaN or infinity in a block's output.
+        """
+        found = list(hidden)
+        for index in range(first, last):
+            with self.placed_block(index):
+                found = [self.kept(self.run(index, b, h)) for b, h in enumerate(found)]
+        return found
+
     def kept(self, hidden: Tensor) -> Tensor:
         """Hidden states where they are kept between blocks."""
         return hidden if self.resident else hidden.cpu()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from slimrank.allocate.measuring import Measuring
@@ -50,14 +48,7 @@ class HeldOut:
 
     def step(self, index: int) -> None:
         """The windows go through block `index` as it is now."""
-        self.hidden = self._through(self.hidden, index)
+        self.hidden = self.runner.through(self.hidden, index, index + 1)
 
     def _finals(self, index: int) -> list[Tensor]:
-        hidden = list(self.hidden)
-        for later in range(index, len(self.runner)):
-            hidden = self._through(hidden, later)
-        return self._scorer.kept(hidden)
-
-    def _through(self, hidden: Sequence[Tensor], index: int) -> list[Tensor]:
-        with self.runner.placed_block(index):
-            return [self.runner.kept(self.runner.run(index, b, h)) for b, h in enumerate(hidden)]
+        return self._scorer.kept(self.runner.through(self.hidden, index, len(self.runner)))

@@ -74,7 +74,7 @@ class ModelProbe:
                     for path, effects in self._block(index, hidden, group).items():
                         known.setdefault(path, {}).update(effects)
                     self.stage.save("effects", {}, known)
-                hidden = self._through(hidden, index, index + 1)
+                hidden = self.runner.through(hidden, index, index + 1)
         return {p: [Effect(*known[p][str(r)]) for r in found] for p, found in ranks.items()}
 
     def _groups(self, cuts: Sequence[Cut]) -> list[Sequence[Cut]]:
@@ -91,7 +91,7 @@ class ModelProbe:
         for path, rank in cuts:
             layers = self.spectra.layers(self.units[path], rank)
             with _measuring(f"'{path}' cut to rank {rank}"), swapped(self.job.model, layers):
-                finals.append(self._scorer.kept(self._through(hidden, index, len(self.runner))))
+                finals.append(self._scorer.kept(self.runner.through(hidden, index, len(self.runner))))
             self.job.progress.step()
         found: dict[str, dict[str, tuple[float, float]]] = {}
         for (path, rank), effect in zip(cuts, self._scorer.score(finals), strict=True):
@@ -107,7 +107,7 @@ class ModelProbe:
         for path, rank in ranks.items():
             layers |= self.spectra.layers(self.units[path], rank) if rank != "dense" else {}
         with _measuring("a plan of the allocation"), swapped(self.job.model, layers):
-            final = self._scorer.kept(self._through(self._embedded, 0, len(self.runner)))
+            final = self._scorer.kept(self.runner.through(self._embedded, 0, len(self.runner)))
         return Effect(*self._scorer.score([final])[0])
 
     def _known(self) -> dict[str, dict[str, tuple[float, float]]]:
@@ -119,15 +119,7 @@ class ModelProbe:
             return
         self.runner.embed(self._batches)
         self._embedded = list(self.runner.hidden)
-        self._scorer.original = self._scorer.kept(self._through(self._embedded, 0, len(self.runner)))
-
-    def _through(self, hidden: Sequence[Tensor], first: int, last: int) -> list[Tensor]:
-        """Hidden states after blocks first .. last - 1."""
-        found = list(hidden)
-        for index in range(first, last):
-            with self.runner.placed_block(index):
-                found = [self.runner.kept(self.runner.run(index, b, h)) for b, h in enumerate(found)]
-        return found
+        self._scorer.original = self._scorer.kept(self.runner.through(self._embedded, 0, len(self.runner)))
 
     # influence ----------------------------------------------------------------------------------------------
 
@@ -136,7 +128,7 @@ class ModelProbe:
         self.runner.embed(self._batches)
         hidden, found = list(self.runner.hidden), []
         for index in range(len(self.runner)):
-            after = self._through(hidden, index, index + 1)
+            after = self.runner.through(hidden, index, index + 1)
             pairs = zip(hidden, after, strict=True)
             cosines = [cosine_similarity(a.double(), b.double(), dim=-1).flatten() for a, b in pairs]
             found.append(float(torch.cat(cosines).mean()))
