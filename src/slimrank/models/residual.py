@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,8 @@ def residual_places(
         run: runs it; its output.
         entry: what enters it (windows x tokens x width).
     """
-    output, answers, read = _heard(block, layers, run)
+    with answers_of(layers) as answers:
+        output, read = _heard(block, run)
     found: dict[str, Place] = {}
     for path, answer in answers.items():
         if answer.numel() != output.numel():
@@ -38,23 +40,32 @@ def residual_places(
     return found
 
 
-def _heard(
-    block: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Tensor]
-) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-    """The block's output, what each layer answers, and what the modules inside read."""
-    answers: dict[str, Tensor] = {}
-    read: list[Tensor] = []
+@contextmanager
+def answers_of(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """What each of these layers (module path -> module) has answered last, for the time of the context."""
+    found: dict[str, Tensor] = {}
 
-    def answered(path: str) -> Any:
-        return lambda module, args, output: answers.__setitem__(path, output)
+    def hook(path: str) -> Any:
+        return lambda module, args, output: found.__setitem__(path, output)
+
+    handles = [layer.register_forward_hook(hook(path)) for path, layer in layers.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _heard(block: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The block's output, and what the modules inside read."""
+    read: list[Tensor] = []
 
     def reads(module: nn.Module, args: tuple[Any, ...]) -> None:
         read.extend(x for x in args[:1] if isinstance(x, Tensor))
 
-    handles = [layer.register_forward_hook(answered(path)) for path, layer in layers.items()]
-    handles += [module.register_forward_pre_hook(reads) for module in block.modules() if module is not block]
+    handles = [module.register_forward_pre_hook(reads) for module in block.modules() if module is not block]
     try:
-        return run(), answers, read
+        return run(), read
     finally:
         for handle in handles:
             handle.remove()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from slimrank.models.order import reading_order, run_until_read
-from slimrank.models.residual import Place, residual_places
+from slimrank.models.residual import Place, answers_of, residual_places
 from slimrank.models.structure import without_numbers
 from slimrank.models.swap import swapped
 from slimrank.pipeline.job import Job
@@ -98,7 +96,7 @@ class TwoStreams:
         rest = {path: self.original[b] for path, place in places.items() if place == "entry"}
         run, following = partial(self.runner.run, index, b), self.following
         if following.anchor:
-            with swapped(self.job.model, originals), _answers({p: originals[p] for p in exits}) as answers:
+            with swapped(self.job.model, originals), answers_of({p: originals[p] for p in exits}) as answers:
                 if last or exits:
                     output = run(self.original[b])
                     rest |= {path: output - answers[path].view_as(output) for path in exits}
@@ -106,7 +104,7 @@ class TwoStreams:
                 else:
                     run_until_read([originals[path] for path in layers], partial(run, self.original[b]))
         if exits:
-            with _answers({path: layers[path] for path in exits}) as answers:
+            with answers_of({path: layers[path] for path in exits}) as answers:
                 output = run(self.compressed[b])
         elif layers:
             run_until_read(layers.values(), partial(run, self.compressed[b]))
@@ -127,19 +125,3 @@ class TwoStreams:
             self._known |= {without_numbers(path): found.get(path) for path in new}
         places = {path: self._known[without_numbers(path)] for path in paths}
         return {path: place for path, place in places.items() if place is not None}
-
-
-@contextmanager
-def _answers(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """What layers have answered last."""
-    found: dict[str, Tensor] = {}
-
-    def hook(path: str) -> Any:
-        return lambda module, args, output: found.__setitem__(path, output)
-
-    handles = [layer.register_forward_hook(hook(path)) for path, layer in layers.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
