@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import Bounds, linprog, milp
 from scipy.sparse import vstack
 
-from slimrank.allocate.constraints import Block, Constraints, blocks_of, check_reachable, down, rows
+from slimrank.allocate.constraints import Block, Constraints, down, reachable_blocks, rows
 from slimrank.allocate.curve import Curve, Integers
 from slimrank.allocate.exact import one_each
 from slimrank.allocate.hull import Table, hull_steps
@@ -33,8 +33,7 @@ def solve_constrained(
         BudgetError: no plan meets all constraints, or none was found in so many seconds.
     """
     check_feasible(curves, budget)
-    blocks = blocks_of(curves, constraints)
-    check_reachable(blocks, budget, constraints)
+    blocks = reachable_blocks(curves, budget, constraints)
     bound = _bound(blocks, budget, constraints)
     plans = [_plans(block, constraints) for block in blocks]
     whole = np.array([block.whole for block in blocks])

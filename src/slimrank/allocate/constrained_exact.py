@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import Bounds, milp
 
 from slimrank.allocate.constrained import infeasible, solve_constrained
-from slimrank.allocate.constraints import Constraints, blocks_of, check_reachable, keeps, rows
+from slimrank.allocate.constraints import Constraints, keeps, reachable_blocks, rows
 from slimrank.allocate.curve import Curve
 from slimrank.allocate.exact import SECONDS, TOLERANCE, one_each, solution_of
 from slimrank.allocate.knapsack import Solution, check_feasible
@@ -24,8 +24,7 @@ def solve_constrained_exactly(
         BudgetError: no plan meets all constraints, or none was found in so many seconds.
     """
     check_feasible(curves, budget)
-    blocks = blocks_of(curves, constraints)
-    check_reachable(blocks, budget, constraints)
+    blocks = reachable_blocks(curves, budget, constraints)
     known = _near(curves, budget, constraints)
     ordered = [curve for block in blocks for curve in block.curves]
     errors = np.concatenate([c.errors for c in ordered])

@@ -62,8 +62,7 @@ class Block:
         return sum(int(c.costs[-1]) for c in self.curves) / self.whole
 
 
-def blocks_of(curves: Sequence[Curve], constraints: Constraints) -> list[Block]:
-    """The blocks in order."""
+def _blocks_of(curves: Sequence[Curve], constraints: Constraints) -> list[Block]:
     ordered = sorted(curves, key=lambda curve: (constraints.blocks[curve.path], curve.path))
     found = []
     for number, group in groupby(ordered, key=lambda curve: constraints.blocks[curve.path]):
@@ -72,12 +71,18 @@ def blocks_of(curves: Sequence[Curve], constraints: Constraints) -> list[Block]:
     return found
 
 
-def check_reachable(blocks: Sequence[Block], budget: int, constraints: Constraints) -> None:
-    """Make sure that each block can keep what it must, and all of them together within the budget.
+def reachable_blocks(curves: Sequence[Curve], budget: int, constraints: Constraints) -> list[Block]:
+    """The blocks in order, each of which can keep what it must, and all of them together within the budget.
 
     Raises:
         BudgetError: they cannot.
     """
+    blocks = _blocks_of(curves, constraints)
+    _check_reachable(blocks, budget, constraints)
+    return blocks
+
+
+def _check_reachable(blocks: Sequence[Block], budget: int, constraints: Constraints) -> None:
     if constraints.floor > constraints.cap:
         raise BudgetError(
             f"the block_floor {constraints.floor:g} is above the block_cap {constraints.cap:g}.",

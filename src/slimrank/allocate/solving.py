@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from slimrank.allocate.constrained import solve_constrained
 from slimrank.allocate.constrained_exact import solve_constrained_exactly
-from slimrank.allocate.constraints import Constraints, blocks_of, check_reachable
+from slimrank.allocate.constraints import Constraints, reachable_blocks
 from slimrank.allocate.curve import Curve
 from slimrank.allocate.exact import solve_exactly
 from slimrank.allocate.knapsack import solve
@@ -56,7 +56,7 @@ def check_constraints(problem: Problem, options: Mapping[str, Any]) -> None:
     """
     constraints = constraints_of(problem, options)
     if constraints.any:
-        check_reachable(blocks_of(problem.flat_curves(), constraints), problem.budget, constraints)
+        reachable_blocks(problem.flat_curves(), problem.budget, constraints)
 
 
 def constraints_of(problem: Problem, options: Mapping[str, Any]) -> Constraints:
