@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from slimrank.layers import LowRankLinear, PivotLinear
-from slimrank.layers.convert import pair_of, pivot_layer, stored_layer
+from slimrank.layers.convert import give_b, pair_of, pivot_layer, stored_layer
 from slimrank.linalg.cost import pair_cost, pivot_cost
+from slimrank.linalg.regression import Regression, best_b
 
 SHAPES = [(10, 14, 4), (14, 10, 4), (9, 9, 1), (8, 12, 8), (12, 8, 8)]
 SIDES = ["out", "in"]
@@ -145,6 +146,28 @@ def test_parts_are_cast_once():
     exact, low = (pivot_layer(a, b, dtype=dtype) for dtype in (torch.float64, torch.bfloat16))
     assert torch.equal(low.skeleton.weight, exact.skeleton.weight.to(torch.bfloat16))
     assert torch.equal(low.interpolation.weight, exact.interpolation.weight.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("form", ["pair", "out", "in"])
+def test_b_given_again_makes_up_for_what_casting_leaves_of_a(form):
+    """Against least squares, in float64, over the entries that a part holds."""
+    a, b, _ = factors(10, 14, 4)
+    x = inputs(14).reshape(-1, 14).repeat(3, 1) @ torch.diag(torch.arange(1.0, 15).double())
+    problem = Regression.of(x + 0.3 * inputs(14).reshape(-1, 14).flip(0).repeat(3, 1), x @ (b @ a).t())
+    kind = torch.bfloat16
+    layer = stored_layer("pair", a, b, dtype=kind) if form == "pair" else pivot_layer(a, b, side=form, dtype=kind)
+    cast, old = pair_of(layer)
+    before = problem.loss(old @ cast)
+    best = best_b(problem, cast)
+    give_b(layer, best)
+    same, new = pair_of(layer)
+    assert torch.equal(same, cast)
+    assert problem.loss(new @ cast) < before
+    kept = torch.zeros(10, dtype=torch.bool)
+    if form == "out":
+        kept[layer.order.argsort()[:4]] = True
+    assert torch.equal(new[kept], old[kept])
+    torch.testing.assert_close(new[~kept], best[~kept], rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("layer", [LowRankLinear(6, 5, 3), PivotLinear(6, 5, 3), PivotLinear(6, 5, 3, side="in")])

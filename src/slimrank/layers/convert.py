@@ -75,6 +75,22 @@ def pair_of(layer: CompressedLinear) -> tuple[Tensor, Tensor]:
     return torch.cat([identity, t], 1)[:, layer.order.argsort()], s
 
 
+def give_b(layer: CompressedLinear, B: Tensor) -> None:
+    """Let a layer answer B A x, A the one of `pair_of`, as far as it can: rows that are A's own stay as they are.
+
+    Args:
+        layer: keeps its dtype.
+        B: out x rank.
+    """
+    if isinstance(layer, LowRankLinear):
+        part = layer.B
+    elif layer.side == "in":
+        part = layer.skeleton
+    else:
+        part, B = layer.interpolation, B[layer.order.argsort()[layer.rank :]]
+    part.weight.data = B.to(part.weight)
+
+
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
     """The layers of a model that slimrank has put there, by path."""
     return {path: m for path, m in model.named_modules() if isinstance(m, (LowRankLinear, PivotLinear))}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimrank.layers.convert import CompressedLinear, pair_of, stored_layer
+from slimrank.layers.convert import CompressedLinear, give_b, pair_of, stored_layer
 from slimrank.layers.dense import weight_of
 from slimrank.linalg.forms import Form
 from slimrank.linalg.regression import Regression, best_b
@@ -200,12 +200,12 @@ class Refinement:
         return new.state_dict(), errors
 
     def _stored(self, problem: Regression, a: Tensor, b: Tensor) -> CompressedLinear:
-        """The layer of refined factors; the B of a pair is fitted again to what casting leaves of A."""
-        form = self.job.plan.stored_as
-        if form == "pair":
-            cast = a.to(self.job.dtype)
-            a, b = cast, b if torch.equal(cast.to(a), a) else best_b(problem, cast)
-        return stored_layer(form, a, b, dtype=self.job.dtype)
+        """The layer of refined factors, where B is fitted again to what casting leaves of A."""
+        layer = stored_layer(self.job.plan.stored_as, a, b, dtype=self.job.dtype)
+        cast, _ = pair_of(layer)
+        if not torch.equal(cast, a):
+            give_b(layer, best_b(problem, cast))
+        return layer
 
     def _put(self, target: Target, new: Mapping[str, Tensor]) -> None:
         """Give the layer, and those tied to it, what a refined one holds; a bias that is not in it stays."""
