@@ -22,6 +22,7 @@ from slimrank.models.targets import Coverage, TargetSet, find_targets
 from slimrank.planning import (
     Unit,
     at_first,
+    check_corrections,
     configured_refiner,
     following_plan,
     given_plan,
@@ -57,9 +58,10 @@ def preview(
     itemsize = stored_dtype(bones).itemsize if made.dtype == "auto" else getattr(torch, made.dtype).itemsize
     method = DECOMPOSERS.get(made.method).configured(made.method_options)
     refines = configured_refiner(made, method) is not None
+    check_corrections(made, method)
     allocator = ALLOCATORS.get(made.allocation).configured(made.allocation_options)
     plan = _plan(made, bones, targets, units_of(method, targets, made.stored_as), itemsize, allocator)
-    calibrates = method.gathering.calibrates or refines
+    calibrates = method.gathering.calibrates or refines or made.corrections > 0
     work = workload(
         made,
         bones,

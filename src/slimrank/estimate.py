@@ -39,6 +39,8 @@ class Workload:
         solves: eigen-problems per weight.
         search: forward passes over the search text, times its tokens.
         held_out: the same of the windows that refined blocks are judged on.
+        corrected: tokens of all rounds of correction.
+        rounds: rounds of correction.
         samples: weight gradients held per weight (0 for a method that needs none).
     """
 
@@ -55,6 +57,8 @@ class Workload:
     samples: int = 0
     search: float = 0.0
     held_out: float = 0.0
+    corrected: int = 0
+    rounds: int = 0
 
 
 def measure_machine(device: torch.device) -> Machine:
@@ -85,14 +89,21 @@ def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
         cutting += (5 * forward + 4 * grams) / machine.float32 + decompose / machine.float64
         cutting += 2 * work.held_out * (work.matrices + work.head) / machine.float32
     stored = 4 * sum(t.parameters for t in work.targets)
-    return {
+    remembering = 2 * work.corrected * work.matrices / machine.float32
+    correcting = (8 * work.corrected * work.matrices + 8 * work.corrected * work.head) / machine.float32
+    correcting += work.rounds * sum(_step_flops(*t.shape) for t in work.targets) / machine.float64
+    stages = {
         "measure the original": evaluate / machine.float32,
         "calibrate and decompose": calibrate / machine.float32 + work.solves * decompose / machine.float64,
         "allocate": 2 * work.search * (work.matrices + work.head) / machine.float32,
+        "remember the original": remembering,
         "cut and refine factors" if work.refines else "cut factors": cutting,
+        "correct": correcting,
         "measure the result": evaluate / machine.float32,
         "write": stored / 1e9,
     }
+    left_out = () if work.rounds else ("remember the original", "correct")
+    return {name: seconds for name, seconds in stages.items() if name not in left_out}
 
 
 def peak_bytes(
@@ -154,6 +165,11 @@ def group_widths(targets: Iterable[Target]) -> list[int]:
 def _solve_flops(m: int, n: int) -> float:
     k, widest = min(m, n), max(m, n)
     return 40 * k**3 + 4 * k * k * widest + (2 * k * widest * widest if n > m else 0)
+
+
+def _step_flops(m: int, n: int) -> float:
+    k = min(m, n)
+    return n**3 / 3 + 2 * m * n * n + 6 * k * m * n + 4 * k**3
 
 
 def _time(work: Callable[[], torch.Tensor]) -> float:

@@ -76,6 +76,19 @@ def configured_refiner(recipe: Recipe, method: Configured) -> ConfiguredRefiner 
     return refiner
 
 
+def check_corrections(recipe: Recipe, method: Configured) -> None:
+    """Make sure that factors which are to be corrected belong to one layer each.
+
+    Raises:
+        RecipeError: the method shares them.
+    """
+    if recipe.corrections and method.method.groups:
+        raise RecipeError(
+            f"corrections change factors that '{recipe.method}' shares between layers.",
+            "leave out --corrections, or take a method that does not share",
+        )
+
+
 def following_plan(recipe: Recipe) -> Recipe:
     """The recipe with the factor form of the plan that it names, if it names one.
 
@@ -293,5 +306,7 @@ def workload(
         solves={"once": 1, "twice": 2, "per batch": 1 + batches}[method.method.solves],
         search=_search(recipe, len(targets)) * recipe.search_samples * seq_len,
         held_out=_held_out(recipe, method) * len({t.block for t in targets}) * seq_len,
+        corrected=recipe.corrections * min(recipe.correction_windows, recipe.samples) * seq_len,
+        rounds=recipe.corrections,
         samples=-(-recipe.samples // gathering.accumulate) if "gradients" in gathering.needs else 0,
     )

@@ -45,6 +45,14 @@ class Recipe(BaseModel):
         None, description="Closed-form update of the factors after the cut (see: slimrank methods)."
     )
     refine_options: dict[str, Any] = Field({}, description="Options of the refiner by name (see: slimrank methods ID).")
+    corrections: int = Field(
+        0,
+        ge=0,
+        description="Rounds that move all factors against the gradient of the divergence from the original model.",
+    )
+    correction_windows: int = Field(
+        16, ge=1, description="Calibration windows of one round, or all if there are fewer."
+    )
     allocation: str = Field("uniform", description="Rank allocation (see: slimrank methods).")
     allocation_options: dict[str, Any] = Field(
         {}, description="Options of the allocation by name (see: slimrank methods ID)."

@@ -61,6 +61,20 @@ RefineOptions = Annotated[
     list[str] | None,
     typer.Option("--refine-option", help="Option of the refiner, as NAME=VALUE; repeatable.", rich_help_panel=_WHAT),
 ]
+Corrections = Annotated[
+    int | None,
+    typer.Option(
+        "--corrections",
+        help="Rounds that move all factors against the gradient of the divergence from the original.  \\[default: 0]",
+        rich_help_panel=_WHAT,
+    ),
+]
+CorrectionWindows = Annotated[
+    int | None,
+    typer.Option(
+        "--correction-windows", help="Calibration windows of one round.  \\[default: 16]", rich_help_panel=_WHAT
+    ),
+]
 Allocation = Annotated[
     str | None,
     typer.Option(
@@ -208,6 +222,8 @@ def recipe_flags(
     option: MethodOptions = None,
     refine: Refine = None,
     refine_option: RefineOptions = None,
+    corrections: Corrections = None,
+    correction_windows: CorrectionWindows = None,
     allocation: Allocation = None,
     allocation_option: AllocationOptions = None,
     rank: Ranks = None,
@@ -234,6 +250,7 @@ def recipe_flags(
     flags = {
         "keep_ratio": keep, "keep_total": keep_total, "max_bytes": max_bytes, "plan": plan,
         "method": method, "method_options": _pairs(option), "refine": refine, "refine_options": _pairs(refine_option),
+        "corrections": corrections, "correction_windows": correction_windows,
         "allocation": allocation, "allocation_options": _pairs(allocation_option), "ranks": _pairs(rank),
         "factor_form": factor_form, "secondary": secondary,
         "rank_multiple": rank_multiple, "targets": target, "ignore": ignore, "calibration": calibration,

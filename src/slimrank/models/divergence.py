@@ -6,10 +6,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import kl_div, log_softmax
 
 from slimrank.models.blocks import Batch, BlockRunner
-from slimrank.models.gradients import Bypass, logits_of, modules_outside, rows_of
+from slimrank.models.gradients import (
+    Bypass,
+    frozen,
+    gradient_of,
+    logits_of,
+    part_of,
+    rows_of,
+    through_head,
+)
 
 CACHED = 2**18  # numbers
 
@@ -40,13 +48,9 @@ class Scorer:
         KL(original || changed) of the next-token distributions, over the positions that count. NaN or infinity is
         passed on.
         """
-        runner = self.runner
-        assert runner.answer is not None
-        head = runner.model.get_output_embeddings()  # type: ignore[operator]
-        outside = [*modules_outside(runner.model, runner.blocks), *([head] if head is not None else [])]
         sums = torch.zeros(len(finals), 2, dtype=torch.float64)
         counts = torch.zeros(2, dtype=torch.float64)
-        with torch.no_grad(), runner.placed(*outside), Bypass(runner.blocks, runner.answer) as bypass:
+        with torch.no_grad(), through_head(self.runner) as bypass:
             for ids, parts in self._parts(finals):
                 expected = log_softmax(self._logits(bypass, ids, parts[0]) / self.temperature, dim=-1)
                 weights = expected.exp()
@@ -89,3 +93,40 @@ def _positions(x: Tensor) -> Sequence[Tensor]:
     """All positions (batch x tokens x vocabulary) in parts that stay in a CPU's cache; a GPU takes all at once."""
     flat = x.flatten(0, 1)
     return flat.split(max(1, CACHED // x.shape[-1]) if x.device.type == "cpu" else len(flat))
+
+
+def divergence_gradients(
+    runner: BlockRunner, final: Sequence[Tensor], original: Sequence[Tensor]
+) -> tuple[list[Tensor], float]:
+    """KL(original || changed) of the next-token distributions, summed over all positions, and its gradients.
+
+    Args:
+        runner: has embedded its batches, which are not padded.
+        final: output of the changed model's last block, one for each batch.
+        original: that of the original model.
+
+    Returns:
+        Gradients by `final`, one for each batch, and the sum in nats.
+
+    Raises:
+        NonFiniteError: the divergence of a batch is NaN or infinite.
+        ModelError: the model gives no logits, or they do not depend on its blocks.
+    """
+    gradients: list[Tensor] = []
+    total = 0.0
+    with through_head(runner) as bypass, frozen(runner.model):
+        for b, batch in enumerate(runner.batches):
+            parts = []
+            for rows in rows_of(batch, runner.model):
+                part = part_of(batch, rows)
+                bypass.final = original[b][rows].to(runner.device)
+                with torch.no_grad():
+                    expected = log_softmax(logits_of(runner.model, part, runner.device).float(), dim=-1)
+                bypass.final = final[b][rows].to(runner.device).detach().requires_grad_()
+                with torch.enable_grad():
+                    found = log_softmax(logits_of(runner.model, part, runner.device).float(), dim=-1)
+                    loss = kl_div(found, expected, reduction="sum", log_target=True)
+                parts.append(gradient_of(loss, bypass.final, runner.model, b))
+                total += float(loss)
+            gradients.append(runner.kept(torch.cat(parts)))
+    return gradients, total

@@ -74,24 +74,37 @@ def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[Tensor]:
         NonFiniteError: the loss of a batch is NaN or infinite.
         ModelError: the model gives no logits, or they do not depend on its blocks.
     """
-    assert runner.answer is not None
-    head = runner.model.get_output_embeddings()  # type: ignore[operator]
-    outside = [*modules_outside(runner.model, runner.blocks), *([head] if head is not None else [])]
     gradients: list[Tensor] = []
-    with runner.placed(*outside), frozen(runner.model), Bypass(runner.blocks, runner.answer) as bypass:
+    with through_head(runner) as bypass, frozen(runner.model):
         for b, batch in enumerate(runner.batches):
             parts = []
             for rows in rows_of(batch, runner.model):
                 bypass.final = final[b][rows].to(runner.device).detach().requires_grad_()
-                parts.append(_loss_gradient(runner, _part(batch, rows), bypass.final, b))
+                part = part_of(batch, rows)
+                with torch.enable_grad():
+                    loss = next_token_loss(logits_of(runner.model, part, runner.device), part)
+                parts.append(gradient_of(loss, bypass.final, runner.model, b))
             gradients.append(runner.kept(torch.cat(parts)))
     return gradients
 
 
-def _loss_gradient(runner: BlockRunner, batch: Batch, final: Tensor, b: int) -> Tensor:
-    with torch.enable_grad():
-        loss = next_token_loss(logits_of(runner.model, batch, runner.device), batch)
-    check_loss(loss, runner.model, b)
+@contextmanager
+def through_head(runner: BlockRunner) -> Iterator[Bypass]:
+    """A model that answers with the logits of the final hidden states that are set: nothing but its head computes."""
+    assert runner.answer is not None
+    head = runner.model.get_output_embeddings()  # type: ignore[operator]
+    outside = [*modules_outside(runner.model, runner.blocks), *([head] if head is not None else [])]
+    with runner.placed(*outside), Bypass(runner.blocks, runner.answer) as bypass:
+        yield bypass
+
+
+def gradient_of(loss: Tensor, final: Tensor, model: nn.Module, b: int) -> Tensor:
+    """The gradient of a loss of batch b by final hidden states.
+
+    Raises:
+        NonFiniteError, ModelError: see `check_loss`.
+    """
+    check_loss(loss, model, b)
     return torch.autograd.grad(loss, final)[0]
 
 
@@ -127,7 +140,8 @@ def rows_of(batch: Batch, model: nn.Module) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _part(batch: Batch, rows: slice) -> Batch:
+def part_of(batch: Batch, rows: slice) -> Batch:
+    """Some windows of a batch."""
     return Batch(batch.input_ids[rows], None if batch.attention_mask is None else batch.attention_mask[rows])
 
 
@@ -220,7 +234,7 @@ def whole_model_gradients(runner: BlockRunner, before: Callable[[Batch], None]) 
     with frozen(runner.model), _differentiable_embeddings(runner.model) as embedded:
         for b, batch in enumerate(runner.batches):
             for rows in rows_of(batch, runner.model):
-                part = _part(batch, rows)
+                part = part_of(batch, rows)
                 before(part)
                 with torch.enable_grad():
                     loss = next_token_loss(logits_of(runner.model, part, runner.device), part)

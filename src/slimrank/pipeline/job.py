@@ -35,6 +35,7 @@ from slimrank.models.targets import TargetSet, find_targets
 from slimrank.planning import (
     Unit,
     at_first,
+    check_corrections,
     configured_refiner,
     following_plan,
     given_plan,
@@ -75,6 +76,7 @@ class Job:
         self.recipe, self.progress, self.resumable = recipe, progress, resumable
         self.method: Configured = DECOMPOSERS.get(recipe.method).configured(recipe.method_options)
         self.refiner = configured_refiner(recipe, self.method)
+        check_corrections(recipe, self.method)
         self.allocator = ALLOCATORS.get(recipe.allocation).configured(recipe.allocation_options)
         self.device = resolve_device(recipe.device)
         self.solver = solving_device(self.device)
@@ -88,7 +90,7 @@ class Job:
         """Load the model, find its targets, make the plan, read the texts: all that may fail, fails here."""
         recipe = following_plan(self.recipe)
         holds_out = self.refiner is not None and self.refiner.following.held_out > 0
-        searches = (recipe.plan is None and self.allocator.measures) or holds_out
+        searches = (recipe.plan is None and self.allocator.measures) or holds_out or recipe.corrections > 0
         texts = prepare_texts(recipe, self.calibrates, searches)
         if isinstance(model, (str, Path)):
             self.progress.note(f"loading {model}")
@@ -99,14 +101,15 @@ class Job:
         find_blocks(model)
         self.recipe = recipe = recipe.model_copy(update={"seq_len": window_length(model, recipe.seq_len)})
         self.dtype = stored_dtype(model)
-        self.upcast = self.upcast or (self.method.gathering.backward and self.dtype == torch.float16)
+        differentiates = self.method.gathering.backward or recipe.corrections > 0
+        self.upcast = self.upcast or (differentiates and self.dtype == torch.float16)
         self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore, COST_MODELS[recipe.factor_form])
         check_loadable(model)
         self.units: list[Unit] = units_of(self.method, self.targets, recipe.stored_as)
         self._plan()
         self.digest = digest(model)
         page_out(model)
-        if self.method.gathering.backward:
+        if differentiates:
             check_differentiable(model)
         self.texts: Texts = texts.tokenised(recipe, model, tokenizer, self.progress)
         self.notes += self.texts.notes
@@ -137,7 +140,7 @@ class Job:
     @property
     def calibrates(self) -> bool:
         """Whether calibration text is needed."""
-        return self.method.gathering.calibrates or self.refiner is not None
+        return self.method.gathering.calibrates or self.refiner is not None or self.recipe.corrections > 0
 
     def identity(self) -> dict[str, Any]:
         """What the run is about; a run directory made for anything else is refused."""
@@ -170,10 +173,14 @@ class Job:
 
     def refinement_key(self) -> dict[str, Any]:
         """Everything that refined factors depend on."""
-        assert self.refiner is not None
-        key = {**self.spectra_key(), "refine": self.refiner.described(), "plan": self.plan.factored()}
-        key["stored_as"] = self.plan.stored_as
+        key = {**self.spectra_key(), "plan": self.plan.factored(), "stored_as": self.plan.stored_as}
+        key["refine"] = self.refiner.described() if self.refiner is not None else None
         return {**key, "dtype": str(self.dtype), "search": self.texts.search_digest}
+
+    def correction_key(self) -> dict[str, Any]:
+        """Everything that corrected factors depend on."""
+        recipe = self.recipe
+        return {**self.refinement_key(), "corrections": [recipe.corrections, recipe.correction_windows]}
 
     def predicted_bytes(self) -> int:
         """Bytes of the weights to be written."""
@@ -195,7 +202,12 @@ class Job:
             copies += 2 + len(find_blocks(self.model)[1])
         if self.refiner is not None and self.resumable:
             bases, copies = bases + self.plan.stored_parameters, copies + 2
-        return 4 * (bases + copies * self.texts.calibration_tokens * width)
+        tokens = copies * self.texts.calibration_tokens
+        if self.recipe.corrections:
+            bases += 2 * self.plan.stored_parameters
+            tokens += self.recipe.corrections * self.recipe.correction_windows * (self.recipe.seq_len or 0)
+            tokens += len(find_blocks(self.model)[1]) * self.recipe.correction_windows * (self.recipe.seq_len or 0)
+        return 4 * (bases + tokens * width)
 
     def announce(self) -> None:
         """Tell the progress which stages are coming, and how long each may take."""

@@ -12,6 +12,7 @@ from slimrank.allocate.plan import RankPlan
 from slimrank.export.output import OutputFolder, need_space, write_manifest
 from slimrank.export.save import mark_model, save_model, weight_bytes
 from slimrank.pipeline.allocating import allocate
+from slimrank.pipeline.correcting import Correction
 from slimrank.pipeline.cutting import Cut, Cutter
 from slimrank.pipeline.decomposing import decompose
 from slimrank.pipeline.job import CompressionResult, Job
@@ -63,14 +64,18 @@ def compress(
         stage = run.stage(job.spectra_key())
         decompose(job, stage)
         allocation = allocate(job, run, stage)
+        correction = Correction(job, run.stage(job.correction_key())) if job.recipe.corrections else None
+        if correction is not None:
+            correction.remember()
         done = _cut(job, stage, run.stage(job.refinement_key()) if job.refiner else None)
+        corrections = correction.walk() if correction is not None else []
         after = job.measure_result()
         facts = Facts(
             recipe=job.recipe, targets=job.targets, plan=job.plan, errors=done.rows, notes=[*job.notes, *done.notes],
             before=before, after=after, seconds=job.seconds, identity=job.identity(), new_biases=done.new_biases,
             order_bytes=job.order_bytes(),
             dtype=str(job.dtype).removeprefix("torch."), device=str(job.device), method=job.method.described(),
-            allocation=allocation,
+            allocation=allocation, corrections=corrections,
         )  # fmt: skip
         record = build_record(facts)
         if output is not None:

@@ -34,6 +34,7 @@ class Facts:
     order_bytes: int
     method: dict[str, Any]
     allocation: dict[str, Any]
+    corrections: list[dict[str, Any]]
 
 
 def build_record(facts: Facts) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def build_record(facts: Facts) -> dict[str, Any]:
         "after": facts.after,
         "coverage": _coverage(facts.targets),
         "allocation": facts.allocation,
+        "corrections": facts.corrections,
         "targets": _targets(facts),
         "notes": facts.notes,
         "seconds": facts.seconds,

@@ -174,6 +174,8 @@ class Collector:
         x, g = as_windows(x, self._shape), as_windows(g, self._shape)
         if "row" in needs:
             self._add_row(path, mine, g)
+        if "slope" in needs:
+            self._add_slope(path, mine, all_tokens(g, self._mask), all_tokens(x, self._mask))
         if needs & {"weight_squares", "gradients"}:
             for window_g, window_x in zip(window_tokens(g, self._mask), window_tokens(x, self._mask), strict=True):
                 self._add_sample(path, mine, window_g, window_x)
@@ -208,6 +210,14 @@ class Collector:
         rows = as_windows(pulled, self._shape) * self._scales.pop(path)[..., None]
         mine.pulled = mine.pulled or GramSum.empty(mine.shape[1], self.device)
         self._check(path, mine.pulled.add(all_tokens(rows, self._mask)), "gradients")
+
+    def _add_slope(self, path: str, mine: LayerStatistics, g: Tensor, x: Tensor) -> None:
+        if mine.slope is None:
+            mine.slope = torch.zeros(mine.shape, dtype=torch.float64, device=self.device)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        slope = (g.to(wide).t() @ x.to(wide)).to(mine.slope)
+        mine.slope += slope
+        self._check(path, bool(torch.isfinite(slope).all()), "gradients")
 
     def _add_sample(self, path: str, mine: LayerStatistics, g: Tensor, x: Tensor) -> None:
         if "weight_squares" in self.gathering.needs:

@@ -28,6 +28,7 @@ class LayerStatistics:
         gradient_energy: sum of |g|^2, gathered with `pulled`.
         weight_squares: squared weight gradients of single windows, summed over windows and outputs (n).
         samples: weight gradients of single samples.
+        slope: sum of g x^T (m x n, float64), the gradient of the loss by W.
         projector: sum of U U^T over batches, U (m x k) the leading left singular vectors of a batch's outputs;
             in coordinates of an orthonormal basis of W's columns where m > n.
         rank: the planned rank; None where the target stays dense or nothing is planned yet.
@@ -46,6 +47,7 @@ class LayerStatistics:
     gradient_energy: float = 0.0
     weight_squares: Tensor | None = None
     samples: SampleGradients | None = None
+    slope: Tensor | None = None
     projector: Tensor | None = None
     rank: int | None = None
     tokens: int = 0

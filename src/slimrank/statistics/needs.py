@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Need = Literal["column", "gram", "channels", "row", "weight_squares", "gradients", "projectors", "rank"]
+Need = Literal["column", "gram", "channels", "row", "weight_squares", "gradients", "slope", "projectors", "rank"]
 Pass = Literal["none", "forward", "backward"]
 
 
@@ -29,6 +29,7 @@ NEEDS: dict[Need, NeedInfo] = {
     ),
     "weight_squares": NeedInfo("squared weight gradients, per input channel", "backward"),
     "gradients": NeedInfo("weight gradients of single samples", "backward", ("accumulate",)),
+    "slope": NeedInfo("gradient of the loss by the weight", "backward"),
     "projectors": NeedInfo("projectors on each batch's leading outputs, at the planned rank", "forward"),
     "rank": NeedInfo("the planned rank", "none"),
 }

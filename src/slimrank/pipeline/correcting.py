@@ -1,0 +1,222 @@
+"""Correct all factors at once against the divergence of the whole model from the original, a few times.
+
+Each round takes some calibration windows forwards and backwards through the compressed model. For every factored layer
+that gives the gradient of the divergence by its weight and the gram of its inputs; its factors move along the tangent
+step of `linalg.tangent`, all by the same length. The length is that of Polyak (1987): the divergence itself over what
+the whole step would take off it to first order, halved. Where windows kept aside do not get nearer to the original the
+step is halved again, and in the end left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimrank.layers.convert import CompressedLinear, pair_of, stored_layer
+from slimrank.linalg.tangent import tangent_step
+from slimrank.models.blocks import Batch
+from slimrank.models.divergence import divergence_gradients
+from slimrank.models.gradients import step_back
+from slimrank.models.paging import page_out
+from slimrank.models.targets import Target
+from slimrank.pipeline.held_out import HeldOut
+from slimrank.pipeline.job import Job, hidden_states, named
+from slimrank.run import Stage
+from slimrank.statistics.collector import Collector
+from slimrank.statistics.layer import LayerStatistics
+from slimrank.statistics.needs import Gathering
+
+HELD_OUT = 4  # search windows that judge a round
+LENGTH = 0.5  # of Polyak's step, to begin with
+DAMPING = 1.0  # of the form on the inputs, in units of the mean input energy
+TRIALS = 6
+
+
+class Correction:
+    """Rounds of correction, to be made after the cut; what the original answers is to be remembered before it.
+
+    Args:
+        job: knows the model; its plan says which layers are factored.
+        stage: where gradients, steps and the factors of the last round are kept.
+    """
+
+    def __init__(self, job: Job, stage: Stage) -> None:
+        self.job, self.stage = job, stage
+        self.runner = job.runner(resident=False)
+        self.held_out = HeldOut(job, HELD_OUT, stage)
+        self.rounds: list[dict[str, Any]] = []
+        windows = job.texts.calibration
+        assert windows is not None
+        count = min(job.recipe.correction_windows, len(windows))
+        chosen = torch.arange(job.recipe.corrections * count) % len(windows)
+        self._windows = [windows[part] for part in chosen.split(count)]
+
+    def remember(self) -> None:
+        """Take the windows of all rounds, and those kept aside, through the original model."""
+        job, rounds = self.job, self.job.recipe.corrections
+        with job.timed("remember the original", rounds + 1), self.runner.session():
+            self.held_out.start()
+            job.progress.step()
+            for number in range(rounds):
+                if not self.stage.has(_original(number)):
+                    self._embed(number)
+                    final = self.runner.through(self.runner.hidden, 0, len(self.runner))
+                    self.stage.save(_original(number), named("", final))
+                job.progress.step()
+
+    def walk(self) -> list[dict[str, Any]]:
+        """Correct the cut model.
+
+        Returns:
+            For each round its `calibration` divergence before, the divergence on windows kept aside `before` and
+            `after`, the `length` of the step, and `kept`: whether it was made.
+        """
+        job, runner = self.job, self.runner
+        with job.timed("correct", 2 * len(runner) * job.recipe.corrections), runner.session():
+            self._take_up()
+            now = self.rounds[-1]["after"] if self.rounds else self.held_out.divergence(0)
+            for number in range(len(self.rounds), job.recipe.corrections):
+                divergence, decrease = self._gather(number)
+                self.rounds.append(self._move(now, divergence, decrease))
+                now = self.rounds[-1]["after"]
+                self._store(number)
+        return self.rounds
+
+    # gathering ----------------------------------------------------------------------------------------------
+
+    def _embed(self, number: int) -> None:
+        self.runner.embed([Batch(ids) for ids in self._windows[number].split(self.job.recipe.batch_size)])
+
+    def _gather(self, number: int) -> tuple[float, float]:
+        """Steps of all layers into the store; the divergence, and what whole steps take off it to first order."""
+        runner, job, stage = self.runner, self.job, self.stage
+        self._embed(number)
+        for index in range(len(runner)):
+            stage.save(f"input-{index:04d}", named("", runner.hidden))
+            runner.step(index)
+            page_out(runner.blocks[index])
+            job.progress.step()
+        original = hidden_states(stage.load(_original(number))[0], "", len(runner.batches))
+        gradients, divergence = divergence_gradients(runner, runner.hidden, original)
+        decrease = 0.0
+        for index in reversed(range(len(runner))):
+            decrease += self._block(index, gradients)
+            stage.drop(f"input-{index:04d}")
+            page_out(runner.blocks[index])
+            job.progress.step()
+        return divergence, decrease
+
+    def _block(self, index: int, gradients: list[Tensor]) -> float:
+        """Steps of the layers of a block into the store, and what they take off the divergence to first order."""
+        layers = {t.path: self._layer(t) for t in self._targets(index)}
+        collector = Collector(layers, Gathering(needs=frozenset({"gram", "slope"})), self.job.solver)
+        inputs = hidden_states(self.stage.load(f"input-{index:04d}")[0], "", len(self.runner.batches))
+        with collector:
+            step_back(
+                self.runner,
+                index,
+                inputs,
+                gradients,
+                lambda batch: collector.begin(batch.attention_mask, batch.input_ids.shape),
+            )
+        tensors: dict[str, Tensor] = {}
+        decrease = 0.0
+        for path, layer in layers.items():
+            found = collector.statistics.get(path)
+            if found is not None and found.slope is not None and found.tokens:
+                decrease += self._solve(path, layer, found, tensors)
+        self.stage.save(f"step-{index:04d}", tensors)
+        return decrease
+
+    def _solve(self, path: str, layer: CompressedLinear, found: LayerStatistics, tensors: dict[str, Tensor]) -> float:
+        assert found.slope is not None
+        form = found.gram.clone()
+        form.diagonal().add_(DAMPING * float(form.diagonal().mean()))
+        a, b = (factor.to(form) for factor in pair_of(layer))
+        step = tangent_step(a, b, found.slope, form)
+        tensors |= {f"{path}.A": step.A.float().cpu(), f"{path}.B": step.B.float().cpu()}
+        return step.decrease
+
+    # moving -------------------------------------------------------------------------------------------------
+
+    def _move(self, before: float, divergence: float, decrease: float) -> dict[str, Any]:
+        """Take the steps, as far as windows kept aside get nearer to the original."""
+        tokens = self._windows[0].numel()
+        round = {"calibration": divergence / tokens, "before": before, "after": before, "length": 0.0, "kept": False}
+        if not decrease > 0:
+            return round
+        states = {t.path: dict(self._layer(t).state_dict()) for i in range(len(self.runner)) for t in self._targets(i)}
+        nearest, length = before, LENGTH * divergence / decrease
+        for _ in range(TRIALS):
+            self._step(states, length)
+            found = self.held_out.divergence(0)
+            if not found < nearest and nearest < before:
+                break
+            if found < nearest:
+                nearest, round = found, {**round, "after": found, "length": length, "kept": True}
+            length /= 2
+        self._step(states, round["length"])
+        return round
+
+    def _step(self, states: Mapping[str, Mapping[str, Tensor]], length: float) -> None:
+        """All layers at so much of their steps from what they held."""
+        job = self.job
+        for index in range(len(self.runner)):
+            steps, _ = self.stage.load(f"step-{index:04d}")
+            for target in self._targets(index):
+                layer = self._layer(target)
+                if f"{target.path}.A" not in steps:
+                    continue
+                _put(layer, states[target.path])
+                if not length:
+                    continue
+                a, b = (factor.to(job.solver) for factor in pair_of(layer))
+                a, b = a + length * steps[f"{target.path}.A"].to(a), b + length * steps[f"{target.path}.B"].to(b)
+                _put(layer, stored_layer(job.plan.stored_as, a, b, dtype=job.dtype).state_dict())
+
+    # layers and resuming ------------------------------------------------------------------------------------
+
+    def _targets(self, index: int) -> list[Target]:
+        """Factored targets of a block; weights that stand in several places are left as they are."""
+        inside = self.job.targets.in_block(index)
+        return [t for t in inside if self.job.plan.targets[t.path].rank != "dense" and not t.ties]
+
+    def _layer(self, target: Target) -> CompressedLinear:
+        return self.job.model.get_submodule(target.path)
+
+    def _store(self, number: int) -> None:
+        if self.job.resumable:
+            for index in range(len(self.runner)):
+                held = {t.path: self._layer(t).state_dict() for t in self._targets(index)}
+                tensors = {f"{path}.{name}": tensor for path, state in held.items() for name, tensor in state.items()}
+                self.stage.save(f"factors-{number}-{index:04d}", tensors)
+            self.stage.save("rounds", {}, {"rounds": self.rounds})
+            for index in range(len(self.runner)):
+                self.stage.drop(f"factors-{number - 1}-{index:04d}")
+
+    def _take_up(self) -> None:
+        """Go on after the rounds that are stored."""
+        if not self.stage.has("rounds"):
+            return
+        self.rounds = list(self.stage.load("rounds")[1]["rounds"])
+        self.job.progress.note(f"resuming at round {len(self.rounds)} of {self.job.recipe.corrections}")
+        for index in range(len(self.runner)):
+            tensors, _ = self.stage.load(f"factors-{len(self.rounds) - 1}-{index:04d}")
+            for target in self._targets(index):
+                mine = f"{target.path}."
+                _put(self._layer(target), {k.removeprefix(mine): t for k, t in tensors.items() if k.startswith(mine)})
+        self.job.progress.step(2 * len(self.runner) * len(self.rounds))
+
+
+def _original(number: int) -> str:
+    return f"original-{number:04d}"
+
+
+def _put(layer: CompressedLinear, state: Mapping[str, Tensor]) -> None:
+    """Give a layer the tensors of this state; a bias that is not in it stays."""
+    held = layer.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        held[name].data = tensor.to(held[name])
