@@ -73,7 +73,9 @@ def test_slopes_are_those_of_autograd(name):
     loss.backward()
     for path, layer in linears.items():
         slope = collector.statistics[path].slope
-        torch.testing.assert_close(slope, layer.weight.grad, rtol=1e-3, atol=1e-4 * float(slope.abs().max()), check_dtype=False)
+        torch.testing.assert_close(
+            slope, layer.weight.grad, rtol=1e-3, atol=1e-4 * float(slope.abs().max()), check_dtype=False
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS)

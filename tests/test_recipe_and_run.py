@@ -47,6 +47,31 @@ def test_every_preset_is_a_valid_recipe():
     assert all(getattr(defaults, k) == v for k, v in Recipe.preset("balanced").items())
 
 
+def test_without_a_method_it_is_the_balanced_preset():
+    balanced = Recipe.preset("balanced")
+    made = Recipe(keep_ratio=0.5)
+    assert {k: getattr(made, k) for k in balanced} == balanced
+    assert made.model_fields_set == {"keep_ratio"}
+    assert Recipe.make({"keep_ratio": 0.5, "allocation": "uniform"}).method == balanced["method"]
+    assert Recipe.merged(made, {}) == made
+
+
+def test_a_method_is_a_method_by_itself():
+    plain = {name: field.default for name, field in Recipe.model_fields.items()}
+    for made in (Recipe(method="svd"), Recipe.merged(Recipe(keep_ratio=0.5), {"method": "svd"})):
+        named = {"method", "keep_ratio"}
+        assert {k: v for k, v in dict(made).items() if k not in named} == {
+            k: v for k, v in plain.items() if k not in named
+        }
+
+
+def test_what_is_given_settles_what_depends_on_it():
+    assert Recipe(plan="p.json").factor_form == "pair"
+    assert Recipe(keep_ratio=0.5, secondary="pivot").factor_form == "pair"
+    assert Recipe(keep_ratio=0.5, refine="none").refine is None
+    assert Recipe(keep_ratio=0.5, allocation="lems").allocation_options == {}
+
+
 def test_every_option_is_described():
     assert all(field.description for field in Recipe.model_fields.values())
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from slimrank.allocate.plan import RankPlan
 from slimrank.errors import RecipeError, nearest
@@ -39,10 +49,14 @@ class Recipe(BaseModel):
     plan: str | RankPlan | None = Field(
         None, description="A rank plan (or its JSON file) to use, instead of a budget and an allocation."
     )
-    method: str = Field("svd_llm", description="Decomposition method (see: slimrank methods).")
+    method: str = Field(
+        "svd_llm",
+        description="Decomposition method (see: slimrank methods). With one, all other options are as plain as they "
+        "say here; without, they are those of the preset balanced.",
+    )
     method_options: dict[str, Any] = Field({}, description="Options of the method by name (see: slimrank methods ID).")
     refine: str | None = Field(
-        None, description="Closed-form update of the factors after the cut (see: slimrank methods)."
+        None, description="Closed-form update of the factors after the cut (see: slimrank methods), or none."
     )
     refine_options: dict[str, Any] = Field({}, description="Options of the refiner by name (see: slimrank methods ID).")
     corrections: int = Field(
@@ -99,6 +113,21 @@ class Recipe(BaseModel):
     )
     windows: int = Field(16, ge=1, description="Evaluation windows.")
     max_shard_size: str = Field("5GB", pattern=r"^\d+(KB|MB|GB)$", description="Largest weight file to write.")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _balanced(cls, data: Any, handler: ModelWrapValidatorHandler[Recipe]) -> Recipe:
+        """Without a method, what is not given is that of the preset `balanced`."""
+        if not isinstance(data, dict) or "method" in data:
+            return handler(data)
+        made = handler({**_unless_given(data), **data})
+        object.__setattr__(made, "__pydantic_fields_set__", set(data))
+        return made
+
+    @field_validator("refine", mode="before")
+    @classmethod
+    def _none_by_name(cls, value: Any) -> Any:
+        return None if value == "none" else value
 
     @field_validator("plan", "calibration", "evaluation", mode="before")
     @classmethod
@@ -223,3 +252,20 @@ class Recipe(BaseModel):
             raise RecipeError(f"the recipe '{path}' holds no options.", "one 'option: value' a line")
         cls.make(options)
         return options
+
+
+@cache
+def _balanced_options() -> dict[str, Any]:
+    options: dict[str, Any] = yaml.safe_load((PRESETS / "balanced.yaml").read_text(encoding="utf-8"))
+    return options
+
+
+def _unless_given(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the preset `balanced`, but for those that something in `data` settles."""
+    settled = set()
+    if data.get("plan") is not None:
+        settled |= {"allocation", "allocation_options", "factor_form"}
+    if data.get("secondary") is not None:
+        settled |= {"factor_form"}
+    settled |= {f"{name}_options" for name in ("refine", "allocation") if name in data}
+    return {name: value for name, value in _balanced_options().items() if name not in settled}

@@ -45,7 +45,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="Decomposition method: see 'slimrank methods'.  \\[default: svd_llm]",
+        help="Decomposition method by itself: see 'slimrank methods'. Without one, all of the preset balanced.",
         rich_help_panel=_WHAT,
     ),
 ]
@@ -55,7 +55,9 @@ MethodOptions = Annotated[
 ]
 Refine = Annotated[
     str | None,
-    typer.Option("--refine", help="Closed-form update after the cut: see 'slimrank methods'.", rich_help_panel=_WHAT),
+    typer.Option(
+        "--refine", help="Closed-form update after the cut: see 'slimrank methods'; or none.", rich_help_panel=_WHAT
+    ),
 ]
 RefineOptions = Annotated[
     list[str] | None,
@@ -65,7 +67,8 @@ Corrections = Annotated[
     int | None,
     typer.Option(
         "--corrections",
-        help="Rounds that move all factors against the gradient of the divergence from the original.  \\[default: 0]",
+        help="Rounds that move all factors against the gradient of the divergence from the original.  "
+        "\\[default with --method: 0]",
         rich_help_panel=_WHAT,
     ),
 ]
@@ -79,7 +82,7 @@ Allocation = Annotated[
     str | None,
     typer.Option(
         "--allocation",
-        help="Rank allocation: see 'slimrank methods'.  \\[default: uniform]",
+        help="Rank allocation: see 'slimrank methods'.  \\[default with --method: uniform]",
         rich_help_panel=_WHAT,
     ),
 ]
@@ -101,7 +104,8 @@ FactorForm = Annotated[
     str | None,
     typer.Option(
         "--factor-form",
-        help="What ranks are chosen for and stored as: pair, or pivot (fewer parameters at a rank).  \\[default: pair]",
+        help="What ranks are chosen for and stored as: pair, or pivot (fewer parameters at a rank).  "
+        "\\[default with --method: pair]",
         rich_help_panel=_WHAT,
     ),
 ]

@@ -1,0 +1,170 @@
+"""Quality at a given size: methods of the papers, our presets, and what each part of them brings.
+
+    python benchmarks/quality.py --text TRAIN.txt --test wikitext2=TEST.txt --test c4=OTHER.txt --out DIR --runs DIR
+
+Every row is compressed to every --keep with the same calibration tokens (--samples windows of --seq-len), and measured
+on the first --windows windows of each test text; presets, too, take that many. Cells that stand in DIR/quality.json
+already are not computed again; --runs keeps calibrations. Writes quality.json, quality.md and, with matplotlib,
+quality.svg.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import slimrank
+from slimrank.calibration.sources import read_source
+from slimrank.calibration.windows import bos_of, count_windows, leading_windows, tokenise
+from slimrank.models.load import load
+from slimrank.recipe import Recipe
+
+KFAC = {"method": "kfac_svd"}
+PAPERS = {
+    "SVD-LLM": {"method": "svd_llm"},
+    "SVD-LLM, updated": {
+        "method": "svd_llm", "refine": "update", "refine_options": {"anchor": 0, "residual": False, "held_out": 0},
+    },
+    "SVD-LLM V2": {"method": "svd_llm_v2", "allocation": "svd_llm_v2"},
+    "AdaSVD": {"method": "svd_llm", "allocation": "ada_cr", "refine": "ada_comp", "refine_options": {
+        "anchor": 0, "residual": False, "held_out": 0}},
+    "Basis Sharing": {"method": "basis_sharing"},
+    "KFAC-SVD": KFAC,
+    "KFAC-SVD + LEMS": {**KFAC, "allocation": "lems", "allocation_options": {"plans": 0}},
+}  # fmt: skip
+PRESETS = {name: Recipe.preset(name) for name in ("fast", "balanced", "best")}
+PIVOT = {**KFAC, "allocation": "spectrum", "factor_form": "pivot"}
+REGRESS = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01}}
+ABLATION = {
+    "kfac_svd, uniform, pairs": KFAC,
+    "spectrum, pairs": {**KFAC, "allocation": "spectrum"},
+    "spectrum, pivot": PIVOT,
+    "lems, pivot": {**PIVOT, "allocation": "lems", "allocation_options": {"plans": 0}},
+    "spectrum, pivot, regress": {**PIVOT, **REGRESS},
+    "spectrum, pivot, 4 corrections": {**PIVOT, "corrections": 4},
+    "spectrum, pivot, 8 corrections": {**PIVOT, "corrections": 8},
+    "spectrum, pivot, regress, 4 corrections": {**PIVOT, **REGRESS, "corrections": 4},
+    "svd_llm, uniform, pivot": {"method": "svd_llm", "factor_form": "pivot"},
+    "svd_llm, uniform, pivot, regress": {
+        "method": "svd_llm", "factor_form": "pivot", "refine": "regress", "refine_options": {"anchor": 0.5},
+    },
+}  # fmt: skip
+SECTIONS = {"methods of the papers": PAPERS, "presets": PRESETS, "ablation": ABLATION}
+
+
+def measure(args, row, keep, tests):
+    start = time.perf_counter()
+    recipe = {k: v for k, v in row.items() if k not in ("samples", "search_samples")}
+    result = slimrank.compress(
+        args.model, keep_ratio=keep, calibration=tuple(args.text), samples=args.samples, seq_len=args.seq_len,
+        search_samples=args.search_samples, evaluation=None, run_dir=Path(args.runs) / recipe["method"], **recipe,
+    )  # fmt: skip
+    report = result.report
+    return {
+        "seconds": time.perf_counter() - start,
+        "stages": report["seconds"],
+        "keep_ratio": report["size"]["keep_ratio"],
+        "perplexity": {name: slimrank.perplexity(result.model, windows).perplexity for name, windows in tests.items()},
+        "dense_layers": sum(target.rank == "dense" for target in result.plan.targets.values()),
+        "corrections": report["corrections"],
+        "undone_blocks": sum("undone" in note for note in report["notes"]),
+    }
+
+
+def markdown(results):
+    tests = list(results["dense"])
+    main, others = tests[0], tests[1:]
+    keeps = sorted({float(k) for row in results["rows"].values() for k in row}, reverse=True)
+    lines = [f"Perplexity on {main}, and over that of the original ({results['dense'][main]:.2f}).", ""]
+    for section, names in SECTIONS.items():
+        head = [section, *(f"keep {k:g}" for k in keeps), *(f"{o} at {keeps[0]:g}" for o in others), "seconds"]
+        lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for name in (n for n in results["rows"] if n in names):
+            row = results["rows"][name]
+            cells = [_cell(row, keep, main, results["dense"]) for keep in keeps]
+            cells += [_cell(row, keeps[0], other, results["dense"]) for other in others]
+            slowest = max((cell["seconds"] for cell in row.values()), default=0)
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {slowest:,.0f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(row, keep, test, dense):
+    if str(keep) not in row:
+        return ""
+    found = row[str(keep)]["perplexity"][test]
+    return f"{found:,.1f} ({found / dense[test]:,.2f})"
+
+
+def plot(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    main = next(iter(results["dense"]))
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for section, style in (("methods of the papers", "--"), ("presets", "-")):
+        for name in (n for n in results["rows"] if n in SECTIONS[section]):
+            cells = sorted((c["keep_ratio"], c["perplexity"][main]) for c in results["rows"][name].values())
+            axes.plot(*zip(*cells, strict=True), style, marker="o", label=name)
+    axes.axhline(results["dense"][main], color="black", linewidth=1, label="original")
+    axes.set(xlabel="parameters of the linears kept", ylabel=f"perplexity, {main}", yscale="log")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def windows_of(path, tokenizer, args):
+    tokens = tokenise(read_source(path, "evaluation"), tokenizer)
+    bos = bos_of(tokenizer)
+    return leading_windows(tokens, min(args.windows, count_windows(tokens, args.seq_len, bos)), args.seq_len, bos)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--text", nargs="+", required=True, help="calibration text")
+    parser.add_argument("--test", action="append", required=True, help="NAME=FILE; the first is the main one")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--runs", required=True, help="folder for run directories")
+    parser.add_argument("--rows", nargs="*", help="some of the rows; all by default")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.5])
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--search-samples", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=40)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    stored = args.out / "quality.json"
+    results = json.loads(stored.read_text()) if stored.is_file() else {"rows": {}}
+    settings = {k: str(getattr(args, k)) for k in ("model", "samples", "search_samples", "seq_len", "windows")}
+    if results.setdefault("settings", settings) != settings:
+        sys.exit(f"{stored} was measured with other settings: {results['settings']}")
+    model, tokenizer = load(args.model, "auto")
+    tests = {name: windows_of(path, tokenizer, args) for name, path in (text.split("=", 1) for text in args.test)}
+    if list(results.get("dense", {})) != list(tests):
+        results["dense"] = {name: slimrank.perplexity(model, windows).perplexity for name, windows in tests.items()}
+    del model
+    results |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    every = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
+    for name in args.rows or every:
+        row = results["rows"].setdefault(name, {})
+        for keep in args.keep:
+            if str(keep) not in row:
+                row[str(keep)] = measure(args, every[name], keep, tests)
+                stored.write_text(json.dumps(results, indent=1) + "\n")
+                print(name, keep, row[str(keep)]["perplexity"], flush=True, file=sys.stderr)
+    (args.out / "quality.md").write_text(markdown(results))
+    try:
+        plot(results, args.out / "quality.svg")
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
