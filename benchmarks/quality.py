@@ -2,10 +2,10 @@
 
     python benchmarks/quality.py --text TRAIN.txt --test wikitext2=TEST.txt --test c4=OTHER.txt --out DIR --runs DIR
 
-Every row is compressed to every --keep with the same calibration tokens (--samples windows of --seq-len), and measured
-on the first --windows windows of each test text; presets, too, take that many. Cells that stand in DIR/quality.json
-already are not computed again; --runs keeps calibrations. Writes quality.json, quality.md and, with matplotlib,
-quality.svg.
+Every row is compressed to every --keep with the same calibration tokens (--samples windows of --seq-len), presets, too,
+and measured on the first --windows windows of the test text (of other texts at the largest --keep only). Cells that
+stand in DIR/quality.json already are not computed again; --runs keeps calibrations. Writes quality.json, quality.md
+and, with matplotlib, quality.svg.
 """
 
 import argparse
@@ -49,6 +49,7 @@ ABLATION = {
     "spectrum, pivot, 8 corrections": {**PIVOT, "corrections": 8},
     "spectrum, pivot, regress, 4 corrections": {**PIVOT, **REGRESS, "corrections": 4},
     "svd_llm, uniform, pivot": {"method": "svd_llm", "factor_form": "pivot"},
+    "svd_llm, ada_cr, pivot": {"method": "svd_llm", "allocation": "ada_cr", "factor_form": "pivot"},
     "svd_llm, uniform, pivot, regress": {
         "method": "svd_llm", "factor_form": "pivot", "refine": "regress", "refine_options": {"anchor": 0.5},
     },
@@ -60,7 +61,7 @@ def measure(args, row, keep, tests):
     start = time.perf_counter()
     recipe = {k: v for k, v in row.items() if k not in ("samples", "search_samples")}
     result = slimrank.compress(
-        args.model, keep_ratio=keep, calibration=tuple(args.text), samples=args.samples, seq_len=args.seq_len,
+        args.model, keep_ratio=keep, calibration=args.text, samples=args.samples, seq_len=args.seq_len,
         search_samples=args.search_samples, evaluation=None, run_dir=Path(args.runs) / recipe["method"], **recipe,
     )  # fmt: skip
     report = result.report
@@ -94,7 +95,7 @@ def markdown(results):
 
 
 def _cell(row, keep, test, dense):
-    if str(keep) not in row:
+    if str(keep) not in row or test not in row[str(keep)]["perplexity"]:
         return ""
     found = row[str(keep)]["perplexity"][test]
     return f"{found:,.1f} ({found / dense[test]:,.2f})"
@@ -127,7 +128,7 @@ def windows_of(path, tokenizer, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--text", nargs="+", required=True, help="calibration text")
+    parser.add_argument("--text", required=True, help="calibration text: a file or a folder")
     parser.add_argument("--test", action="append", required=True, help="NAME=FILE; the first is the main one")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", required=True, help="folder for run directories")
@@ -150,12 +151,13 @@ def main():
         results["dense"] = {name: slimrank.perplexity(model, windows).perplexity for name, windows in tests.items()}
     del model
     results |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    only = {name: tests[name] for name in list(tests)[:1]}
     every = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
     for name in args.rows or every:
         row = results["rows"].setdefault(name, {})
         for keep in args.keep:
             if str(keep) not in row:
-                row[str(keep)] = measure(args, every[name], keep, tests)
+                row[str(keep)] = measure(args, every[name], keep, tests if keep == max(args.keep) else only)
                 stored.write_text(json.dumps(results, indent=1) + "\n")
                 print(name, keep, row[str(keep)]["perplexity"], flush=True, file=sys.stderr)
     (args.out / "quality.md").write_text(markdown(results))

@@ -19,7 +19,7 @@ from slimrank.pipeline.correcting import Correction
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.needs import Gathering
 
-SMALL = {"samples": 4, "search_samples": 4, "seq_len": 24, "batch_size": 2, "evaluation": None}
+SMALL = {"method": "svd_llm", "samples": 4, "search_samples": 4, "seq_len": 24, "batch_size": 2, "evaluation": None}
 FORMS = [{}, {"factor_form": "pivot"}]
 
 
@@ -212,7 +212,7 @@ def test_the_report_shows_them(calibration, tmp_path):
 
 def test_the_forecast_counts_them(tmp_path):
     folder = save_tiny(tmp_path / "model")
-    plain = slimrank.preview(folder, keep_ratio=0.6)["seconds"]
-    more = slimrank.preview(folder, keep_ratio=0.6, corrections=3)["seconds"]
+    plain = slimrank.preview(folder, keep_ratio=0.6, method="svd_llm")["seconds"]
+    more = slimrank.preview(folder, keep_ratio=0.6, method="svd_llm", corrections=3)["seconds"]
     assert set(more) - set(plain) == {"remember the original", "correct"}
     assert more["correct"] > more["remember the original"] > 0

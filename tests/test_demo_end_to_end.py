@@ -13,7 +13,7 @@ from slimrank.calibration.sources import read_source
 from slimrank.calibration.windows import leading_windows, tokenise
 
 pytestmark = pytest.mark.demo
-SMALL = ["--samples", "16", "--windows", "4"]
+SMALL = ["--method", "svd_llm", "--samples", "16", "--windows", "4"]
 
 
 def slimrank(*arguments, check=True):
@@ -93,3 +93,17 @@ def test_the_demo_needs_no_network_the_second_time():
     plan = json.loads(result.stdout)["plan"]
     assert plan["targets"]["model.layers.0.self_attn.q_proj"]["rank"] == 230
     assert len(plan["targets"]) == 210
+
+
+def test_without_a_method_it_is_the_balanced_preset(tmp_path):
+    """All its stages, on little text, already lose less than half as much as svd_llm."""
+    little = ["--samples", 8, "--search-samples", 4, "--windows", 4, "--corrections", 1, "--correction-windows", 4]
+    found = slimrank("compress", "demo", "--keep", 0.9, *little, "--out", tmp_path / "slim", "--json")
+    report = json.loads(found.stdout)
+    assert report["provenance"]["recipe"]["method"] == "kfac_svd"
+    assert report["size"]["stored_as"] == "pivot"
+    assert 0.895 < report["size"]["keep_ratio"] <= 0.9
+    assert report["corrections"][0]["kept"]
+    before, after = (report[side]["perplexity"]["perplexity"] for side in ("before", "after"))
+    assert before < after < 1.3 * before
+    assert "## Corrections" in (tmp_path / "slim" / "report.md").read_text()

@@ -39,7 +39,7 @@ def check(attempt, option, value):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"method": "svd_llm"},
         {"rank_multiple": 4},
         {"ranks": {"down_proj": "8..12", "q_proj": "dense"}},
         {"ranks": {"*": "2..4"}, "allocation": "spectrum"},

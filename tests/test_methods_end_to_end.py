@@ -52,10 +52,13 @@ def _quick(monkeypatch):
     monkeypatch.setattr("slimrank.dry_run.measure_machine", lambda device: Machine(1e9, 1e9))
 
 
+PLAIN = {"method": "svd_llm"}
+
+
 def compress(model="llama", **changes):
     given = tiny_model(model) if isinstance(model, str) else model
     options = {"keep_ratio": KEEP, "calibration": TEXT, "evaluation": None, "samples": SAMPLES, "seq_len": SEQ_LEN}
-    return slimrank.compress(given, byte_tokenizer(), **{**options, "batch_size": 2, **changes})
+    return slimrank.compress(given, byte_tokenizer(), **{**options, **PLAIN, "batch_size": 2, **changes})
 
 
 @functools.cache
@@ -698,7 +701,7 @@ def _biased(model, path):
 )
 def test_preview_agrees_with_what_is_done(options, tmp_path):
     folder = save_tiny(tmp_path / "model")
-    seen, done = slimrank.preview(folder, keep_ratio=KEEP, **options), compress(**options)
+    seen, done = slimrank.preview(folder, keep_ratio=KEEP, **{**PLAIN, **options}), compress(**options)
     assert seen["plan"] == done.plan
     assert seen["size"]["parameters_after"] == sum(p.numel() for p in done.model.parameters())
     assert seen["size"]["keep_ratio"] == done.report["size"]["keep_ratio"]

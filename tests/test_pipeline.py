@@ -25,7 +25,7 @@ from slimrank.errors import (
 )
 from slimrank.layers import LowRankLinear
 
-SMALL = {"samples": 4, "seq_len": 24, "batch_size": 2, "windows": 2}
+SMALL = {"method": "svd_llm", "samples": 4, "seq_len": 24, "batch_size": 2, "windows": 2}
 
 
 def options(text_file, **changes):
@@ -172,7 +172,7 @@ def test_keeping_everything_changes_nothing(text_file):
 
 
 def test_a_plan_may_be_edited_and_passed_back(tmp_path, text_file):
-    plan = slimrank.preview(save_tiny(tmp_path / "model"), keep_ratio=0.5)["plan"]
+    plan = slimrank.preview(save_tiny(tmp_path / "model"), method="svd_llm", keep_ratio=0.5)["plan"]
     plan.save(tmp_path / "plan.json")
     content = json.loads((tmp_path / "plan.json").read_text())
     content["targets"]["model.layers.0.mlp.up_proj"]["rank"] = "dense"
@@ -220,7 +220,7 @@ KILLED = """
 
     model, text, out = sys.argv[1:4]
     slimrank.compress(model, out=out, progress=Killer(), keep_ratio=0.6, calibration=text, evaluation=text,
-                      samples=4, seq_len=24, batch_size=2, windows=2)
+                      method="svd_llm", samples=4, seq_len=24, batch_size=2, windows=2)
 """
 
 
@@ -498,7 +498,7 @@ def test_the_report_says_what_was_unusual(text_file):
 
 
 def test_preview_agrees_with_what_is_done(tiny_folder, text_file):
-    seen = slimrank.preview(tiny_folder, keep_ratio=0.6)
+    seen = slimrank.preview(tiny_folder, method="svd_llm", keep_ratio=0.6)
     done = slimrank.compress(tiny_folder, **options(text_file))
     assert seen["plan"] == done.plan
     assert seen["size"]["parameters_after"] == sum(p.numel() for p in done.model.parameters())

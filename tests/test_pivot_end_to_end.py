@@ -58,7 +58,14 @@ def written_bytes(folder):
 
 def compress_to(folder, model="llama", **options):
     save_tiny(folder / "model", model)
-    chosen = {"calibration": TEXT, "evaluation": None, "samples": SAMPLES, "seq_len": SEQ_LEN, "batch_size": 2}
+    chosen = {
+        "method": "svd_llm",
+        "calibration": TEXT,
+        "evaluation": None,
+        "samples": SAMPLES,
+        "seq_len": SEQ_LEN,
+        "batch_size": 2,
+    }
     return slimrank.compress(folder / "model", out=folder / "out", **{**chosen, **options})
 
 
@@ -162,7 +169,7 @@ def test_budgets_are_kept_on_disk(budget, dtype, form, tmp_path):
     assert reached <= limit
     assert reached > (0.85 if "factor_form" in form else 0.75) * limit  # of a tiny file, much is header
     assert size["bytes_after"] == written
-    foretold = slimrank.preview(tmp_path / "model", dtype=dtype, **budget, **form)
+    foretold = slimrank.preview(tmp_path / "model", method="svd_llm", dtype=dtype, **budget, **form)
     assert 0 <= written - foretold["size"]["bytes_after"] < 16384  # the header of a safetensors file
     assert foretold["plan"] == result.plan
     for key in ("keep_ratio", "keep_total", "parameters_after", "stored_as"):
@@ -178,7 +185,8 @@ def test_the_file_holds_the_parameters_counted_and_the_orders(form, tmp_path):
     assert sum(t.numel() for t in orders.values()) == sum(min(t.shape) for t in result.plan.targets.values())
     kept = sum(t.numel() for k, t in stored.items() if k not in orders)
     assert kept == result.report["size"]["parameters_after"]
-    sizes = slimrank.preview(tmp_path / "model", keep_ratio=KEEP, **form)["size"], compress(**form).report["size"]
+    foretold = slimrank.preview(tmp_path / "model", method="svd_llm", keep_ratio=KEEP, **form)
+    sizes = foretold["size"], compress(**form).report["size"]
     assert {s["bytes_after"] for s in sizes} == {sum(t.nbytes for t in stored.values())}
 
 
