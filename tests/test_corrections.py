@@ -150,6 +150,17 @@ def test_nan_is_never_nearer(calibration, monkeypatch):
     assert not any(r["kept"] for r in compress(tiny_model(), calibration).report["corrections"])
 
 
+def test_steps_that_go_too_far_for_the_dtype_are_halved(calibration, monkeypatch):
+    """In float16 the first trial overflows; the run goes on with what is finite."""
+    monkeypatch.setattr("slimrank.pipeline.correcting.LENGTH", 2.0**14)
+    monkeypatch.setattr("slimrank.pipeline.correcting.TRIALS", 20)
+    result = compress(tiny_model().to(torch.float16), calibration, corrections=1)
+    assert bool(torch.isfinite(torch.cat([p.flatten() for p in result.model.parameters()])).all())
+    (made,) = result.report["corrections"]
+    assert made["kept"]
+    assert made["after"] < made["before"]
+
+
 @pytest.mark.parametrize("last", ["_gather", "_move", "_store", "remember"])
 @pytest.mark.parametrize("form", FORMS)
 def test_an_interrupted_run_goes_on(last, form, calibration, tmp_path, monkeypatch):

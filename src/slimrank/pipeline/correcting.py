@@ -145,9 +145,9 @@ class Correction:
     def _move(self, before: float, divergence: float, decrease: float) -> dict[str, Any]:
         """Take the steps, as far as windows kept aside get nearer to the original."""
         tokens = self._windows[0].numel()
-        round = {"calibration": divergence / tokens, "before": before, "after": before, "length": 0.0, "kept": False}
+        row = {"calibration": divergence / tokens, "before": before, "after": before, "length": 0.0, "kept": False}
         if not decrease > 0:
-            return round
+            return row
         states = {t.path: dict(self._layer(t).state_dict()) for i in range(len(self.runner)) for t in self._targets(i)}
         nearest, length = before, LENGTH * divergence / decrease
         for _ in range(TRIALS):
@@ -156,10 +156,10 @@ class Correction:
             if not found < nearest and nearest < before:
                 break
             if found < nearest:
-                nearest, round = found, {**round, "after": found, "length": length, "kept": True}
+                nearest, row = found, {**row, "after": found, "length": length, "kept": True}
             length /= 2
-        self._step(states, round["length"])
-        return round
+        self._step(states, row["length"])
+        return row
 
     def _step(self, states: Mapping[str, Mapping[str, Tensor]], length: float) -> None:
         """All layers at so much of their steps from what they held."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from slimrank.allocate.measuring import Measuring
+from slimrank.errors import NonFiniteError
 from slimrank.models.blocks import Batch
 from slimrank.models.divergence import Scorer
 from slimrank.pipeline.job import Job, hidden_states, named
@@ -43,8 +46,14 @@ class HeldOut:
             self.stage.save("held-out", named("", self._scorer.original))
 
     def divergence(self, index: int) -> float:
-        """Divergence from the original in nats a token, the model from block `index` on as it is now."""
-        return self._scorer.score([self._finals(index)])[0][0]
+        """Divergence from the original in nats a token, the model from block `index` on as it is now.
+
+        Infinite where the model no longer computes finite numbers.
+        """
+        try:
+            return self._scorer.score([self._finals(index)])[0][0]
+        except NonFiniteError:
+            return math.inf
 
     def step(self, index: int) -> None:
         """The windows go through block `index` as it is now."""
