@@ -666,7 +666,13 @@ def test_new_biases_count(model, budget, tmp_path):
     if "max_bytes" in budget and model != "llama":
         budget = {"max_bytes": 130_000}
     folder = save_tiny(tmp_path / "model", model)
-    options = {**PLAIN, "keep_ratio": None, **budget, "refine": "update", "refine_options": {"bias": "all", "held_out": 0}}
+    options = {
+        **PLAIN,
+        "keep_ratio": None,
+        **budget,
+        "refine": "update",
+        "refine_options": {"bias": "all", "held_out": 0},
+    }
     result = slimrank.compress(
         folder, out=tmp_path / "out", calibration=TEXT, evaluation=None, samples=SAMPLES, seq_len=SEQ_LEN, **options
     )

@@ -23,7 +23,7 @@ from slimrank.errors import (
     RecipeError,
     RunError,
 )
-from slimrank.layers import LowRankLinear
+from slimrank.layers import LowRankLinear, PivotLinear
 
 SMALL = {"method": "svd_llm", "samples": 4, "seq_len": 24, "batch_size": 2, "windows": 2}
 
@@ -35,6 +35,23 @@ def options(text_file, **changes):
 def files_of(folder):
     """Every file but the reports, which hold measured times."""
     return {p.name: p.read_bytes() for p in Path(folder).iterdir() if not p.name.startswith("report.")}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_layout_by_default(name, tmp_path, text_file):
+    """Without a method: gradients, allocation, pivot layers, refinement and corrections, all in one run."""
+    folder = save_tiny(tmp_path / "model", name)
+    small = {"samples": 4, "search_samples": 4, "seq_len": 24, "batch_size": 2, "windows": 2}
+    result = slimrank.compress(folder, out=tmp_path / "out", keep_ratio=0.6, calibration=str(text_file), **small)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, result.model(input_ids=ids).logits)
+    assert 0.5 < result.report["size"]["keep_ratio"] <= 0.6
+    assert len(result.report["corrections"]) == 4
+    assert any(isinstance(m, PivotLinear) for m in loaded.modules())
+    foretold = slimrank.preview(folder, keep_ratio=0.6, **small)
+    assert set(foretold["seconds"]) >= set(result.report["seconds"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
