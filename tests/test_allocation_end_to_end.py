@@ -31,7 +31,7 @@ def allocated(id, model="llama", **changes):
 
 def search_windows():
     tokens = tokenise("\n\n".join(TEXT), byte_tokenizer())
-    windows, apart = draw_apart(tokens, SEARCH, SAMPLES, SEQ_LEN, 0)
+    (windows,), apart = draw_apart(tokens, [SEARCH], SAMPLES, SEQ_LEN, 0)
     assert apart
     return windows
 
@@ -387,14 +387,14 @@ def test_additivity_where_errors_do_add_up():
 def test_search_windows_are_apart_from_those_that_calibrate():
     tokens = torch.arange(4000)
     taken = draw_windows(tokens, 20, 30, seed=5)
-    windows, apart = draw_apart(tokens, 50, 20, 30, seed=5)
+    (windows,), apart = draw_apart(tokens, [50], 20, 30, seed=5)
     assert apart
     assert windows.shape == (50, 30)
     assert not set(taken.flatten().tolist()) & set(windows.flatten().tolist())
 
 
 def test_a_text_that_is_too_short_says_so():
-    windows, apart = draw_apart(torch.arange(70), 4, 20, 30, seed=5)
+    (windows,), apart = draw_apart(torch.arange(70), [4], 20, 30, seed=5)
     assert not apart
     assert windows.shape == (4, 30)
     result = allocated("lems", calibration=["word " * 12])

@@ -212,7 +212,7 @@ def test_shared_factors_are_refused(calibration):
 
 def test_the_report_shows_them(calibration, tmp_path):
     folder = save_tiny(tmp_path / "model")
-    chosen = {"keep_ratio": 0.6, "calibration": calibration, "corrections": 2, "correction_windows": 9, **SMALL}
+    chosen = {"keep_ratio": 0.6, "calibration": calibration, "corrections": 2, "correction_windows": 3, **SMALL}
     result = slimrank.compress(folder, out=tmp_path / "out", **chosen)
     shown = (tmp_path / "out" / "report.md").read_text()
     assert "## Corrections" in shown

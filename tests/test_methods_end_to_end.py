@@ -442,7 +442,7 @@ def test_a_refined_block_is_kept_only_where_it_is_nearer_on_windows_kept_aside(m
         if f"block {row['block']}" in undone:
             assert row["refined"]["undone"]
             assert row["refined"]["after"] == row["refined"]["before"]
-    windows, _ = draw_apart(tokenise("\n\n".join(TEXT), byte_tokenizer()), 3, SAMPLES, SEQ_LEN, 0, None)
+    (windows,), _ = draw_apart(tokenise("\n\n".join(TEXT), byte_tokenizer()), [3], SAMPLES, SEQ_LEN, 0, None)
     ours = kl_on(tiny_model(model), result.model, windows, SEQ_LEN // 2)
     assert ours == pytest.approx(min(after[-1], before[-1]), rel=1e-3)
 

@@ -33,6 +33,7 @@ class Texts:
 
     calibration: Tensor | None = None
     search: Tensor | None = None
+    correction: Tensor | None = None
     evaluation: Tensor | None = None
     bos: bool = False
     notes: list[str] = field(default_factory=list)
@@ -51,6 +52,11 @@ class Texts:
     def search_digest(self) -> str | None:
         """sha256 of the search windows."""
         return None if self.search is None else tokens_digest(self.search)
+
+    @property
+    def correction_digest(self) -> str | None:
+        """sha256 of the windows that factors are corrected on."""
+        return None if self.correction is None else tokens_digest(self.correction)
 
     @property
     def evaluation_tokens(self) -> int:
@@ -101,8 +107,8 @@ class RawTexts:
         if self.evaluation is not None:
             evaluation = _evaluation(recipe, tokenise(self.evaluation, tokenizer), bos, notes)
         calibration = self._calibration(recipe, model, tokenizer, bos, progress) if self.calibrates else None
-        search = self._search(recipe, model, tokenizer, bos, notes, progress) if self.searches else None
-        return Texts(calibration, search, evaluation, bos is not None, notes)
+        search, correction = self._apart(recipe, model, tokenizer, bos, notes, progress)
+        return Texts(calibration, search, correction, evaluation, bos is not None, notes)
 
     def _calibration(self, recipe: Recipe, model: Any, tokenizer: Any, bos: int | None, progress: Progress) -> Tensor:
         shape = recipe.samples, recipe.seq_len or DEFAULT_SEQ_LEN
@@ -111,18 +117,24 @@ class RawTexts:
                 return sample_windows(model, tokenizer, *shape, recipe.seed, progress)
         return draw_windows(tokenise(self.calibration, tokenizer), *shape, recipe.seed, bos)
 
-    def _search(
+    def _apart(
         self, recipe: Recipe, model: Any, tokenizer: Any, bos: int | None, notes: list[str], progress: Progress
-    ) -> Tensor:
-        count, seq_len = recipe.search_samples, recipe.seq_len or DEFAULT_SEQ_LEN
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Windows that plans are measured on, and those that factors are corrected on."""
+        if not self.searches:
+            return None, None
+        counts = recipe.search_samples, recipe.corrections * recipe.correction_windows
+        seq_len = recipe.seq_len or DEFAULT_SEQ_LEN
         if self.calibration is None:
             with placed([model], resolve_device(recipe.device), upcast=False):
-                return sample_windows(model, tokenizer, count, seq_len, recipe.seed + 1, progress)
-        tokens = tokenise(self.calibration, tokenizer)
-        windows, apart = draw_apart(tokens, count, recipe.samples if self.calibrates else 0, seq_len, recipe.seed, bos)
-        if not apart:
-            notes.append("the calibration text is too short for search windows of their own: they overlap")
-        return windows
+                many = sample_windows(model, tokenizer, sum(counts), seq_len, recipe.seed + 1, progress)
+            search, correction = many.split(counts)
+        else:
+            tokens, samples = tokenise(self.calibration, tokenizer), recipe.samples if self.calibrates else 0
+            (search, correction), apart = draw_apart(tokens, counts, samples, seq_len, recipe.seed, bos)
+            if not apart:
+                notes.append("the calibration text is too short for search windows of their own: they overlap")
+        return search, correction if recipe.corrections else None
 
 
 def _evaluation(recipe: Recipe, tokens: Tensor, bos: int | None, notes: list[str]) -> Tensor:

@@ -306,7 +306,7 @@ def workload(
         solves={"once": 1, "twice": 2, "per batch": 1 + batches}[method.method.solves],
         search=_search(recipe, len(targets)) * recipe.search_samples * seq_len,
         held_out=_held_out(recipe, method) * len({t.block for t in targets}) * seq_len,
-        corrected=recipe.corrections * min(recipe.correction_windows, recipe.samples) * seq_len,
+        corrected=recipe.corrections * recipe.correction_windows * seq_len,
         rounds=recipe.corrections,
         samples=-(-recipe.samples // gathering.accumulate) if "gradients" in gathering.needs else 0,
     )

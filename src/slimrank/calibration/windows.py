@@ -8,6 +8,7 @@ window (Gemma's perplexity is half as high again without it).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,21 +41,30 @@ def draw_windows(tokens: Tensor, samples: int, seq_len: int, seed: int, bos: int
 
 
 def draw_apart(
-    tokens: Tensor, count: int, samples: int, seq_len: int, seed: int, bos: int | None = None
-) -> tuple[Tensor, bool]:
-    """`count` more windows, and whether none of them overlaps one of the `samples` that `draw_windows` draws.
+    tokens: Tensor, counts: Sequence[int], samples: int, seq_len: int, seed: int, bos: int | None = None
+) -> tuple[list[Tensor], bool]:
+    """So many more windows for each of some uses, and whether there was room for all of them.
+
+    Windows of a use overlap neither those of an earlier one nor the `samples` that `draw_windows` draws, unless
+    there is no room left.
 
     Raises:
         DataError: fewer tokens than one window needs.
     """
     length = _length(tokens, seq_len, bos, needed=1)
     places = len(tokens) - length + 1
+    taken = _starts(places, samples, seed)
     free = torch.ones(places, dtype=torch.bool)
-    for start in _starts(places, samples, seed).tolist():
-        free[max(0, start - length + 1) : start + length] = False
-    apart = bool(free.any())
-    open_places = free.nonzero().flatten() if apart else torch.arange(places)
-    return _windows(tokens, open_places[_starts(len(open_places), count, seed + 1)], length, bos), apart
+    drawn: list[Tensor] = []
+    apart = True
+    for number, count in enumerate(counts, 1):
+        for start in taken.tolist():
+            free[max(0, start - length + 1) : start + length] = False
+        apart = apart and (bool(free.any()) or not count)
+        open_places = free.nonzero().flatten() if bool(free.any()) else torch.arange(places)
+        taken = open_places[_starts(len(open_places), count, seed + number)]
+        drawn.append(_windows(tokens, taken, length, bos))
+    return drawn, apart
 
 
 def leading_windows(tokens: Tensor, windows: int, seq_len: int, bos: int | None = None) -> Tensor:
@@ -82,7 +92,7 @@ def _starts(places: int, count: int, seed: int) -> Tensor:
 
 
 def _windows(tokens: Tensor, starts: Tensor, length: int, bos: int | None) -> Tensor:
-    return _with_bos(torch.stack([tokens[s : s + length] for s in starts.tolist()]), bos)
+    return _with_bos(tokens[starts[:, None] + torch.arange(length)], bos)
 
 
 def _length(tokens: Tensor, seq_len: int, bos: int | None, needed: int) -> int:

@@ -75,7 +75,9 @@ Corrections = Annotated[
 CorrectionWindows = Annotated[
     int | None,
     typer.Option(
-        "--correction-windows", help="Calibration windows of one round.  \\[default: 16]", rich_help_panel=_WHAT
+        "--correction-windows",
+        help="Windows of one round, apart from those that calibrate.  \\[default: 16]",
+        rich_help_panel=_WHAT,
     ),
 ]
 Allocation = Annotated[

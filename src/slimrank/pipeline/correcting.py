@@ -1,10 +1,11 @@
 """Correct all factors at once against the divergence of the whole model from the original, a few times.
 
-Each round takes some calibration windows forwards and backwards through the compressed model. For every factored layer
-that gives the gradient of the divergence by its weight and the gram of its inputs; its factors move along the tangent
-step of `linalg.tangent`, all by the same length. The length is that of Polyak (1987): the divergence itself over what
-the whole step would take off it to first order, halved. Where windows kept aside do not get nearer to the original the
-step is halved again, and in the end left out.
+Each round takes some windows forwards and backwards through the compressed model. They are windows of their own: on
+those that calibrate, refined layers are nearer to the original than anywhere else, and the gradient tells little. For
+every factored layer it gives the gradient of the divergence by its weight and the gram of its inputs; its factors move
+along the tangent step of `linalg.tangent`, all by the same length. The first that is tried is half of that of Polyak
+(1987): the divergence itself over what the whole step would take off it to first order. It is halved as long as that
+brings windows kept aside nearer to the original; a round that never does is left out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from slimrank.layers.convert import CompressedLinear, pair_of, stored_layer
@@ -48,11 +48,8 @@ class Correction:
         self.runner = job.runner(resident=False)
         self.held_out = HeldOut(job, HELD_OUT, stage)
         self.rounds: list[dict[str, Any]] = []
-        windows = job.texts.calibration
-        assert windows is not None
-        count = min(job.recipe.correction_windows, len(windows))
-        chosen = torch.arange(job.recipe.corrections * count) % len(windows)
-        self._windows = [windows[part] for part in chosen.split(count)]
+        assert job.texts.correction is not None
+        self._windows = job.texts.correction.split(job.recipe.correction_windows)
 
     def remember(self) -> None:
         """Take the windows of all rounds, and those kept aside, through the original model."""
@@ -71,7 +68,7 @@ class Correction:
         """Correct the cut model.
 
         Returns:
-            For each round its `calibration` divergence before, the divergence on windows kept aside `before` and
+            For each round its divergence `here` before, the divergence on windows kept aside `before` and
             `after`, the `length` of the step, and `kept`: whether it was made.
         """
         job, runner = self.job, self.runner
@@ -145,7 +142,7 @@ class Correction:
     def _move(self, before: float, divergence: float, decrease: float) -> dict[str, Any]:
         """Take the steps, as far as windows kept aside get nearer to the original."""
         tokens = self._windows[0].numel()
-        row = {"calibration": divergence / tokens, "before": before, "after": before, "length": 0.0, "kept": False}
+        row = {"here": divergence / tokens, "before": before, "after": before, "length": 0.0, "kept": False}
         if not decrease > 0:
             return row
         states = {t.path: dict(self._layer(t).state_dict()) for i in range(len(self.runner)) for t in self._targets(i)}

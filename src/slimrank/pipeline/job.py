@@ -179,8 +179,8 @@ class Job:
 
     def correction_key(self) -> dict[str, Any]:
         """Everything that corrected factors depend on."""
-        recipe = self.recipe
-        return {**self.refinement_key(), "corrections": [recipe.corrections, recipe.correction_windows]}
+        drawn = self.texts.correction_digest, self.recipe.correction_windows
+        return {**self.refinement_key(), "corrections": drawn}
 
     def predicted_bytes(self) -> int:
         """Bytes of the weights to be written."""
