@@ -393,6 +393,17 @@ def test_search_windows_are_apart_from_those_that_calibrate():
     assert not set(taken.flatten().tolist()) & set(windows.flatten().tolist())
 
 
+def test_windows_of_several_uses_are_apart_from_each_other():
+    tokens = torch.arange(4000)
+    drawn, apart = draw_apart(tokens, [8, 0, 12], 20, 30, seed=5)
+    assert apart
+    assert [len(windows) for windows in drawn] == [8, 0, 12]
+    sets = [set(w.flatten().tolist()) for w in (draw_windows(tokens, 20, 30, seed=5), drawn[0], drawn[2])]
+    assert len(set.union(*sets)) == sum(map(len, sets))
+    (alone,), _ = draw_apart(tokens, [8], 20, 30, seed=5)
+    assert torch.equal(alone, drawn[0])
+
+
 def test_a_text_that_is_too_short_says_so():
     (windows,), apart = draw_apart(torch.arange(70), [4], 20, 30, seed=5)
     assert not apart

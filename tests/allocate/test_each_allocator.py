@@ -182,6 +182,22 @@ def test_asvd_stops_at_a_perplexity():
     assert size < given.budget
 
 
+def test_asvd_does_not_cut_where_nothing_was_measured():
+    """A layer whose loss does not rise is kept at the least fraction that was measured, while the budget allows it."""
+    given = problem(0.75)
+    idle = given.items[0].path
+    weights = {**given.probe.importance, idle: 0.0}
+    given = replace(given, probe=KnownModel(given.items, given.probe.values, weights))
+    least = {i.path: round(0.4 * PAIR.largest(*i.shape)) for i in given.items}
+    ranks = allocate("asvd", given).ranks
+    assert ranks[idle] == least[idle]
+    assert all(r == "dense" or r >= least[path] for path, r in ranks.items())
+    tight = problem(0.25)
+    ranks = allocate("asvd", tight).ranks
+    parts = [ranks[i.path] / PAIR.largest(*i.shape) for i in tight.items]
+    assert max(parts) - min(parts) < 0.15
+
+
 def test_svd_llm_v2():
     alike = problem(0.6, alike=True)
     uniform = allocate("uniform", alike).ranks

@@ -81,23 +81,26 @@ def _telling(tail: Floats, ranks: Sequence[int]) -> list[int]:
 def interpolated_curves(problem: Problem, fractions: Sequence[float]) -> list[Curve]:
     """Increase of the negative log-likelihood at every rank, from that measured at some.
 
-    Between them it is interpolated linearly in the rank; below them it goes on along the line through the least two.
+    Between them it is interpolated linearly in the rank. Below the least nothing is known, and a layer whose loss did
+    not rise there would be free: errors are above all that was measured, the largest of any layer to twice that.
     """
     ranks = {item.path: anchor_ranks(problem, item, fractions) for item in problem.items}
     measured = measure(problem, ranks)
     base = effect_of(problem, {item.path: "dense" for item in problem.items}).nll
     rises = {path: [effect.nll - base for effect in effects] for path, effects in measured.items()}
+    worst = max([LEAST, *(rise for some in rises.values() for rise in some)])
     return [
-        _interpolated(curve, [*ranks[item.path], min(item.shape)], rises[item.path]) if item.path in rises else curve
+        _interpolated(curve, [*ranks[item.path], min(item.shape)], rises[item.path], worst)
+        if item.path in rises
+        else curve
         for item, curve in zip(problem.items, problem.flat_curves(), strict=True)
     ]
 
 
-def _interpolated(curve: Curve, ranks: Sequence[int], rises: Sequence[float]) -> Curve:
+def _interpolated(curve: Curve, ranks: Sequence[int], rises: Sequence[float], worst: float) -> Curve:
     points = np.array(ranks, dtype=np.float64)
     losses = np.append(isotonic(np.maximum(rises, 0.0)), 0.0)
-    slope = (losses[1] - losses[0]) / (points[1] - points[0])
-    below = losses[0] + slope * (np.minimum(curve.ranks, points[0]) - points[0])
+    below = worst * (2 - curve.ranks / points[0])
     errors = np.where(curve.ranks < points[0], below, np.interp(curve.ranks, points, losses))
     return replace(curve, errors=_falling(errors, curve))
 
