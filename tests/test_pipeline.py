@@ -39,18 +39,20 @@ def files_of(folder):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_layout_by_default(name, tmp_path, text_file):
-    """Without a method: gradients, allocation, pivot layers, refinement and corrections, all in one run."""
+    """Without a method: gradients, allocation, pivot layers and refinement, and corrections, all in one run."""
     folder = save_tiny(tmp_path / "model", name)
     small = {"samples": 4, "search_samples": 4, "seq_len": 24, "batch_size": 2, "windows": 2}
-    result = slimrank.compress(folder, out=tmp_path / "out", keep_ratio=0.6, calibration=str(text_file), **small)
+    chosen = {"calibration": str(text_file), "corrections": 1, "correction_windows": 4, **small}
+    result = slimrank.compress(folder, out=tmp_path / "out", keep_ratio=0.6, **chosen)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, result.model(input_ids=ids).logits)
     assert 0.5 < result.report["size"]["keep_ratio"] <= 0.6
-    assert len(result.report["corrections"]) == 4
+    assert len(result.report["corrections"]) == 1
+    assert any("refined" in row for row in result.report["targets"])
     assert any(isinstance(m, PivotLinear) for m in loaded.modules())
-    foretold = slimrank.preview(folder, keep_ratio=0.6, **small)
+    foretold = slimrank.preview(folder, keep_ratio=0.6, **chosen)
     assert set(foretold["seconds"]) >= set(result.report["seconds"])
 
 

