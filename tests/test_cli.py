@@ -64,8 +64,23 @@ def test_compress_json_is_the_report(capsys, tiny_folder, text_file, tmp_path):
     assert json.loads(shown) == json.loads((tmp_path / "out" / "report.json").read_text())
 
 
+def test_plan_without_a_place_for_it_computes_nothing(capsys, tiny_folder, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("slimrank.pipeline.find_plan", never)
+    code, shown, _ = run(capsys, "plan", tiny_folder, "--keep", 0.5)
+    assert code == 0
+    assert "'spectrum' finds its own" in shown
+    record = json.loads(run(capsys, "plan", tiny_folder, "--keep", 0.5, "--json")[1])
+    assert record["allocation"] == {"id": "spectrum", "provisional": True}
+    assert record["size"]["keep_ratio"] <= 0.5
+    record = json.loads(run(capsys, "plan", tiny_folder, "--keep", 0.5, "--method", "svd", "--json")[1])
+    assert record["allocation"] == {"id": "uniform", "provisional": False}
+
+
 def test_plan_shows_and_saves(capsys, tiny_folder, tmp_path):
-    code, shown, _ = run(capsys, "plan", tiny_folder, "--keep", 0.5, "--save", tmp_path / "p.json")
+    code, shown, _ = run(capsys, "plan", tiny_folder, "--keep", 0.5, "--save", tmp_path / "p.json", *SMALL)
     assert code == 0
     for words in ("q_proj", "embeddings and lm_head", "memory: about", "time: about", "100.0 %"):
         assert words in shown

@@ -21,13 +21,14 @@ def plan(
     save: Annotated[Path | None, typer.Option(help="Write the rank plan here, for compress --plan.")] = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(help="Keep what an allocation computes here, so that compress --run-dir does not do it again."),
+        typer.Option(help="Compute the ranks of any allocation, and keep what that takes for compress --run-dir."),
     ] = None,
     json: o.Json = False,
 ) -> None:
     """Show what compress would do: sizes, ranks by block and layer, time, memory, layers left out.
 
-    Loads no weights, unless the allocation goes by spectra or measurements: those are computed then.
+    Loads no weights. Ranks that an allocation finds by spectra or measurements are computed with --run-dir or --save
+    only; without, uniform ones stand for them.
 
     Example: slimrank plan demo --keep 0.8 --method kfac_svd --allocation spectrum --save plan.json --run-dir run
     """
@@ -38,7 +39,8 @@ def plan(
         OutputFolder(out, overwrite)
     say_quietly()
     with ConsoleProgress() as progress:
-        found, allocation = _computed(model, chosen, run_dir, progress)
+        wanted = run_dir is not None or save is not None
+        found, allocation = _computed(model, chosen, run_dir, progress) if wanted else _foretold(chosen)
         record = preview(model, progress=progress, **found)
     made = record.pop("plan")
     record["allocation"] = allocation
@@ -48,20 +50,37 @@ def plan(
         print_json({**record, "plan": made.model_dump()})
     else:
         _show(model, record, save)
+        if allocation.get("provisional"):
+            print_text(f"ranks are uniform ones: '{allocation['id']}' finds its own, with --run-dir DIR here and now")
+            return
         show_plan(made, record["blocks_path"])
         show_trade_off(allocation)
+
+
+def _foretold(chosen: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe, and whether uniform ranks will stand for those of its allocation."""
+    from slimrank.recipe import Recipe
+
+    recipe = Recipe.make(chosen)
+    return chosen, {"id": recipe.allocation, "provisional": _computes(recipe)}
+
+
+def _computes(recipe: Any) -> bool:
+    """Whether ranks are not known without spectra or measurements."""
+    from slimrank.allocate.registry import ALLOCATORS
+
+    return recipe.plan is None and bool(ALLOCATORS.get(recipe.allocation).needs)
 
 
 def _computed(
     model: str, chosen: dict[str, Any], run_dir: Path | None, progress: ConsoleProgress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe with a plan in the place of its budget, where the allocation has to be computed."""
-    from slimrank.allocate.registry import ALLOCATORS
     from slimrank.pipeline import find_plan
     from slimrank.recipe import BUDGETS, Recipe
 
     recipe = Recipe.make(chosen)
-    if recipe.plan is not None or not ALLOCATORS.get(recipe.allocation).needs:
+    if not _computes(recipe):
         return chosen, {"id": recipe.allocation}
     plan, about = find_plan(model, recipe=recipe, run_dir=run_dir, progress=progress)
     return {**{k: v for k, v in chosen.items() if k not in BUDGETS}, "plan": plan}, about
