@@ -70,6 +70,9 @@ def test_what_is_given_settles_what_depends_on_it():
     assert Recipe(keep_ratio=0.5, secondary="pivot").factor_form == "pair"
     assert Recipe(keep_ratio=0.5, refine="none").refine is None
     assert Recipe(keep_ratio=0.5, allocation="lems").allocation_options == {}
+    assert Recipe(keep_ratio=0.5, refine="update").refine_options == {}
+    more = Recipe(keep_ratio=0.5, refine_options={"ridge": 0.5}).refine_options
+    assert more == {**Recipe.preset("balanced")["refine_options"], "ridge": 0.5}
 
 
 def test_every_option_is_described():

@@ -120,7 +120,7 @@ class Recipe(BaseModel):
         """Without a method, what is not given is that of the preset `balanced`."""
         if not isinstance(data, dict) or "method" in data:
             return handler(data)
-        made = handler({**_unless_given(data), **data})
+        made = handler(_filled(data))
         object.__setattr__(made, "__pydantic_fields_set__", set(data))
         return made
 
@@ -260,12 +260,15 @@ def _balanced_options() -> dict[str, Any]:
     return options
 
 
-def _unless_given(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the preset `balanced`, but for those that something in `data` settles."""
+def _filled(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data`, and options of the preset `balanced` but for those that something in `data` settles."""
     settled = set()
     if data.get("plan") is not None:
         settled |= {"allocation", "allocation_options", "factor_form"}
     if data.get("secondary") is not None:
         settled |= {"factor_form"}
     settled |= {f"{name}_options" for name in ("refine", "allocation") if name in data}
-    return {name: value for name, value in _balanced_options().items() if name not in settled}
+    filled = {name: value for name, value in _balanced_options().items() if name not in settled} | dict(data)
+    for name in {"refine_options", "allocation_options"} & _balanced_options().keys() & data.keys() - settled:
+        filled[name] = {**_balanced_options()[name], **data[name]}
+    return filled
