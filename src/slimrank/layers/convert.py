@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -89,6 +90,16 @@ def give_b(layer: CompressedLinear, B: Tensor) -> None:
     else:
         part, B = layer.interpolation, B[layer.order.argsort()[layer.rank :]]
     part.weight.data = B.to(part.weight)
+
+
+def hold(layer: CompressedLinear, state: Mapping[str, Tensor]) -> None:
+    """Let a layer hold tensors of this state, in their own memory; what is not in it, a bias perhaps, stays.
+
+    Nothing is written in place: other layers may hold the tensors that were there.
+    """
+    held = layer.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        held[name].data = tensor.to(held[name], copy=True)
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slimrank.layers.convert import CompressedLinear, pair_of, stored_layer
+from slimrank.layers.convert import CompressedLinear, hold, pair_of, stored_layer
 from slimrank.linalg.tangent import tangent_step
 from slimrank.models.blocks import Batch
 from slimrank.models.divergence import divergence_gradients
@@ -167,12 +167,12 @@ class Correction:
                 layer = self._layer(target)
                 if f"{target.path}.A" not in steps:
                     continue
-                _put(layer, states[target.path])
+                hold(layer, states[target.path])
                 if not length:
                     continue
                 a, b = (factor.to(job.solver) for factor in pair_of(layer))
                 a, b = a + length * steps[f"{target.path}.A"].to(a), b + length * steps[f"{target.path}.B"].to(b)
-                _put(layer, stored_layer(job.plan.stored_as, a, b, dtype=job.dtype).state_dict())
+                hold(layer, stored_layer(job.plan.stored_as, a, b, dtype=job.dtype).state_dict())
 
     # layers and resuming ------------------------------------------------------------------------------------
 
@@ -204,16 +204,9 @@ class Correction:
             tensors, _ = self.stage.load(f"factors-{len(self.rounds) - 1}-{index:04d}")
             for target in self._targets(index):
                 mine = f"{target.path}."
-                _put(self._layer(target), {k.removeprefix(mine): t for k, t in tensors.items() if k.startswith(mine)})
+                hold(self._layer(target), {k.removeprefix(mine): t for k, t in tensors.items() if k.startswith(mine)})
         self.job.progress.step(2 * len(self.runner) * len(self.rounds))
 
 
 def _original(number: int) -> str:
     return f"original-{number:04d}"
-
-
-def _put(layer: CompressedLinear, state: Mapping[str, Tensor]) -> None:
-    """Give a layer the tensors of this state; a bias that is not in it stays."""
-    held = layer.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        held[name].data = tensor.to(held[name])

@@ -205,8 +205,8 @@ class Job:
         tokens = copies * self.texts.calibration_tokens
         if self.recipe.corrections:
             bases += 2 * self.plan.stored_parameters
-            tokens += self.recipe.corrections * self.recipe.correction_windows * (self.recipe.seq_len or 0)
-            tokens += len(find_blocks(self.model)[1]) * self.recipe.correction_windows * (self.recipe.seq_len or 0)
+            rounds_and_blocks = self.recipe.corrections + len(find_blocks(self.model)[1])
+            tokens += rounds_and_blocks * self.recipe.correction_windows * (self.recipe.seq_len or 0)
         return 4 * (bases + tokens * width)
 
     def announce(self) -> None:

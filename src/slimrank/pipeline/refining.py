@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimrank.layers.convert import CompressedLinear, give_b, pair_of, stored_layer
+from slimrank.layers.convert import CompressedLinear, give_b, hold, pair_of, stored_layer
 from slimrank.layers.dense import weight_of
 from slimrank.linalg.forms import Form
 from slimrank.linalg.regression import Regression, best_b
@@ -216,9 +216,7 @@ class Refinement:
             layers[0].requires_grad_(next(layers[0].parameters()).requires_grad)
             self.cutter.done.new_biases += bias.numel()
         for layer in layers:
-            held = layer.state_dict(keep_vars=True)
-            for name, tensor in new.items():  # not in place: the original layer holds the same bias
-                held[name].data = tensor.to(held[name], copy=True)
+            hold(layer, new)
 
 
 def _relative(problem: Any, product: Tensor) -> float:
