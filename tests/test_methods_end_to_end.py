@@ -1128,7 +1128,7 @@ def run(capsys, *arguments):
         (["--method", "asvd", "--option", "alpha"], "is not NAME=VALUE"),
         (["--method", "asvd", "--option", "alpha=["], "cannot be read"),
         (["--refine", "update", "--refine-option", "anchor=2"], "less than or equal to 1, got 2"),
-        (["--refine-option", "anchor=1"], "but no refiner"),
+        (["--method", "svd_llm", "--refine-option", "anchor=1"], "but no refiner"),
         (["--method", "basis_sharing", "--refine", "regress"], "shares between layers"),
     ],
 )
