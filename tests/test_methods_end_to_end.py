@@ -554,7 +554,49 @@ def test_refinement_sees_exactly_the_calibration_tokens(anchor, stack, count, mo
     assert counts == [(count, count)] * 21
 
 
+@pytest.mark.parametrize(
+    "batch, windows", [(1, ([0, 2, 4], [1, 3])), (2, ([0, 1, 4], [2, 3])), (8, ([0, 1, 2], [3, 4]))]
+)
+def test_the_ridge_is_chosen_by_halves_of_the_calibration_tokens(batch, windows, monkeypatch):
+    """Every other batch; of one batch, its halves. The chosen one shows in the report."""
+    seen = []
+
+    def chosen(halves, weight):
+        seen.append((halves, weight))
+        return float(len(seen))
+
+    monkeypatch.setattr("slimrank.pipeline.refining.cross_validated", chosen)
+    settings = {"anchor": 1, "ridge": "auto", "held_out": 0}
+    result = compress(refine="regress", refine_options=settings, batch_size=batch)
+    assert sorted(row["refined"]["ridge"] for row in result.report["targets"]) == list(range(1, 22))
+    dense, first = tiny_model(), "model.layers.0.self_attn.q_proj"
+    inputs = heard(dense, [first])[0][first].unflatten(0, (SAMPLES, SEQ_LEN))
+    halves, weight = seen[0]
+    assert torch.equal(weight, weight_of(dense.get_submodule(first)))
+    for half, part in zip(halves, windows, strict=True):
+        x = inputs[part].flatten(0, 1)
+        torch.testing.assert_close(half.gram, x.t() @ x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_ridge_by_halves_leaves_the_target_to_the_original_weight(monkeypatch):
+    """Then the anchored target is that of `self`, whatever the compressed model lacks."""
+    monkeypatch.setattr("slimrank.pipeline.refining.cross_validated", lambda halves, weight: 1e12)
+    settings = {"held_out": 0, "residual": False}
+    ours = compress(refine="regress", refine_options={**settings, "anchor": 1, "ridge": "auto"})
+    other = compress(refine="regress", refine_options={**settings, "anchor": 0, "ridge": 1e-3})
+    for path, layer in low_rank(other.model).items():
+        torch.testing.assert_close(product(ours.model.get_submodule(path)), product(layer), rtol=1e-3, atol=1e-3)
+
+
+def test_a_ridge_chosen_by_halves_with_one_window():
+    options = {"refine": "update", "refine_options": {"ridge": "auto"}}
+    with pytest.raises(RecipeError, match="there is one window"):
+        compress(samples=1, **options)
+    assert all(row["refined"]["ridge"] > 0 for row in compress(samples=2, **options).report["targets"])
+
+
 REFINEMENTS = [
+    {"method": "kfac_svd", "refine": "regress", "refine_options": {"anchor": 1, "ridge": "auto"}},
     {"method": "svd_llm", "refine": "regress", "refine_options": {"anchor": 0.5, "bias": "all"}},
     {"method": "svd_llm", "refine": "ada_comp", "refine_options": {"anchor": 0}},
     {"method": "kfac_svd", "refine": "update", "refine_options": {"anchor": 1, "bias": "existing"}},

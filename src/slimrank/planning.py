@@ -56,7 +56,7 @@ def configured_refiner(recipe: Recipe, method: Configured) -> ConfiguredRefiner 
 
     Raises:
         RecipeError: an unknown refiner or option, a value out of range, options without a refiner, or a refiner that
-            does not go with the method or the batch size.
+            does not go with the method, the batch size or the number of windows.
     """
     if recipe.refine is None:
         if recipe.refine_options:
@@ -72,6 +72,11 @@ def configured_refiner(recipe: Recipe, method: Configured) -> ConfiguredRefiner 
         raise RecipeError(
             f"stack_of_batch averages windows of one batch; a batch has {recipe.batch_size}.",
             f"--batch-size {refiner.following.stack_of_batch}",
+        )
+    if refiner.following.ridge == "auto" and recipe.samples < 2:
+        raise RecipeError(
+            "ridge=auto fits on one half of the calibration windows what it tests on the other; there is one window.",
+            "--samples 2 or more, or a number for the ridge",
         )
     return refiner
 

@@ -64,6 +64,26 @@ class Regression:
         energy = self.energy + ridge * float(w.square().sum())
         return replace(self, gram=gram, cross=self.cross + ridge * w, energy=energy, mixed=mixed)
 
+    def shrunk(self, weight: Tensor, alpha: float) -> Regression:
+        """The problem that the solution of `towards` solves without damping: its metric stays that of the inputs."""
+        damped = self.towards(weight, alpha)
+        mixed = None if damped.mixed is None else spd_solve(damped.gram, damped.mixed.t()).t() @ self.gram
+        return replace(self, cross=damped.solution() @ self.gram, mixed=mixed)
+
+    def lacking(self, other: Regression, weight: Tensor) -> Tensor:
+        """C^T G C' (n x n), C = (T - W X) X^T of this problem and C' of another with the same form G."""
+        if self.row.seen:
+            if self.mixed is None or other.mixed is None:
+                raise ValueError("the form is seen through a weight, and the targets do not come from one")
+            mine, others = self.mixed - self.gram, other.mixed - other.gram
+        else:
+            w = weight.to(self.gram)
+            mine, others = self.cross - w @ self.gram, other.cross - w @ other.gram
+        form = self.row.matrix()
+        if form is None:
+            return mine.t() @ others
+        return mine.t() @ (form[:, None] * others if form.dim() == 1 else form @ others)
+
     def solution(self) -> Tensor:
         """W_ls (m x n) of least norm."""
         return spd_solve(self.gram, self.cross.t()).t()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from functools import reduce
+from operator import add
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from slimrank.layers.convert import CompressedLinear, give_b, hold, pair_of, sto
 from slimrank.layers.dense import weight_of
 from slimrank.linalg.forms import Form
 from slimrank.linalg.regression import Regression, best_b
+from slimrank.linalg.ridge import RIDGES, cross_validated
 from slimrank.models.paging import page_out
 from slimrank.models.targets import Target
 from slimrank.pipeline.cutting import Cutter
@@ -20,10 +23,10 @@ from slimrank.pipeline.held_out import HeldOut
 from slimrank.pipeline.job import Job, hidden_states, named
 from slimrank.pipeline.two_streams import TwoStreams
 from slimrank.run import Stage
-from slimrank.statistics.lack import LackSums
-from slimrank.statistics.streams import StreamSums
+from slimrank.statistics.streams import LayerSums
 
 _MORE_OUTPUTS = "more outputs than inputs: it does not make up for the residual stream"
+UNSEEN = 1e-3  # ridge besides a chosen one, for what the text does not show
 _UNDONE = "refining brought the divergence on windows kept aside from {before:.4f} to {after:.4f}: undone"
 
 
@@ -111,15 +114,11 @@ class Refinement:
         for number, paths in enumerate(stages, 1):
             gathered = self.streams.gather(index, originals, paths, last=number == len(stages))
             for target in (targets[path] for path in paths):
-                if target.path not in gathered.sums or gathered.sums[target.path].inputs.count == 0:
+                parts = [sums for collector in gathered if (sums := collector.of(target.path)) is not None]
+                if not parts:
                     self._not_refined(target)
                     continue
-                weight = weight_of(originals[target.path]).to(self.job.solver)
-                row, lack = self._row(target), gathered.lacks.get(target.path)
-                if lack is not None and row.seen:
-                    about["notes"].append(f"{target.path}: {_MORE_OUTPUTS}")
-                    lack = None
-                found = self._refined(target, weight, gathered.sums[target.path], lack, row)
+                found = self._refined(target, weight_of(originals[target.path]), parts, about["notes"])
                 refined[target.path], about["errors"][target.path] = found
                 self._put(target, refined[target.path])
         if self.held_out is not None and refined and self._undone(index, targets, cut, refined, about):
@@ -181,22 +180,29 @@ class Refinement:
         return self.cutter.spectra.row(target) if self.refiner.in_metric else Form()
 
     def _refined(
-        self, target: Target, weight: Tensor, sums: StreamSums, lack: LackSums | None, row: Form
+        self, target: Target, original: Tensor, parts: list[LayerSums], notes: list[str]
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """What the refined layer holds, cast to the dtype it is stored in, and the relative errors before and after."""
+        """What the refined layer holds, cast to the dtype it is stored in, and its relative errors and its ridge."""
         layer: CompressedLinear = self.job.model.get_submodule(target.path)
-        following = self.refiner.following
+        following, row, weight = self.refiner.following, self._row(target), original.to(self.job.solver)
+        if row.seen and any(part.lack is not None for part in parts):
+            notes.append(f"{target.path}: {_MORE_OUTPUTS}")
+            parts = [replace(part, lack=None) for part in parts]
         biased = not target.ties and (following.bias == "all" or (following.bias == "existing" and target.bias))
-        problem = replace(sums.problem(weight, biased, lack), row=row)
+        sums = reduce(add, parts)
+        problem, *halves = (
+            replace(some.problem(weight, biased), row=row)
+            for some in (sums, *(parts if following.ridge == "auto" else ()))
+        )
+        damped, ridge = _damped(problem, halves, weight, following.ridge)
         a, b = (factor.to(weight.device) for factor in pair_of(layer))
-        damped = problem.towards(weight, following.ridge)
         new = self._stored(damped, *self.refiner.refine(damped, weight, a, b))
         new_a, new_b = pair_of(new)
         product = new_b @ new_a
         if biased:
             old = 0 if layer.bias is None else layer.bias.detach().to(weight.device)
-            new.set_bias((old + sums.bias_change(weight, product, lack)).to(self.job.dtype))
-        errors = {"before": _relative(problem, b @ a), "after": _relative(problem, product)}
+            new.set_bias((old + sums.bias_change(weight, product)).to(self.job.dtype))
+        errors = {"before": _relative(problem, b @ a), "after": _relative(problem, product), "ridge": ridge}
         return new.state_dict(), errors
 
     def _stored(self, problem: Regression, a: Tensor, b: Tensor) -> CompressedLinear:
@@ -217,6 +223,19 @@ class Refinement:
             self.cutter.done.new_biases += bias.numel()
         for layer in layers:
             hold(layer, new)
+
+
+def _damped(
+    problem: Regression, halves: list[Regression], weight: Tensor, ridge: float | Literal["auto"]
+) -> tuple[Regression, float]:
+    """The problem with a pull towards the original weight, and the ridge of that.
+
+    What only one half of the text reaches (an expert) shows nothing of how far to go: the largest ridge.
+    """
+    if ridge != "auto":
+        return problem.towards(weight, ridge), ridge
+    chosen = cross_validated((halves[0], halves[1]), weight) if len(halves) == 2 else RIDGES[-1]
+    return problem.shrunk(weight, chosen).towards(weight, UNSEEN), chosen
 
 
 def _relative(problem: Any, product: Tensor) -> float:

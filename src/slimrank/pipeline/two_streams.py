@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
+from slimrank.models.blocks import Batch
 from slimrank.models.order import reading_order, run_until_read
 from slimrank.models.residual import Place, answers_of, residual_places
 from slimrank.models.structure import without_numbers
@@ -14,6 +16,29 @@ from slimrank.models.swap import swapped
 from slimrank.pipeline.job import Job
 from slimrank.refine.registry import Following
 from slimrank.statistics.streams import StreamCollector
+
+
+@dataclass(frozen=True)
+class _Both:
+    """A block in both models, as far as the sums of some layers need it.
+
+    Attributes:
+        index: its number.
+        originals: module path -> original layer, of all that were compressed.
+        layers: module path -> compressed layer, of those that sums are gathered of.
+        places: which of these add to the residual stream, and where.
+        last: whether the original stream goes through to its end.
+    """
+
+    index: int
+    originals: Mapping[str, nn.Module]
+    layers: Mapping[str, nn.Module]
+    places: Mapping[str, Place]
+    last: bool
+
+    def at(self, place: Place) -> list[str]:
+        """Layers that add to the residual stream there."""
+        return [path for path, found in self.places.items() if found == place]
 
 
 class TwoStreams:
@@ -37,7 +62,7 @@ class TwoStreams:
 
     def start(self) -> None:
         """Embed the calibration windows."""
-        self.runner.embed(self.job.batches())
+        self.runner.embed(self._batches())
         self.compressed = self.runner.hidden
         self.original = list(self.compressed) if self.following.anchor else []
 
@@ -49,8 +74,10 @@ class TwoStreams:
         with self.runner.placed_block(index):
             return reading_order(layers, lambda: self.runner.run(index, 0, self.compressed[0]))
 
-    def gather(self, index: int, originals: Mapping[str, nn.Module], paths: list[str], last: bool) -> StreamCollector:
-        """Sums of these layers; after the last of a block, the original stream has gone through it.
+    def gather(
+        self, index: int, originals: Mapping[str, nn.Module], paths: list[str], last: bool
+    ) -> list[StreamCollector]:
+        """Sums of these layers, of each part of the text; after the last of a block, the original stream is through it.
 
         Args:
             index: the block, which holds the compressed layers.
@@ -60,20 +87,8 @@ class TwoStreams:
         """
         layers = {path: self.job.model.get_submodule(path) for path in paths}
         with self.runner.placed(self.runner.blocks[index], *originals.values()):
-            places = self._places(index, originals, paths)
-            collector = StreamCollector(
-                originals={path: originals[path] for path in paths} if self.following.anchor else {},
-                compressed=layers,
-                anchor=self.following.anchor,
-                stack=self.following.stack_of_batch,
-                device=self.job.solver,
-                adding=frozenset(places),
-            )
-            with collector:
-                for b, batch in enumerate(self.runner.batches):
-                    collector.begin(batch.attention_mask, batch.input_ids.shape)
-                    self._run_both(index, b, originals, layers, places, collector, last)
-        return collector
+            both = _Both(index, originals, layers, self._places(index, originals, paths), last)
+            return [self._gathered(both, part) for part in self._parts()]
 
     def step(self, index: int) -> None:
         """The compressed stream goes through the block."""
@@ -81,26 +96,48 @@ class TwoStreams:
             for b, hidden in enumerate(self.compressed):
                 self.compressed[b] = self.runner.kept(self.runner.run(index, b, hidden))
 
-    def _run_both(
-        self,
-        index: int,
-        b: int,
-        originals: Mapping[str, nn.Module],
-        layers: Mapping[str, nn.Module],
-        places: Mapping[str, Place],
-        collector: StreamCollector,
-        last: bool,
-    ) -> None:
+    def _batches(self) -> Sequence[Batch]:
+        """The calibration windows in batches, as many as there are parts at least."""
+        batches = self.job.batches()
+        if self.following.ridge != "auto" or len(batches) != 1:
+            return batches
+        return [Batch(ids) for ids in batches[0].input_ids.chunk(2)]
+
+    def _parts(self) -> list[range]:
+        """Numbers of the batches of each part of the text that is summed by itself."""
+        count = len(self.runner.batches)
+        parts = 2 if self.following.ridge == "auto" else 1
+        return [range(part, count, parts) for part in range(parts)]
+
+    def _gathered(self, both: _Both, part: range) -> StreamCollector:
+        """Sums over these batches."""
+        following = self.following
+        collector = StreamCollector(
+            originals={path: both.originals[path] for path in both.layers} if following.anchor else {},
+            compressed=both.layers,
+            anchor=following.anchor,
+            stack=following.stack_of_batch,
+            device=self.job.solver,
+            adding=frozenset(both.places),
+        )
+        with collector:
+            for b in part:
+                batch = self.runner.batches[b]
+                collector.begin(batch.attention_mask, batch.input_ids.shape)
+                self._run(both, b, collector)
+        return collector
+
+    def _run(self, both: _Both, b: int, collector: StreamCollector) -> None:
         """One batch through the block, first as it was, then as it is; no further than is needed."""
-        exits = [path for path, place in places.items() if place == "exit"]
-        rest = {path: self.original[b] for path, place in places.items() if place == "entry"}
-        run, following = partial(self.runner.run, index, b), self.following
+        layers, originals, exits = both.layers, both.originals, both.at("exit")
+        rest = {path: self.original[b] for path in both.at("entry")}  # noqa: C420  (there may be no original stream)
+        run, following = partial(self.runner.run, both.index, b), self.following
         if following.anchor:
             with swapped(self.job.model, originals), answers_of({p: originals[p] for p in exits}) as answers:
-                if last or exits:
+                if both.last or exits:
                     output = run(self.original[b])
                     rest |= {path: output - answers[path].view_as(output) for path in exits}
-                    self.original[b] = self.runner.kept(output) if last else self.original[b]
+                    self.original[b] = self.runner.kept(output) if both.last else self.original[b]
                 else:
                     run_until_read([originals[path] for path in layers], partial(run, self.original[b]))
         if exits:

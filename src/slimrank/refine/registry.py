@@ -27,13 +27,10 @@ class Following(BaseModel):
               "weight on the compressed model's inputs (self); between: a mixture."),
     ] = 0.5  # fmt: skip
     ridge: Annotated[
-        float,
-        Field(
-            ge=0,
-            allow_inf_nan=False,
-            description="Pull towards the original weight, in units of the mean input energy.",
-        ),
-    ] = 1e-3
+        Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"],
+        Field(description="Pull towards the original weight, in units of the mean input energy; auto: for each layer "
+              "that which serves one half of the text best when fitted on the other."),
+    ] = 1e-3  # fmt: skip
     bias: Annotated[
         Literal["none", "existing", "all"],
         Field(description="Let biases make up for the mean error: those that exist, or new ones as well."),

@@ -41,6 +41,14 @@ class LackSums:
             self.total += e.sum(dim=0).to(self.total)
             self.energy += float(e.square().sum())
 
+    def __add__(self, other: LackSums) -> LackSums:
+        return LackSums(
+            self.by_inputs + other.by_inputs,
+            self.by_wanted + other.by_wanted,
+            self.total + other.total,
+            self.energy + other.energy,
+        )
+
     def centred(self, mean: Tensor, aim: Tensor, count: int) -> LackSums:
         """The same around the means of e, x' (mean) and x (aim)."""
         return LackSums(

@@ -48,6 +48,12 @@ class StreamSums:
             self.cross += (t.to(wide).t() @ x.to(wide)).to(self.cross.device)
         return self.wanted.add(wanted) and finite
 
+    def __add__(self, other: StreamSums) -> StreamSums:
+        inputs = self.inputs + other.inputs
+        if self.cross is None or other.cross is None:
+            return StreamSums(inputs, inputs)
+        return StreamSums(inputs, self.wanted + other.wanted, self.cross + other.cross)
+
     def problem(self, weight: Tensor, centred: bool, lack: LackSums | None = None) -> Regression:
         """The least-squares problem of reproducing W x (+ e) from x'; around the means of all, if `centred`.
 
@@ -80,6 +86,31 @@ class StreamSums:
         mean, aim = self.means()
         change = weight.to(aim) @ aim - compressed.to(mean) @ mean
         return change if lack is None else change + lack.total / max(1, self.inputs.count)
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """All sums that a layer is refined by.
+
+    Attributes:
+        streams: of what it reads in both models.
+        lack: of what the residual stream lacks there, where it is to make up for that.
+    """
+
+    streams: StreamSums
+    lack: LackSums | None = None
+
+    def __add__(self, other: LayerSums) -> LayerSums:
+        lack = None if self.lack is None or other.lack is None else self.lack + other.lack
+        return LayerSums(self.streams + other.streams, lack)
+
+    def problem(self, weight: Tensor, centred: bool) -> Regression:
+        """See `StreamSums.problem`."""
+        return self.streams.problem(weight, centred, self.lack)
+
+    def bias_change(self, weight: Tensor, compressed: Tensor) -> Tensor:
+        """See `StreamSums.bias_change`."""
+        return self.streams.bias_change(weight, compressed, self.lack)
 
 
 @dataclass
@@ -137,6 +168,11 @@ class StreamCollector:
         if path not in self.lacks:
             self.lacks[path] = LackSums.empty(lack.shape[-1], inputs.shape[-1], self.device)
         self.lacks[path].add(self._tokens(lack), inputs, wanted)
+
+    def of(self, path: str) -> LayerSums | None:
+        """The sums of one layer; None where no token reached it."""
+        sums = self.sums.get(path)
+        return LayerSums(sums, self.lacks.get(path)) if sums is not None and sums.inputs.count else None
 
     def _remember(self, path: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
