@@ -15,6 +15,7 @@ from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.estimate import measure_machine, peak_bytes, stage_seconds
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
+from slimrank.layers.experts import unfuse
 from slimrank.linalg.cost import COST_MODELS
 from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
@@ -52,6 +53,7 @@ def preview(
     made = following_plan(Recipe.merged(recipe, options))
     device = resolve_device(made.device)
     bones = skeleton(model, progress)
+    unfuse(bones)
     seq_len = window_length(bones, made.seq_len)
     targets = find_targets(bones, made.targets, made.ignore, COST_MODELS[made.factor_form])
     coverage = targets.coverage

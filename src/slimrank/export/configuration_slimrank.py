@@ -13,13 +13,14 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 MODEL_TYPE = "slimrank"
-FORMAT = 2  # 1 knows no layers with a "side"; a model without them is still written as 1
+FORMAT = 3  # 1 knows no layers with a "side", 2 no "experts"; a model without them is still written as 1 or 2
 AUTO_MAP = {
     "AutoConfig": "configuration_slimrank.SlimRankConfig",
     "AutoModelForCausalLM": "modeling_slimrank.SlimRankForCausalLM",
@@ -138,24 +139,27 @@ def compressed_config_class(base_model_type: str) -> Any:
     return mixed
 
 
-def mark_compressed(config: Any, layers: dict[str, dict[str, Any]]) -> None:
+def mark_compressed(config: Any, layers: dict[str, dict[str, Any]], experts: Sequence[str] = ()) -> None:
     """Turn a native configuration, in place, into one that carries the ranks of a compressed model.
 
     Args:
         config: the `config` of a model; every submodule that holds it sees the change.
         layers: module path -> {"rank": int, "in": n, "out": m, "bias": bool}, and "side" for a pivot layer.
+        experts: paths of modules whose experts are linear layers.
     """
-    needed = FORMAT if any("side" in about for about in layers.values()) else 1
-    config.slimrank = {"format": needed, "base_model_type": config.model_type, "layers": layers}
+    pivots = any("side" in about for about in layers.values())
+    config.slimrank = {"format": 2 if pivots else 1, "base_model_type": config.model_type, "layers": layers}
+    if experts:
+        config.slimrank |= {"format": FORMAT, "experts": list(experts)}
     config.auto_map = AUTO_MAP
     config.__class__ = compressed_config_class(config.model_type)
 
 
 def copy_code(folder: Path) -> None:
     """Copy the files that load the model without slimrank: this one, the model's and the layers'."""
-    from .modeling_slimrank import LowRankLinear, PivotLinear, SlimRankForCausalLM
+    from .modeling_slimrank import Experts, LowRankLinear, PivotLinear, SlimRankForCausalLM
 
-    for owner in (CompressedConfig, SlimRankForCausalLM, LowRankLinear, PivotLinear):
+    for owner in (CompressedConfig, SlimRankForCausalLM, LowRankLinear, PivotLinear, Experts):
         source = Path(str(sys.modules[owner.__module__].__file__))
         if source.parent.resolve() == folder.resolve():
             continue

@@ -1,7 +1,8 @@
 """Loader of compressed models. Copied into every saved model; imports nothing but torch and transformers.
 
 A compressed model is an object of the native class (LlamaForCausalLM, ...), with some linear layers replaced by
-`LowRankLinear` or `PivotLinear`. So `generate`, `device_map`, PEFT and `save_pretrained` work as for any other model.
+`LowRankLinear` or `PivotLinear`, and fused experts by `Experts`. So `generate`, `device_map`, PEFT and
+`save_pretrained` work as for any other model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from slimrank.layers.experts import Experts
 from slimrank.layers.low_rank import LowRankLinear
 from slimrank.layers.pivot import PivotLinear
 
@@ -56,6 +58,8 @@ def _class_with_thin_layers(native: Any) -> Any:
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         native.__init__(self, config, *args, **kwargs)
+        for path in config.slimrank.get("experts", ()):
+            self.set_submodule(path, Experts(self.get_submodule(path)))
         replace_layers(self, config.slimrank["layers"])
 
     return type(native.__name__, (native,), {"__init__": init, "__module__": native.__module__})

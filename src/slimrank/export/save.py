@@ -17,6 +17,7 @@ from slimrank.export.configuration_slimrank import mark_compressed
 from slimrank.export.modeling_slimrank import declare_ties
 from slimrank.layers import LowRankLinear
 from slimrank.layers.convert import CompressedLinear, compressed_layers, stored_layer
+from slimrank.layers.experts import experts_of
 from slimrank.linalg.cost import FactorForm
 
 
@@ -83,7 +84,7 @@ def mark_model(model: Any) -> None:
             layers[path]["tie"] = tie
         elif share != path:
             layers[path]["share"] = share
-    mark_compressed(model.config, layers)
+    mark_compressed(model.config, layers, experts_of(model))
     declare_ties(model, layers)
 
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from slimrank.errors import ModelError, RecipeError
 from slimrank.layers.convert import compressed_layers
 from slimrank.layers.dense import weight_of
+from slimrank.layers.experts import Experts
 from slimrank.linalg.cost import PAIR, CostModel
 from slimrank.models.structure import find_blocks, parameters_of
 
@@ -205,7 +206,8 @@ def _is_router(out_features: int, parents: Sequence[nn.Module]) -> bool:
 
 def _holds_experts(parent: nn.Module, count: int) -> bool:
     for sibling in parent.children():
-        if isinstance(sibling, nn.ModuleList) and len(sibling) == count:
+        lists = sibling.children() if isinstance(sibling, Experts) else [sibling]
+        if any(isinstance(each, nn.ModuleList) and len(each) == count for each in lists):
             return True
         if any(_is_bank(p) and len(p) == count for p in _own_banks(sibling)):
             return True
@@ -251,7 +253,7 @@ def _reason_of(
     if id(p) in embeddings:
         return "embeddings and lm_head"
     if _is_bank(p) and in_block and id(p) not in convolutions:
-        return "expert banks (3-D, not supported yet)"
+        return "expert banks (3-D, of a class of their own)"
     if id(p) in convolutions:
         return "convolutions"
     if p.dim() >= 2:

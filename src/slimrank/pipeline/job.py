@@ -24,6 +24,7 @@ from slimrank.evaluate.quality import measure_quality
 from slimrank.evaluate.speed import measure_speed
 from slimrank.export.save import check_loadable
 from slimrank.inputs import Texts, prepare_texts, window_length
+from slimrank.layers.experts import unfuse
 from slimrank.linalg.cost import COST_MODELS
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import check_differentiable
@@ -99,6 +100,10 @@ class Job:
             raise RecipeError("a loaded model keeps its dtype.", "model.to(dtype) before, or give its name or folder")
         self.model, self.tokenizer = model, tokenizer
         find_blocks(model)
+        if unfuse(model):
+            self.notes.append(
+                "experts are computed one by one, each as linear layers, also while the original is measured"
+            )
         self.recipe = recipe = recipe.model_copy(update={"seq_len": window_length(model, recipe.seq_len)})
         self.dtype = stored_dtype(model)
         differentiates = self.method.gathering.backward or recipe.corrections > 0
