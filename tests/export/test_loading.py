@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import slimrank
 from helpers import CONFIGS, VOCABULARY, byte_tokenizer, tiny_model
 from slimrank.layers import LowRankLinear, PivotLinear
+from slimrank.layers.experts import unfuse
 from slimrank.linalg.cost import pivot_cost
 
 IDS = torch.randint(VOCABULARY - 3, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -62,7 +63,9 @@ def test_round_trip_is_exact_and_native(name, form, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_original_weight_is_in_the_file(name, tmp_path):
-    original = {n for n, _ in tiny_model(name).named_parameters()}
+    dense = tiny_model(name)
+    unfuse(dense)
+    original = {n for n, _ in dense.named_parameters()}
     model = compressed(name)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -74,8 +77,7 @@ def test_no_original_weight_is_in_the_file(name, tmp_path):
         assert f"{path}.weight" not in stored
         assert {f"{path}.A.weight", f"{path}.B.weight"} <= set(stored)
     parameters = sum(p.numel() for p in model.parameters())
-    if name != "qwen3_moe":  # transformers stores expert banks under other names
-        assert sum(t.numel() for t in stored.values()) == parameters
+    assert sum(t.numel() for t in stored.values()) == parameters
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,8 +88,7 @@ def test_the_file_of_pivot_layers_holds_their_parts_and_orders(name, tmp_path):
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     layers = {n: m for n, m in model.named_modules() if isinstance(m, PivotLinear)}
     assert layers
-    if name != "qwen3_moe":  # its only tall weights are in expert banks
-        assert {layer.side for layer in layers.values()} == {"out", "in"}
+    assert {layer.side for layer in layers.values()} == {"out", "in"}
     assert not any(isinstance(m, LowRankLinear) for m in model.modules())
     for path, layer in layers.items():
         mine = {k.removeprefix(f"{path}."): v for k, v in stored.items() if k.startswith(f"{path}.")}
@@ -96,10 +97,9 @@ def test_the_file_of_pivot_layers_holds_their_parts_and_orders(name, tmp_path):
         assert mine["order"].dtype == torch.int32
         weights = mine["skeleton.weight"].numel() + mine["interpolation.weight"].numel()
         assert weights == pivot_cost(layer.out_features, layer.in_features, layer.rank)
-    if name != "qwen3_moe":  # transformers stores expert banks under other names
-        floating = sum(t.numel() for t in stored.values() if t.is_floating_point())
-        assert floating == sum(p.numel() for p in model.parameters())
-        assert len(stored) == len({id(p) for p in model.parameters()}) + len(layers)
+    floating = sum(t.numel() for t in stored.values() if t.is_floating_point())
+    assert floating == sum(p.numel() for p in model.parameters())
+    assert len(stored) == len({id(p) for p in model.parameters()}) + len(layers)
 
 
 @pytest.mark.parametrize("form, number", [("pair", 1), ("pivot", 2)])

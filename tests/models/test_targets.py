@@ -36,7 +36,7 @@ def test_coverage_adds_up_to_the_whole_model(name):
     assert coverage.targets + sum(coverage.left_out.values()) == coverage.total
     if name == "qwen3_moe":
         banks = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-        assert coverage.left_out["expert banks (3-D, not supported yet)"] == banks
+        assert coverage.left_out["expert banks (3-D, of a class of their own)"] == banks
         assert coverage.of_matrices < 0.5
     else:
         assert coverage.of_matrices == 1.0
@@ -121,7 +121,7 @@ def test_wrapped_routers_and_convolutions():
     left_out = found.coverage.left_out
     assert left_out["routers"] == 32
     assert left_out["convolutions"] == 48
-    assert left_out["expert banks (3-D, not supported yet)"] == 256
+    assert left_out["expert banks (3-D, of a class of their own)"] == 256
 
 
 def test_subclasses_of_linear_count_as_linear():

@@ -122,7 +122,7 @@ def compressed_config_class(base_model_type: str) -> Any:
         ValueError: this version of transformers does not know the architecture.
     """
     # Inside the function: slimrank registers this very module as soon as the auto classes are imported.
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from .modeling_slimrank import SlimRankForCausalLM
@@ -134,8 +134,9 @@ def compressed_config_class(base_model_type: str) -> Any:
         )
     native = CONFIG_MAPPING[base_model_type]
     mixed = type(f"Compressed{native.__name__}", (CompressedConfig, native), {"__module__": __name__})
-    # The class exists only now, so AutoModel is told only now where such configurations lead.
-    AutoModelForCausalLM.register(mixed, SlimRankForCausalLM, exist_ok=True)
+    # The class exists only now, so the auto classes are told only now where such configurations lead.
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        auto.register(mixed, SlimRankForCausalLM, exist_ok=True)
     return mixed
 
 

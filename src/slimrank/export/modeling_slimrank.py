@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from slimrank.layers.experts import Experts
 from slimrank.layers.low_rank import LowRankLinear
@@ -48,8 +48,15 @@ class SlimRankForCausalLM:
 
 
 def _native_class(config: Any) -> Any:
-    base = type(config).__mro__[2]  # Compressed<Native>Config, CompressedConfig, <Native>Config, ...
-    return MODEL_FOR_CAUSAL_LM_MAPPING[base]
+    found = native_classes(type(config).__mro__[2])  # Compressed<Native>Config, CompressedConfig, <Native>Config, ...
+    named = [native for native in found if native.__name__ in (config.architectures or ())]
+    return (named or found)[0]
+
+
+def native_classes(config_class: Any) -> list[Any]:
+    """The classes that transformers builds of a configuration: language models, also those that read images."""
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    return [mapping[config_class] for mapping in mappings if config_class in mapping]
 
 
 @functools.cache

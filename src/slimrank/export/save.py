@@ -10,11 +10,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from slimrank.errors import ModelError, OutputError
 from slimrank.export.configuration_slimrank import mark_compressed
-from slimrank.export.modeling_slimrank import declare_ties
+from slimrank.export.modeling_slimrank import declare_ties, native_classes
 from slimrank.layers import LowRankLinear
 from slimrank.layers.convert import CompressedLinear, compressed_layers, stored_layer
 from slimrank.layers.experts import experts_of
@@ -25,14 +24,14 @@ def check_loadable(model: Any) -> None:
     """Make sure, before any work, that a compressed form of this model could be loaded again.
 
     Raises:
-        ModelError: its architecture is not one that transformers itself builds for causal language modelling.
+        ModelError: its architecture is not one that transformers itself builds as a language model.
     """
     config = getattr(model, "config", None)
     model_type = str(getattr(config, "model_type", ""))
     known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401 (its get() is not lazy)
-    if known is None or type(config) is not known or known not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if known is None or type(config) is not known or type(model) not in native_classes(known):
         raise ModelError(
-            f"{type(model).__name__} (model_type '{model_type}') is no causal language model of transformers itself, "
+            f"{type(model).__name__} (model_type '{model_type}') is no language model of transformers itself, "
             "so its compressed form could not be loaded again.",
             "AutoModelForCausalLM.from_pretrained without code of the model's own",
         )

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from slimrank.errors import MissingExtraError, ModelError, NonFiniteError
 from slimrank.export.register import register
@@ -41,7 +48,8 @@ def load(spec: str | Path, dtype: str = "auto", progress: Progress | None = None
     _check_shards(Path(source))
     with _explained(spec):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), output_loading_info=True)
+        auto = _auto_class(AutoConfig.from_pretrained(source))
+        loaded: Any = auto.from_pretrained(source, dtype=_dtype(dtype), output_loading_info=True)
     model, info = loaded
     _check_complete(info, spec)
     return model, tokenizer
@@ -84,7 +92,7 @@ def skeleton(spec: str | Path, progress: Progress | None = None) -> PreTrainedMo
     with _explained(spec):
         config = AutoConfig.from_pretrained(**place)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = _auto_class(config).from_config(config)
         model.tie_weights()
     return model
 
@@ -145,6 +153,13 @@ def _configuration(model: Any) -> str:
     aside = ("transformers_version", "_name_or_path", "architectures", "dtype")
     fields = {k: v for k, v in config.to_dict().items() if k not in aside}
     return json.dumps([fields, getattr(config, "_attn_implementation", None)], sort_keys=True, default=str)
+
+
+def _auto_class(config: Any) -> Any:
+    """What builds a language model of this configuration; models that read images, too, have a class of their own."""
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    only = reads_images and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if only else AutoModelForCausalLM
 
 
 def _reason(error: Exception) -> str:

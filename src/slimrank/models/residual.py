@@ -33,7 +33,7 @@ def residual_places(
     for path, answer in answers.items():
         if answer.numel() != output.numel():
             continue
-        if any(_near(x.view_as(entry), entry + answer.view_as(entry)) for x in read if x.numel() == entry.numel()):
+        if any(_near(x.reshape_as(entry), entry + answer.view_as(entry)) for x in read if x.numel() == entry.numel()):
             found[path] = "entry"
         elif _near(_run_with(layers[path], _wave(output), run), output + _wave(output)):
             found[path] = "exit"

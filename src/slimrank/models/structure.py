@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -62,6 +63,22 @@ def _outermost_lists(root: nn.Module) -> list[nn.ModuleList]:
         else:
             found.extend(_outermost_lists(child))
     return found
+
+
+def experts_by_kind(block: nn.Module, inside: str, paths: Iterable[str]) -> list[list[str]]:
+    """Layers in a list inside a block, those of one role together: experts, to which go the tokens a router chooses.
+
+    Args:
+        block: a decoder block.
+        inside: its path, with a dot at the end.
+        paths: paths of layers; those in other places are left out.
+    """
+    lists = tuple(f"{inside}{name}." for name, m in block.named_modules() if isinstance(m, nn.ModuleList))
+    kinds: dict[str, list[str]] = {}
+    for path in paths:
+        if path.startswith(lists):
+            kinds.setdefault(without_numbers(path), []).append(path)
+    return list(kinds.values())
 
 
 def without_numbers(path: str) -> str:

@@ -23,11 +23,13 @@ from slimrank.linalg.lowrank import Spectrum
 from slimrank.models.blocks import BlockRunner
 from slimrank.models.gradients import loss_gradients, step_back, whole_model_gradients
 from slimrank.models.paging import page_out
+from slimrank.models.structure import experts_by_kind
 from slimrank.models.targets import Target
 from slimrank.pipeline.job import Job, hidden_states, named
 from slimrank.planning import Unit
 from slimrank.run import Stage
 from slimrank.statistics.collector import Collector
+from slimrank.statistics.experts import UNREACHED, lean_on_each_other
 from slimrank.statistics.layer import LayerStatistics
 
 
@@ -62,8 +64,13 @@ class _Walk(ABC):
         layers = {t.path: job.model.get_submodule(t.path) for t in targets}
         return Collector(layers, job.method.gathering, job.solver, alone(targets), job.plan.factored())
 
-    def take(self, collector: Collector) -> None:
-        """Keep what a collector has gathered until it is used."""
+    def take(self, collector: Collector, index: int) -> None:
+        """Keep what a collector has gathered in block `index` until it is used."""
+        needs = collector.gathering.needs
+        if needs & {"column", "gram"}:
+            shapes = {target.path: target.shape for target in self.job.targets.in_block(index)}
+            kinds = experts_by_kind(self.runner.blocks[index], f"{self.runner.path}.{index}.", shapes)
+            lean_on_each_other(collector.statistics, [{path: shapes[path] for path in kind} for kind in kinds], needs)
         self.gathered |= collector.statistics
         self.leaders |= collector.leaders
 
@@ -98,7 +105,7 @@ class _Walk(ABC):
         if not method.gathering.calibrates:
             return method.solve(weight, LayerStatistics(unit.shape))
         parts = [self.gathered[t.path] for t in unit.targets if t.path in self.gathered]
-        if not parts or all(part.tokens == 0 for part in parts):
+        if not parts or all(part.tokens == 0 and part.inputs is None for part in parts):
             plain = DECOMPOSERS.get("svd").solve(weight, LayerStatistics(unit.shape))
             return replace(
                 plain, stand_in=True, notes=(*plain.notes, "no calibration token reached this layer: plain SVD instead")
@@ -106,7 +113,9 @@ class _Walk(ABC):
         statistics = parts[0]
         for part in parts[1:]:
             statistics = statistics.merged(part)
-        return method.solve(weight, statistics)
+        solved = method.solve(weight, statistics)
+        unreached = tuple(note for part in parts for note in part.notes if note == UNREACHED)
+        return replace(solved, stand_in=True, notes=(*solved.notes, *unreached)) if unreached else solved
 
 
 class _Forwards(_Walk):
@@ -140,7 +149,7 @@ class _Forwards(_Walk):
             collector = self.collector(self.job.targets.in_block(index))
             with collector if runner.batches else nullcontext():
                 runner.step(index, lambda batch: collector.begin(batch.attention_mask, batch.input_ids.shape))
-            self.take(collector)
+            self.take(collector, index)
             self.solve_ready(index, set(range(index + 1)))
         if self.job.resumable and not any(min(u.blocks) <= index for u in self.waiting):
             self.stage.save("hidden", named("", runner.hidden), {"next": index + 1})
@@ -202,7 +211,7 @@ class _Backwards(_Walk):
                     gradients,
                     lambda batch: collector.begin(batch.attention_mask, batch.input_ids.shape),
                 )
-            self.take(collector)
+            self.take(collector, index)
             self.solve_ready(index, set(range(index, len(runner))))
         if not any(max(u.blocks) >= index for u in self.waiting):
             self.stage.save("gradients", named("", gradients) if index else {}, {"next": index})
@@ -232,7 +241,7 @@ class _WholeModel(_Walk):
                 for _ in whole_model_gradients(runner, begin):
                     job.progress.step()
             for index, collector in enumerate(collectors):
-                self.take(collector)
+                self.take(collector, index)
                 self.solve_ready(index, set(range(index + 1)))
                 job.progress.step()
 

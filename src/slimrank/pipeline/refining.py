@@ -17,16 +17,18 @@ from slimrank.linalg.forms import Form
 from slimrank.linalg.regression import Regression, best_b
 from slimrank.linalg.ridge import RIDGES, cross_validated
 from slimrank.models.paging import page_out
+from slimrank.models.structure import without_numbers
 from slimrank.models.targets import Target
 from slimrank.pipeline.cutting import Cutter
 from slimrank.pipeline.held_out import HeldOut
 from slimrank.pipeline.job import Job, hidden_states, named
 from slimrank.pipeline.two_streams import TwoStreams
 from slimrank.run import Stage
-from slimrank.statistics.streams import LayerSums
+from slimrank.statistics.streams import LayerSums, StreamCollector
 
 _MORE_OUTPUTS = "more outputs than inputs: it does not make up for the residual stream"
 UNSEEN = 1e-3  # ridge besides a chosen one, for what the text does not show
+_ROUTED = "experts are sent other tokens in either model: refined towards the original weight on their own inputs"
 _UNDONE = "refining brought the divergence on windows kept aside from {before:.4f} to {after:.4f}: undone"
 
 
@@ -87,7 +89,7 @@ class Refinement:
         """What there is to report of a block."""
         for path, errors in about["errors"].items():
             self.cutter.done.rows[path]["refined"] = errors
-        self.cutter.done.notes += about["notes"]
+        self.cutter.done.notes += [note for note in about["notes"] if note not in self.cutter.done.notes]
 
     def _not_refined(self, target: Target) -> None:
         self.cutter.done.notes.append(f"{target.path}: no calibration token reached this layer: not refined")
@@ -113,6 +115,7 @@ class Refinement:
         stages = self.streams.stages(index, list(targets))
         for number, paths in enumerate(stages, 1):
             gathered = self.streams.gather(index, originals, paths, last=number == len(stages))
+            about["notes"] += _of_routed(gathered)
             for target in (targets[path] for path in paths):
                 parts = [sums for collector in gathered if (sums := collector.of(target.path)) is not None]
                 if not parts:
@@ -223,6 +226,12 @@ class Refinement:
             self.cutter.done.new_biases += bias.numel()
         for layer in layers:
             hold(layer, new)
+
+
+def _of_routed(gathered: list[StreamCollector]) -> list[str]:
+    """A note for each kind of experts whose target is self though there is an anchor."""
+    routed = {path for collector in gathered if collector.anchor for path in collector.routed}
+    return [f"{role}: {_ROUTED}" for role in sorted({without_numbers(path) for path in routed})]
 
 
 def _damped(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slimrank.models.blocks import Batch
 from slimrank.models.order import reading_order, run_until_read
 from slimrank.models.residual import Place, answers_of, residual_places
-from slimrank.models.structure import without_numbers
+from slimrank.models.structure import experts_by_kind, without_numbers
 from slimrank.models.swap import swapped
 from slimrank.pipeline.job import Job
 from slimrank.refine.registry import Following
@@ -119,6 +119,7 @@ class TwoStreams:
             stack=following.stack_of_batch,
             device=self.job.solver,
             adding=frozenset(both.places),
+            routed=frozenset(path for kind in self._experts(both.index, both.layers) for path in kind),
         )
         with collector:
             for b in part:
@@ -126,6 +127,9 @@ class TwoStreams:
                 collector.begin(batch.attention_mask, batch.input_ids.shape)
                 self._run(both, b, collector)
         return collector
+
+    def _experts(self, index: int, paths: Iterable[str]) -> list[list[str]]:
+        return experts_by_kind(self.runner.blocks[index], f"{self.runner.path}.{index}.", paths)
 
     def _run(self, both: _Both, b: int, collector: StreamCollector) -> None:
         """One batch through the block, first as it was, then as it is; no further than is needed."""

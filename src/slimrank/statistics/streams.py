@@ -124,6 +124,7 @@ class StreamCollector:
         stack: windows averaged into one.
         device: where sums are kept.
         adding: layers that add to the residual stream, and are to make up for what it lacks; see `add_lack`.
+        routed: layers (experts) that may be sent other tokens in either model: their target is self, whatever `anchor`.
         sums: module path -> sums; one object for layers that read the same tensor.
         lacks: module path -> sums of what the residual stream lacks there.
     """
@@ -134,6 +135,7 @@ class StreamCollector:
     stack: int
     device: torch.device
     adding: frozenset[str] = frozenset()
+    routed: frozenset[str] = frozenset()
     sums: dict[str, StreamSums] = field(default_factory=dict)
     lacks: dict[str, LackSums] = field(default_factory=dict)
 
@@ -200,7 +202,7 @@ class StreamCollector:
                 return
             self._seen.append((x, path))
             if path not in self.sums:
-                self.sums[path] = StreamSums.empty(x.shape[-1], self.device, self.anchor == 0)
+                self.sums[path] = StreamSums.empty(x.shape[-1], self.device, self._own(path))
             if not self.sums[path].add(*read):
                 raise NonFiniteError(
                     f"NaN or infinity in the inputs of layer '{path}' of the compressed model.",
@@ -211,15 +213,18 @@ class StreamCollector:
 
     def _wanted(self, path: str, x: Tensor) -> Tensor:
         """The mixture of what the layer reads in both models."""
-        if self.anchor == 0:
+        if self._own(path):
             return x
         original = self._original.get(path)
         if original is None or original.shape != x.shape:
             raise ModelError(
-                f"the layer '{path}' reads other tokens in the compressed model than in the original (experts?).",
+                f"the layer '{path}' reads other tokens in the compressed model than in the original.",
                 "--refine-option anchor=0 does without the original",
             )
         return torch.lerp(x, original.to(x), self.anchor)
+
+    def _own(self, path: str) -> bool:
+        return self.anchor == 0 or path in self.routed
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Real tokens, or means over `stack` windows, position by position."""

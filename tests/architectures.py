@@ -1,0 +1,64 @@
+"""A tiny random model of every family that slimrank is tried on: one line each, nothing downloaded."""
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+WIDTHS = {
+    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
+}  # fmt: skip
+GROUPED = {**WIDTHS, "num_key_value_heads": 2}
+SMALL = {**GROUPED, "head_dim": 8}
+GPT = {"vocab_size": 259, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+SHARED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", GROUPED),
+    "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 16}),
+    "qwen2": ("Qwen2Config", GROUPED),
+    "qwen3": ("Qwen3Config", SMALL),
+    "gemma2": ("Gemma2Config", SMALL),
+    "gemma3": ("Gemma3TextConfig", {**SMALL, "sliding_window": 16}),
+    "phi3": ("Phi3Config", GROUPED),
+    "gpt2": ("GPT2Config", GPT),
+    "gpt_neox": ("GPTNeoXConfig", WIDTHS),
+    "opt": ("OPTConfig", {**WIDTHS, "ffn_dim": 64, "word_embed_proj_dim": 24}),
+    "falcon": ("FalconConfig", {**WIDTHS, "alibi": False}),
+    "stablelm": ("StableLmConfig", GROUPED),
+    "cohere": ("CohereConfig", GROUPED),
+    "olmo2": ("Olmo2Config", GROUPED),
+    "glm": ("GlmConfig", SMALL),
+    "mixtral": ("MixtralConfig", {**GROUPED, **FOUR}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**SMALL, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v3": ("DeepseekV3Config", {**WIDTHS, **LATENT, **SHARED, "moe_intermediate_size": 24, **FOUR}),
+    "gpt_oss": ("GptOssConfig", {**SMALL, **FOUR, "sliding_window": 16}),
+    "mamba": ("MambaConfig", {**WIDTHS, "state_size": 4}),
+    "llava": ("LlavaConfig", {"text": ("LlamaConfig", GROUPED), "vision": ("CLIPVisionConfig", VISION)}),
+}
+
+
+def random_model(name, seed=0):
+    """Biases, norms and routers random as well, so that nothing is hidden behind zeros and ones."""
+    config = _config(*ARCHITECTURES[name])
+    auto = AutoModelForImageTextToText if name == "llava" else AutoModelForCausalLM
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = auto.from_config(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) * 0.05)
+    return model.eval()
+
+
+def _config(kind, settings):
+    parts = {key: settings[key] for key in ("text", "vision") if key in settings}
+    rest = {key: value for key, value in settings.items() if key not in parts}
+    nested = {f"{key}_config": _config(*part) for key, part in parts.items()}
+    return getattr(transformers, kind)(**rest, **nested)

@@ -1,0 +1,178 @@
+"""Every architecture through plan, compress (forwards only; with gradients, and refined), save, load, generate."""
+
+import functools
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import slimrank
+from architectures import ARCHITECTURES, random_model
+from helpers import byte_tokenizer, text
+from slimrank.dry_run import preview
+from slimrank.errors import ModelError
+from slimrank.layers.convert import compressed_layers
+from slimrank.layers.experts import Experts, experts_of, unfuse
+from slimrank.models.structure import find_blocks
+from slimrank.models.targets import find_targets
+from slimrank.statistics.experts import UNREACHED
+
+IDS = torch.arange(20).reshape(2, 10)
+WAYS = {
+    "forwards": {"method": "svd_llm"},
+    "everything": {},  # the preset `balanced`
+}
+LEFT_OUT = {"mamba": 0.9}  # its state-space tables and convolutions, see docs/architectures.md
+EXPERTS = {"mixtral": 2, "qwen3_moe": 2, "deepseek_v3": 1, "gpt_oss": 2}  # blocks that have some
+
+
+@functools.cache
+def compressed(name, way, folder):
+    """The model in memory, its report, and where it was written."""
+    (folder / "text.txt").write_text(text(200))
+    result = slimrank.compress(
+        random_model(name), byte_tokenizer(), keep_ratio=0.6, calibration=(text(400),), samples=4, seq_len=24,
+        search_samples=2, evaluation=folder / "text.txt", windows=2, out=folder / f"{name}-{way}", **WAYS[way],
+    )  # fmt: skip
+    return result.model, result.report, result.out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("architectures")
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_compresses_saves_and_loads(name, way, folder):
+    model, report, out = compressed(name, way, folder)
+    assert 0.5 < report["size"]["keep_ratio"] <= 0.6
+    assert compressed_layers(model)
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert type(loaded) is type(random_model(name))
+    close(logits(loaded), logits(model))
+    again = loaded.generate(IDS[:, :5], max_new_tokens=4, do_sample=False)
+    assert 0 < report["after"]["perplexity"]["perplexity"] < 1e6
+    assert torch.equal(again, model.generate(IDS[:, :5], max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_covers_the_decoder(name, folder):
+    _, report, _ = compressed(name, "forwards", folder)
+    coverage = report["coverage"]
+    assert coverage["of_matrices"] >= LEFT_OUT.get(name, 0.99)
+    assert coverage["targets"] + sum(coverage["left_out"].values()) == coverage["total"]
+    model = random_model(name)
+    assert coverage["total"] == sum(p.numel() for p in model.parameters())
+    inside, _ = find_blocks(model)
+    assert all(target["path"].startswith(inside) for target in report["targets"])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_plans_without_weights(name, folder, tmp_path):
+    """The plan of an empty model is that of the real one."""
+    random_model(name).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    planned = preview(tmp_path, keep_ratio=0.6, method="svd_llm", seq_len=24)
+    _, report, out = compressed(name, "forwards", folder)
+    ranks = {path: target["rank"] for path, target in json.loads((out / "plan.json").read_text())["targets"].items()}
+    assert {path: target.rank for path, target in planned["plan"].targets.items()} == ranks
+    assert {key: planned["coverage"][key] for key in report["coverage"]} == report["coverage"]
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_as_linear_layers_compute_the_same(name):
+    model = random_model(name)
+    parameters, expected = sum(p.numel() for p in model.parameters()), logits(model)
+    assert len(unfuse(model)) == EXPERTS[name] == len(experts_of(model))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    close(logits(model), expected)
+    assert unfuse(model) == []
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_saved_under_their_own_names(name, folder):
+    _, report, out = compressed(name, "forwards", folder)
+    stored = set()
+    for file in out.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            stored |= set(opened.keys())
+    experts = [t["path"] for t in report["targets"] if ".experts." in t["path"]]
+    assert len(experts) == EXPERTS[name] * 4 * 2
+    assert sum(".experts." in key and key.endswith(".A.weight") for key in stored) == len(experts)
+    config = json.loads((out / "config.json").read_text())
+    assert config["slimrank"]["format"] == 3
+    assert len(config["slimrank"]["experts"]) == EXPERTS[name]
+    assert (out / "experts.py").is_file()
+
+
+def test_experts_without_a_router_choice_answer_nothing():
+    """A number that is no expert's (padding of expert parallelism) adds nothing."""
+    model = random_model("mixtral")
+    path = unfuse(model)[0]
+    experts = model.get_submodule(path)
+    assert isinstance(experts, Experts)
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    nobody = experts(x, torch.full((3, 2), 4), torch.ones(3, 2))
+    assert torch.equal(nobody, torch.zeros(3, 32))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "svd_llm", "refine": "regress", "refine_options": {"held_out": 0}}, {}],
+    ids=["svd_llm", "balanced"],
+)
+def test_an_expert_that_no_token_reaches(options):
+    """The inputs of the others stand in for its own, it weighs nothing in allocations, and it is not refined."""
+    model = random_model("gpt_oss")
+    for block in model.model.layers:
+        block.mlp.router.bias.data[3] = -1e4
+    result = slimrank.compress(
+        model, byte_tokenizer(), keep_ratio=0.6, calibration=(text(400),), samples=4, seq_len=24, evaluation=None,
+        search_samples=2, **options,
+    )  # fmt: skip
+    rows = {row["path"]: row for row in result.report["targets"]}
+    notes = result.report["notes"]
+    for path, row in rows.items():
+        unreached = path.endswith((".up.3", ".down.3")) and ".experts." in path
+        assert any(note == f"{path}: {UNREACHED}" for note in notes) == unreached
+        if row["rank"] != "dense":
+            assert ("refined" in row) != unreached
+    ranks = [[row["rank"] for path, row in rows.items() if path.endswith(f".up.{e}")] for e in (3, 0)]
+    assert options or max(ranks[0]) < min(ranks[1])
+    routed = [note for note in notes if "refined towards the original weight on their own inputs" in note]
+    undone = [note for note in notes if note.endswith("undone")]
+    assert len(routed) == 2 or len(undone) == 2
+
+
+def test_a_class_of_experts_of_its_own_is_counted_as_left_out():
+    """Llama 4 keeps banks of another layout; nothing is compressed wrongly, and the report says what is missing."""
+    import transformers
+
+    config = transformers.Llama4TextConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=24, intermediate_size_mlp=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4, max_position_embeddings=128,
+        pad_token_id=258,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert unfuse(model) == []
+    left_out = find_targets(model).coverage.left_out
+    assert left_out["expert banks (3-D, of a class of their own)"] > 0
+
+
+def test_a_model_that_transformers_does_not_build_is_refused():
+    with pytest.raises(ModelError):
+        slimrank.compress(torch.nn.Linear(2, 2), byte_tokenizer(), keep_ratio=0.5)
