@@ -21,18 +21,23 @@ BATCH_SIZE = 8  # prompts at a time
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the advice of lm-evaluation-harness off the screen, and the one progress bar that has no switch."""
+    """Keep the advice and the progress bars of lm-evaluation-harness and its data library off the screen."""
+    from datasets import disable_progress_bars, enable_progress_bars
+    from datasets.utils import are_progress_bars_disabled
     from lm_eval.api import task
 
-    logger, bar = logging.getLogger("lm_eval"), task.tqdm
+    logger, bar, bars = logging.getLogger("lm_eval"), task.tqdm, not are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
-    task.tqdm = lambda items, **_: items
+    task.tqdm = lambda items, **_: items  # has no switch
+    disable_progress_bars()
     try:
         yield
     finally:
         logger.setLevel(level)
         task.tqdm = bar
+        if bars:
+            enable_progress_bars()
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from slimrank.errors import DataError, MissingExtraError, RecipeError, SlimrankError, nearest
+from slimrank.errors import DataError, MissingExtraError, RecipeError, nearest
 from slimrank.progress import Progress
 
 LOCAL = "local_"
-_ON_THIS_MACHINE = "check the network, or take tasks whose questions are on this machine (--tasks-dir FOLDER)"
+_FETCH = "check the network, or take tasks whose questions are on this machine (--tasks-dir FOLDER)"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LoadedTasks:
 
 
 def load_tasks(names: Sequence[str], folder: Path | None, shots: int | None, progress: Progress) -> LoadedTasks:
-    """The tasks of these names, with their questions; the first question of each is made, to see that it can be.
+    """The tasks of these names, with their questions.
 
     Raises:
         RecipeError: an unknown task, one asked for twice, or too few examples for so many shots.
@@ -52,9 +52,7 @@ def load_tasks(names: Sequence[str], folder: Path | None, shots: int | None, pro
         _add(found, name, _load(manager, name))
     for name, task in found.tasks.items():
         _set_shots(name, task, shots, progress)
-    found.reseed()
-    for name, task in found.tasks.items():
-        _try(name, task)
+        _check_shots(name, task)
     return found
 
 
@@ -143,7 +141,8 @@ def _load(manager: Any, name: str) -> dict[str, dict[str, Any]]:
     try:
         loaded: dict[str, dict[str, Any]] = manager.load([name])
     except Exception as error:  # whatever the task's own code and the data library raise
-        raise DataError(f"the task '{name}' cannot be loaded: {_reason(error)}", _ON_THIS_MACHINE) from error
+        hint = _FETCH if isinstance(error, OSError) else "correct the task's file, or its rows"
+        raise DataError(f"the task '{name}' cannot be loaded: {_reason(error)}", hint) from error
     return loaded
 
 
@@ -164,14 +163,15 @@ def _set_shots(name: str, task: Any, shots: int | None, progress: Progress) -> N
         task.set_config("num_fewshot", shots or 0)
 
 
-def _try(name: str, task: Any) -> None:
+def _check_shots(name: str, task: Any) -> None:
+    """Whether there are enough examples, by making the first question."""
+    shots = task.get_config("num_fewshot")
     try:
         task.build_all_requests(limit=1, rank=0, world_size=1)
-    except Exception as error:  # whatever the task's templates and its own code raise
-        shots = task.get_config("num_fewshot")
-        kind: type[SlimrankError] = RecipeError if shots else DataError
-        hint = "fewer --shots" if shots else "correct the task file, or its rows"
-        raise kind(f"no question of '{name}' can be made with {shots} examples: {_reason(error)}", hint) from error
+    except Exception as error:  # samplers raise many classes
+        raise RecipeError(
+            f"no question of '{name}' can be made with {shots} examples: {_reason(error)}", "fewer --shots"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

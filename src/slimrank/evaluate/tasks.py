@@ -121,7 +121,7 @@ class Tasks:
             found = evaluate(asked, tasks, limit=self.request.limit)
         if asked.cut:
             context = f"the model's context of {asked.max_length} tokens"
-            self.progress.note(f"{asked.cut} prompts are longer than {context}: their beginnings were left out")
+            self.progress.note(f"{asked.cut} prompts are too long for {context}: their beginnings were left out")
         return _results(found)
 
 
