@@ -9,6 +9,7 @@ import pytest
 
 from helpers import save_tiny
 from slimrank.cli import main
+from task_folder import write_tasks
 
 SMALL = ["--samples", "4", "--seq-len", "24", "--batch-size", "2", "--windows", "2"]
 
@@ -126,6 +127,14 @@ def test_methods(capsys):
         (["evaluate", "{model}", "--windows", "1000000", "--seq-len", "24"], "need 24,000,000"),
         (["evaluate", "{model}", "--dtype", "int3"], "dtype"),
         (["evaluate", "{model}", "--text", "self"], "sampled itself"),
+        (["evaluate", "{model}", "--tasks", "sums", "--limit", "0"], "0 questions"),
+        (["evaluate", "{model}", "--tasks", "sums", "--shots", "-1"], "-1 examples"),
+        (["evaluate", "{model}", "--tasks", ""], "no name"),
+        (["evaluate", "{model}", "--tasks", "sums", "--tasks-dir", "/no/tasks"], "does not exist"),
+        (["evaluate", "{model}", "--tasks-dir", "/no/tasks"], "about tasks, and none is named"),
+        (["evaluate", "{model}", "--shots", "1"], "--shots is about tasks"),
+        (["evaluate", "{model}", "--windows", "1", "--seq-len", "24", "--against", "{model}"], "at least two windows"),
+        (["evaluate", "{model}", "--against", "/no/model"], "not a model folder"),
         (["plan", "{model}", "--keep", "0.0001"], "keep_ratio of at least"),
         (["plan", "{model}", "--keep", "0.5", "--save", "/no/folder/p.json"], "cannot be written"),
         (["plan", "{model}", "--keep", "0.5", "--out", "{model}", "--overwrite"], "not written by slimrank"),
@@ -195,3 +204,36 @@ def test_a_model_with_bos_is_evaluated_with_bos(capsys, tmp_path, text_file):
     folder = save_tiny(tmp_path / "bos", bos=True)
     _, shown, _ = run(capsys, "evaluate", folder, "--text", text_file, "--windows", 2, "--seq-len", 24, "--json")
     assert json.loads(shown)["texts"][str(text_file)]["bos"] is True
+
+
+def test_evaluate_tasks_against_the_original(capsys, tiny_folder, text_file, tmp_path, monkeypatch):
+    import lm_eval.tasks
+
+    manager = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(
+        lm_eval.tasks, "TaskManager", lambda include_path=None: manager(None, include_path, include_defaults=False)
+    )
+    tasks = write_tasks(tmp_path / "tasks")
+    other = save_tiny(tmp_path / "other", attention_bias=False, seed=1)
+    arguments = ["evaluate", other, "--text", text_file, "--windows", 3, "--seq-len", 24, "--against", tiny_folder,
+                 "--tasks", "sums, words", "--tasks-dir", tasks, "--shots", 1, "--limit", 6]  # fmt: skip
+    code, shown, progress = run(capsys, *arguments)
+    assert code == 0
+    for words in ("its perplexity", "ratio (95 %)", "std. error", "lost", "gained", f"against {tiny_folder}"[:20]):
+        assert words in shown
+    assert "it gets none" in progress
+    record = json.loads(run(capsys, *arguments, "--json")[1])
+    differences = record["against"]["texts"][str(text_file)]
+    assert differences["ratio"] == pytest.approx(record["perplexity"] / differences["perplexity"])
+    assert differences["kl"] > 0
+    assert record["tasks"]["sums"]["metrics"]["acc"]["stderr"] > 0
+    assert record["tasks"]["sums"]["count"] == len(record["tasks"]["sums"]["questions"]["acc"]) == 6
+    assert record["against"]["tasks"]["sums"]["acc"]["lost"] >= 0
+    assert record["task_settings"]["shots"] == 1
+    alone = json.loads(run(capsys, *arguments[:8], "--json")[1])
+    assert (alone["perplexity"], alone["texts"]) == (record["perplexity"], record["texts"])
+    assert (alone["tasks"], alone["task_settings"], alone["against"]) == ({}, None, None)
+    other_tokens = save_tiny(tmp_path / "bos", bos=True)
+    code, _, error = run(capsys, *arguments[:8], "--against", other_tokens)
+    assert code == 1
+    assert "as other tokens" in error

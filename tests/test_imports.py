@@ -103,7 +103,7 @@ def test_extras_are_optional():
     """Every module imports where only the core dependencies are to be had."""
     program = """
 import importlib, pkgutil, sys
-for name in ("gguf", "datasets", "pyarrow", "peft", "pandas", "matplotlib"):
+for name in ("gguf", "datasets", "pyarrow", "peft", "pandas", "matplotlib", "lm_eval"):
     sys.modules[name] = None
 import slimrank
 for module in pkgutil.walk_packages(slimrank.__path__, "slimrank."):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LISTED = 60  # names in one hint
+
 
 class SlimrankError(Exception):
     """Base of all errors raised on purpose by slimrank."""
@@ -66,9 +68,11 @@ class MissingExtraError(SlimrankError, ImportError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the closest known names, or lists them all when none is close."""
+    """A hint that names the closest known names, or lists them all when none is close and they are not too many."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    return "known: " + ", ".join(names)
+    return (
+        "known: " + ", ".join(names) if len(names) <= LISTED else f"none of the {len(names):,} known names is like it"
+    )

@@ -1,19 +1,23 @@
-"""Evaluate models by name: perplexity on texts, speed, memory, a sample. What `slimrank evaluate` runs."""
+"""Evaluate models by name: texts, tasks, speed, memory, a sample. What `slimrank evaluate` and `benchmark` run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from slimrank.calibration.sources import read_source
 from slimrank.calibration.windows import bos_of, count_windows, leading_windows, tokenise, tokens_digest
-from slimrank.errors import DataError
+from slimrank.errors import DataError, ModelError
+from slimrank.evaluate.material import Material, compare, measure
 from slimrank.evaluate.memory import peak_memory
-from slimrank.evaluate.perplexity import perplexity
 from slimrank.evaluate.sample import sample
 from slimrank.evaluate.speed import measure_speed, measure_speeds
+from slimrank.evaluate.tasks import TaskRequest, Tasks
 from slimrank.inputs import window_length
 from slimrank.models.load import load
 from slimrank.models.placement import placed, resolve_device
@@ -29,8 +33,10 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress | None = None,
+    tasks: TaskRequest | None = None,
+    against: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Perplexity on each text, speed, a sample and peak memory of a saved model.
+    """Perplexity on each text, tasks, speed, a sample and peak memory of a saved model.
 
     Args:
         model: hub id, local folder, GGUF file, or "demo".
@@ -40,38 +46,46 @@ def evaluate(
         device: where to compute.
         dtype: dtype to load the model in.
         progress: told what happens.
+        tasks: what to ask besides.
+        against: a model of the same tokens to compare with, mostly the one that this one was made of.
 
     Returns:
         A record; with one text its perplexity stands under "perplexity", with several each text's stands under
-        "texts" and "perplexity" is that of the first.
+        "texts" and "perplexity" is that of the first. "tasks" holds the result of each task, "task_settings" what was
+        asked, "against" the comparison (see `evaluate.material`); the last two are None where not wanted.
 
     Raises:
-        SlimrankError: an unreadable text, an unknown model, non-finite logits.
+        SlimrankError: an unreadable text, an unknown model or task, models of different tokens, non-finite logits.
     """
     progress = progress or Progress()
     place = resolve_device(device)
     if "self" in texts:
         raise DataError("a model is not evaluated on text that it sampled itself.", "--text FILE")
     sources = {source: read_source(source, "evaluation") for source in texts}
+    suite = None if tasks is None else Tasks(tasks, progress)
     loaded, tokenizer = load(model, dtype, progress)
     length = window_length(loaded, seq_len)
     bos = bos_of(tokenizer)
     cut = {source: _windows(source, text, tokenizer, windows, length, bos) for source, text in sources.items()}
-    with placed([loaded], place, upcast=False):
-        measured = {}
-        for source, ids in cut.items():
-            progress.stage(f"perplexity of {source}", len(ids))
-            measured[source] = {
-                **asdict(perplexity(loaded, ids, bos is not None, progress)),
-                "tokens_sha256": tokens_digest(ids),
-            }
+    dense = None if against is None else _load_dense(against, dtype, progress, sources, cut)
+    material = Material(cut, bos is not None, suite)
+    with placed([loaded] if dense is None else [loaded, dense], place, upcast=False):
+        if dense is None:
+            measured, compared = measure(loaded, tokenizer, material, progress), None
+        else:
+            measured, differences = compare(loaded, dense, tokenizer, material, progress)
+            compared = {"model": str(against), "parameters": parameters_of(dense), **differences}
         speed = measure_speed(loaded)
         text = sample(loaded, tokenizer, next(iter(cut.values()))[0])
-    first = next(iter(measured.values()))
+    for source, ids in cut.items():
+        measured["texts"][source]["tokens_sha256"] = tokens_digest(ids)
+    first = next(iter(measured["texts"].values()))
     return {
         "model": str(model),
         "perplexity": first["perplexity"],
-        "texts": measured,
+        **measured,
+        "task_settings": None if suite is None else suite.described(),
+        "against": compared,
         "speed": asdict(speed),
         "sample": text,
         "peak_memory": peak_memory(),
@@ -79,6 +93,27 @@ def evaluate(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(place),
     }
+
+
+def _load_dense(
+    spec: str | Path, dtype: str, progress: Progress, sources: Mapping[str, str], cut: Mapping[str, Tensor]
+) -> Any:
+    """The model to compare with, which must read the texts as the same windows of tokens.
+
+    Raises:
+        ModelError: it does not.
+    """
+    dense, tokenizer = load(spec, dtype, progress)
+    bos = bos_of(tokenizer)
+    for source, windows in cut.items():
+        window_length(dense, windows.shape[1])
+        own = _windows(source, sources[source], tokenizer, len(windows), windows.shape[1], bos)
+        if not torch.equal(own, windows):
+            raise ModelError(
+                f"'{spec}' reads '{source}' as other tokens than the model does.",
+                "compare a model with the one that it was made of",
+            )
+    return dense
 
 
 def benchmark(

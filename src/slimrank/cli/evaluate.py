@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from slimrank.cli import options as o
 from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
+
+_TASKS = "Tasks"
 
 
 def evaluate(
@@ -23,29 +26,77 @@ def evaluate(
         int | None,
         typer.Option(help="Tokens per window; seq-len - 1 of them are predicted.  \\[default: 512]", min=2),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness, separated by commas (extra: eval). See 'lm_eval ls tasks'.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of task files, which win over tasks of the same name; local_NAME is found as NAME.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(help="Examples before each question.  \\[default: the task's own]", rich_help_panel=_TASKS),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="First questions of each task.  \\[default: all]", rich_help_panel=_TASKS)
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Compare with this model on the same windows and questions: the original, mostly."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     json: o.Json = False,
 ) -> None:
-    """Measure a model, compressed or not: perplexity, tokens per second, memory, a sample of its text.
+    """Measure a model, compressed or not: perplexity, tasks, tokens per second, memory, a sample of its text.
 
-    Example: slimrank evaluate smaller --text wiki.txt --windows 40
+    Examples: slimrank evaluate smaller --text wiki.txt --windows 40
+
+    slimrank evaluate smaller --against org/original --tasks arc_easy,piqa
     """
     from slimrank.evaluation import evaluate as library_evaluate
     from slimrank.recipe import Recipe
 
     Recipe.make({"dtype": dtype, "device": device})
+    request = _request(tasks, tasks_dir, shots, limit)
     say_quietly()
     with ConsoleProgress() as progress:
-        record = library_evaluate(model, text or ["demo"], windows, seq_len, device, dtype, progress)
+        record = library_evaluate(model, text or ["demo"], windows, seq_len, device, dtype, progress, request, against)
     if json:
         print_json(record)
-        return
-    rows = [
-        (name, f"{m['perplexity']:.3f}", str(m["windows"]), str(m["seq_len"]), f"{m['tokens']:,}")
-        for name, m in record["texts"].items()
-    ]
-    print_table("", ("text", "perplexity", "windows", "seq-len", "predictions"), rows)
+    else:
+        _show(record)
+
+
+def _request(tasks: str | None, tasks_dir: Path | None, shots: int | None, limit: int | None) -> Any:
+    """What is asked of lm-evaluation-harness, if anything.
+
+    Raises:
+        RecipeError: an option about tasks, and no task.
+    """
+    from slimrank.errors import RecipeError
+    from slimrank.evaluate.tasks import TaskRequest
+
+    if tasks is not None:
+        return TaskRequest(tuple(name.strip() for name in tasks.split(",")), tasks_dir, shots, limit)
+    for option, value in {"--tasks-dir": tasks_dir, "--shots": shots, "--limit": limit}.items():
+        if value is not None:
+            raise RecipeError(f"{option} is about tasks, and none is named.", "--tasks arc_easy,piqa")
+    return None
+
+
+def _show(record: dict[str, Any]) -> None:
+    _show_texts(record)
+    _show_tasks(record)
+    if record["against"] is not None:
+        _show_differences(record["against"])
     speed = record["speed"]
     print_text(
         f"speed: prefill {speed['prefill']:.0f} tokens/s, decode {speed['decode']:.1f} tokens/s "
@@ -53,3 +104,61 @@ def evaluate(
     )
     print_text(f"peak memory of this process: {record['peak_memory'] / 1e9:.2f} GB")
     print_text(f"{one_line(record['sample']['prompt'])} ... {one_line(record['sample']['text'])}")
+
+
+def _show_texts(record: dict[str, Any]) -> None:
+    rows = [
+        (name, f"{m['perplexity']:.3f}", str(m["windows"]), str(m["seq_len"]), f"{m['tokens']:,}")
+        for name, m in record["texts"].items()
+    ]
+    print_table("", ("text", "perplexity", "windows", "seq-len", "predictions"), rows)
+
+
+def _show_tasks(record: dict[str, Any]) -> None:
+    rows = [
+        (task, name, f"{m['value']:.4f}", _number(m["stderr"], ".4f"), f"{r['count']:,}", _number(r["shots"]))
+        for task, r in record["tasks"].items()
+        for name, m in r["metrics"].items()
+    ]
+    if rows:
+        print_table("", ("task", "metric", "value", "std. error", "questions", "shots"), rows)
+
+
+def _show_differences(against: dict[str, Any]) -> None:
+    texts = [
+        (
+            name,
+            f"{m['perplexity']:.3f}",
+            f"{m['ratio']:.4f} ({m['ratio_low']:.4f} to {m['ratio_high']:.4f})",
+            _sure(m),
+            f"{m['kl']:.4f}",
+            f"{m['top1']:.1f} %",
+        )
+        for name, m in against["texts"].items()
+    ]
+    columns = ("text", "its perplexity", "ratio (95 %)", "significant", "KL, nats/token", "same top token")
+    print_table(f"against {against['model']}", columns, texts)
+    tasks = [
+        (
+            task,
+            name,
+            f"{m['value']:.4f}",
+            f"{m['difference']:+.4f} ({m['low']:+.4f} to {m['high']:+.4f})",
+            _sure(m),
+            _number(m.get("lost")),
+            _number(m.get("gained")),
+        )
+        for task, metrics in against["tasks"].items()
+        for name, m in metrics.items()
+    ]
+    if tasks:
+        shown = ("task", "metric", "its value", "difference (95 %)", "significant", "lost", "gained")
+        print_table(f"against {against['model']}", shown, tasks)
+
+
+def _sure(difference: dict[str, Any]) -> str:
+    return "yes" if difference["significant"] else "no"
+
+
+def _number(value: float | None, form: str = ",") -> str:
+    return "" if value is None else format(value, form)

@@ -49,29 +49,40 @@ def perplexity(model: Any, windows: Tensor, bos: bool = False, progress: Progres
         NonFiniteError: NaN or infinity in the logits (names the first layer that makes it), or a perplexity too
             large to be a number.
     """
+    check_windows(windows)
+    progress = progress or Progress()
+    nll: list[float] = []
+    with evaluating(model):
+        for ids in windows.split(windows_at_once(model, windows.shape[1])):
+            ids = ids.to(next(model.parameters()).device)
+            nll += window_nll(model, model(input_ids=ids, use_cache=False).logits, ids, first=len(nll))
+            progress.step(len(ids))
+    return summary(nll, windows, bos)
+
+
+def check_windows(windows: Tensor) -> None:
+    """Whether windows (windows x seq_len) leave something to predict.
+
+    Raises:
+        DataError: they do not.
+    """
     count, seq_len = windows.shape
     if seq_len < 2 or count < 1:
         raise DataError(f"{count} windows of {seq_len} tokens leave nothing to predict.", "use --seq-len 2 or more")
-    progress = progress or Progress()
+
+
+def windows_at_once(model: Any, seq_len: int) -> int:
+    """How many windows to run at a time, so that their logits stay small; at least one."""
     vocabulary = model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() else 2**16
-    rows = max(1, LOGITS_AT_ONCE // (seq_len * vocabulary))
-    device = next(model.parameters()).device
-    nll: list[float] = []
-    with evaluating(model):
-        for ids in windows.split(rows):
-            nll += _window_nll(model, ids.to(device), first=len(nll))
-            progress.step(len(ids))
-    mean = math.fsum(nll) / count
-    if mean > LARGEST_NLL:
-        raise NonFiniteError(
-            f"the perplexity is beyond any number: {mean:.0f} nats a token.",
-            "the model is broken (keep more); compress --no-eval writes it without measuring",
-        )
-    return Perplexity(math.exp(mean), count, seq_len, count * (seq_len - 1), bos, tuple(nll))
+    return max(1, LOGITS_AT_ONCE // (seq_len * vocabulary))
 
 
-def _window_nll(model: nn.Module, ids: Tensor, first: int) -> list[float]:
-    logits = model(input_ids=ids, use_cache=False).logits
+def window_nll(model: nn.Module, logits: Tensor, ids: Tensor, first: int) -> list[float]:
+    """Mean negative log-likelihood of each window of `ids`, from its logits; `first` is the number of the first.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the logits.
+    """
     means = []
     for row, targets in zip(logits, ids, strict=True):
         losses = functional.cross_entropy(row[:-1].float(), targets[1:], reduction="none")
@@ -84,6 +95,22 @@ def _window_nll(model: nn.Module, ids: Tensor, first: int) -> list[float]:
                 "evaluate in float32 (--dtype float32)",
             )
     return means
+
+
+def summary(nll: list[float], windows: Tensor, bos: bool) -> Perplexity:
+    """The perplexity of windows whose mean negative log-likelihoods are known.
+
+    Raises:
+        NonFiniteError: it is too large to be a number.
+    """
+    count, seq_len = windows.shape
+    mean = math.fsum(nll) / count
+    if mean > LARGEST_NLL:
+        raise NonFiniteError(
+            f"the perplexity is beyond any number: {mean:.0f} nats a token.",
+            "the model is broken (keep more); compress --no-eval writes it without measuring",
+        )
+    return Perplexity(math.exp(mean), count, seq_len, count * (seq_len - 1), bos, tuple(nll))
 
 
 def first_nonfinite_layer(model: nn.Module, ids: Tensor) -> str:

@@ -76,7 +76,7 @@ class Scorer:
 def _divergence(weights: Tensor, expected: Tensor, logits: Tensor, temperature: float) -> float:
     """KL of softmax(logits / temperature) from `weights`, whose logarithms are `expected`; summed over positions."""
     total = 0.0
-    for p, log_p, z in zip(*(_positions(x) for x in (weights, expected, logits)), strict=True):
+    for p, log_p, z in zip(*(positions(x) for x in (weights, expected, logits)), strict=True):
         found = log_softmax(z / temperature, dim=-1)
         total -= float(found.sub_(log_p).mul_(p).sum(dim=-1).double().sum())
     return total
@@ -84,12 +84,12 @@ def _divergence(weights: Tensor, expected: Tensor, logits: Tensor, temperature: 
 
 def _likelihood(logits: Tensor, ids: Tensor) -> float:
     """Negative log-likelihood of the tokens after the first, summed."""
-    norms = torch.cat([z.logsumexp(dim=-1) for z in _positions(logits)]).view(ids.shape)
+    norms = torch.cat([z.logsumexp(dim=-1) for z in positions(logits)]).view(ids.shape)
     picked = logits[:, :-1].gather(-1, ids[:, 1:, None].to(logits.device))[..., 0]
     return float((norms[:, :-1].double() - picked.double()).sum())
 
 
-def _positions(x: Tensor) -> Sequence[Tensor]:
+def positions(x: Tensor) -> Sequence[Tensor]:
     """All positions (batch x tokens x vocabulary) in parts that stay in a CPU's cache; a GPU takes all at once."""
     flat = x.flatten(0, 1)
     return flat.split(max(1, CACHED // x.shape[-1]) if x.device.type == "cpu" else len(flat))

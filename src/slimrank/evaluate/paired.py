@@ -1,0 +1,120 @@
+"""Differences between two models on the same windows or questions, with a bootstrap interval.
+
+What two models make of one window is much more alike than what one model makes of two windows, so the differences are
+resampled, not the values (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 and 15).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimrank.errors import DataError
+from slimrank.evaluate.agreement import Agreement
+from slimrank.evaluate.tasks import TaskResult
+
+RESAMPLES = 10_000
+TAILS = (0.025, 0.975)
+DRAWN_AT_ONCE = 2**22  # indices
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The mean difference of paired values.
+
+    Attributes:
+        difference: mean of (model - dense).
+        low: lower end of its 95 % interval.
+        high: upper end.
+        significant: whether the interval leaves out zero.
+    """
+
+    difference: float
+    low: float
+    high: float
+    significant: bool
+
+
+def paired(model: Sequence[float], dense: Sequence[float], seed: int = 0) -> Paired:
+    """Mean difference of two models' values on the same items, with a percentile bootstrap interval over the items.
+
+    Raises:
+        DataError: fewer than two items, from which no spread can be told.
+    """
+    differences = np.subtract(model, dense, dtype=np.float64)
+    if len(differences) < 2:
+        raise DataError(
+            "an interval of a difference needs at least two windows of each text and two questions of each task.",
+            "more --windows, a longer text, or a larger --limit",
+        )
+    low, high = np.quantile(resampled_means(differences, seed), TAILS)
+    return Paired(math.fsum(differences) / len(differences), float(low), float(high), bool(low > 0 or high < 0))
+
+
+def resampled_means(values: NDArray[np.float64], seed: int, resamples: int = RESAMPLES) -> NDArray[np.float64]:
+    """Means of samples drawn from `values` with replacement, each as large as `values`; the same for the same seed."""
+    generator = np.random.default_rng(seed)
+    rows = max(1, DRAWN_AT_ONCE // len(values))
+    counts = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    return np.concatenate([values[generator.integers(len(values), size=(k, len(values)))].mean(axis=1) for k in counts])
+
+
+def compare_texts(agreement: Agreement) -> dict[str, Any]:
+    """The record of two models on one text.
+
+    Returns:
+        "perplexity" and "nll" of the dense model; "difference", "low", "high" (of the mean negative log-likelihood, in
+        nats a token, more is worse) and "significant"; "ratio", "ratio_low", "ratio_high" (of perplexities); "kl" and
+        "top1" (see `Agreement`).
+    """
+    difference = paired(agreement.model.nll, agreement.dense.nll)
+    return {
+        "perplexity": agreement.dense.perplexity,
+        "nll": agreement.dense.nll,
+        **asdict(difference),
+        "ratio": math.exp(difference.difference),
+        "ratio_low": math.exp(difference.low),
+        "ratio_high": math.exp(difference.high),
+        "kl": agreement.kl,
+        "top1": agreement.top1,
+    }
+
+
+def compare_tasks(
+    model: Mapping[str, TaskResult], dense: Mapping[str, TaskResult]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The records of two models on the same questions, by task and metric.
+
+    Only metrics that are the mean of one number a question are compared (not, say, a perplexity over all of them).
+
+    Returns:
+        For each, "value" of the dense model, "difference", "low", "high", "significant"; where a question is either
+        right (1) or wrong (0) also "lost" (questions that the dense model has right and the model wrong) and "gained".
+    """
+    return {
+        task: {
+            metric: {"value": dense[task].metrics[metric].value, **_compare_questions(values, dense[task], metric)}
+            for metric, values in result.questions.items()
+            if _is_mean(result, metric) and _is_mean(dense[task], metric)
+        }
+        for task, result in model.items()
+    }
+
+
+def _compare_questions(model: Sequence[float], dense: TaskResult, metric: str) -> dict[str, Any]:
+    other = dense.questions[metric]
+    record = asdict(paired(model, other))
+    if {*model, *other} <= {0.0, 1.0}:
+        record["lost"] = sum(a < b for a, b in zip(model, other, strict=True))
+        record["gained"] = sum(a > b for a, b in zip(model, other, strict=True))
+    return record
+
+
+def _is_mean(result: TaskResult, metric: str) -> bool:
+    values = result.questions[metric]
+    return math.isclose(math.fsum(values) / len(values), result.metrics[metric].value, rel_tol=1e-9, abs_tol=1e-12)
