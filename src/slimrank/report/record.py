@@ -11,7 +11,7 @@ import torch
 
 from slimrank._version import __version__
 from slimrank.allocate.plan import RankPlan
-from slimrank.models.targets import TargetSet
+from slimrank.models.targets import TargetSet, role_of
 from slimrank.recipe import Recipe
 
 
@@ -19,10 +19,12 @@ from slimrank.recipe import Recipe
 class Facts:
     """Everything that the record is made of."""
 
+    model: dict[str, Any]
     recipe: Recipe
     targets: TargetSet
     plan: RankPlan
     errors: dict[str, dict[str, Any]]
+    spectra: dict[str, dict[str, list[Any]]]
     notes: list[str]
     before: dict[str, Any]
     after: dict[str, Any]
@@ -40,6 +42,7 @@ class Facts:
 def build_record(facts: Facts) -> dict[str, Any]:
     """The content of report.json."""
     return {
+        "model": facts.model,
         "size": _size(facts),
         "before": facts.before,
         "after": facts.after,
@@ -47,6 +50,7 @@ def build_record(facts: Facts) -> dict[str, Any]:
         "allocation": facts.allocation,
         "corrections": facts.corrections,
         "targets": _targets(facts),
+        "spectra": facts.spectra,
         "notes": facts.notes,
         "seconds": facts.seconds,
         "provenance": _provenance(facts),
@@ -91,6 +95,7 @@ def _targets(facts: Facts) -> list[dict[str, Any]]:
                 "path": target.path,
                 "kind": target.kind,
                 "block": target.block,
+                "role": role_of(target, facts.targets.blocks_path),
                 "shape": list(target.shape),
                 "rank": planned.rank,
                 "parameters_before": target.parameters,
