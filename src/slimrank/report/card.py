@@ -33,9 +33,8 @@ def _metadata(record: dict[str, Any]) -> ModelCardData:
 def _recipe(record: dict[str, Any]) -> str:
     """The options that say anything, as YAML; a plan that was given as such is in plan.json."""
     recipe = record["provenance"]["recipe"]
-    given = {key: value for key, value in recipe.items() if value not in (None, {}, (), []) or key == "evaluation"}
+    given = {key: value for key, value in recipe.items() if value not in (None, {}, []) or key == "evaluation"}
     if isinstance(given.get("plan"), dict):
         given["plan"] = "plan.json"
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
-    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
     return text

@@ -49,9 +49,9 @@ def kept(record: Row) -> Grid:
 
 
 def errors(record: Row) -> dict[str, Grid]:
-    """Relative errors by what they are of; before and after refining where anything was refined. Means over experts."""
+    """Relative errors of factored layers, means over experts; before and after refining where anything was refined."""
     if not any("refined" in row for row in record["targets"]):
-        return {"after the cut": _grid(record, lambda rows: _mean([row["relative_error"] for row in rows]))}
+        return {"after the cut": _grid(record, _cut_error)}
     return {f"{when} refining": _grid(record, _refined(when)) for when in ("before", "after")}
 
 
@@ -95,6 +95,10 @@ def _grid(record: Row, number: Callable[[list[Row]], float | None]) -> Grid:
 def _cell(rows: list[Row], block: int, number: Callable[[list[Row]], float | None]) -> float | None:
     mine = [row for row in rows if row["block"] == block]
     return number(mine) if mine else None
+
+
+def _cut_error(rows: list[Row]) -> float | None:
+    return _mean([row["relative_error"] for row in rows if row["rank"] != "dense"])
 
 
 def _refined(when: str) -> Callable[[list[Row]], float | None]:

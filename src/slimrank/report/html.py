@@ -12,6 +12,8 @@ from slimrank.errors import MissingExtraError
 from slimrank.report import grid, plots
 from slimrank.report.render import render
 
+WIDE = 9.6  # inches, of which a page is as wide as a column of text
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -43,22 +45,21 @@ def _figures(record: dict[str, Any]) -> Figures:
 
 
 def _ranks(record: dict[str, Any]) -> Markup:
-    return Markup(plots.heat_map(grid.kept(record), "ranks", "Percent of its parameters that each layer keeps"))
+    return Markup(plots.heat_map(grid.kept(record), "Percent of its parameters that each layer keeps"))
 
 
 def _spectra(record: dict[str, Any]) -> list[Markup]:
-    return [
-        Markup(plots.spectrum(kind, curves, f"spectrum-{number}", f"Relative error against rank of {kind}"))
-        for number, (kind, curves) in enumerate(grid.spectra(record).items())
-    ]
+    kinds = grid.spectra(record).items()
+    return [Markup(plots.spectrum(kind, curves, f"Relative error by rank of {kind}")) for kind, curves in kinds]
 
 
 def _depth(record: dict[str, Any]) -> list[Markup]:
     found = grid.errors(record)
     top = max((cell for part in found.values() for row in part.cells for cell in row if cell is not None), default=0.0)
+    width = WIDE if len(found) == 1 else WIDE / 2
     return [
-        Markup(plots.depth(part, title, top, f"depth-{number}", f"Relative error by block, {title}"))
-        for number, (title, part) in enumerate(found.items())
+        Markup(plots.depth(part, title, top, width, f"Relative error by block, {title}"))
+        for title, part in found.items()
     ]
 
 

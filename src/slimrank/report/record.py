@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -40,8 +41,8 @@ class Facts:
 
 
 def build_record(facts: Facts) -> dict[str, Any]:
-    """The content of report.json."""
-    return {
+    """The content of report.json, as reading that gives it back."""
+    record = {
         "model": facts.model,
         "size": _size(facts),
         "before": facts.before,
@@ -55,6 +56,8 @@ def build_record(facts: Facts) -> dict[str, Any]:
         "seconds": facts.seconds,
         "provenance": _provenance(facts),
     }
+    same: dict[str, Any] = json.loads(json.dumps(record))
+    return same
 
 
 def _size(facts: Facts) -> dict[str, Any]:

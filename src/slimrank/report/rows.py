@@ -118,7 +118,7 @@ def by_block(found: Grid, shown: str) -> list[tuple[str, ...]]:
 
 
 def spectra(record: Record) -> list[tuple[str, ...]]:
-    """Of some targets: kind, block, relative error at an eighth, a quarter, half of all ranks, rank taken, its error."""
+    """Of some targets: kind, block, error at an eighth, a quarter and half of all ranks, rank taken, its error."""
     return [
         (
             kind,
@@ -138,10 +138,13 @@ def seconds(record: Record) -> list[tuple[str, str]]:
 
 def recipe(record: Record) -> list[tuple[str, str]]:
     """Options and their values; a plan that was given as such is in plan.json."""
-    return [
-        (key, "see plan.json" if key == "plan" and isinstance(value, dict) else str(value))
-        for key, value in record["provenance"]["recipe"].items()
-    ]
+    return [(key, _option(key, value)) for key, value in record["provenance"]["recipe"].items()]
+
+
+def _option(key: str, value: Any) -> str:
+    if key == "plan" and isinstance(value, dict):
+        return "see plan.json"
+    return str(value)
 
 
 def provenance(record: Record) -> list[tuple[str, str]]:

@@ -6,15 +6,18 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 from slimrank.errors import MissingExtraError
 
 INK = "#010203"  # stands for the colour of text until the figure is written: matplotlib knows no currentColor
+SMALLEST = 0.6  # of its size: as far as a figure shrinks; where there is less room it scrolls
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "text.parse_math": False,
     "font.size": 10,
     "legend.frameon": False,
@@ -30,7 +33,7 @@ _STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def figure(width: float, height: float) -> Iterator[Any]:
+def figure(width: float, height: float, layout: Literal["constrained", "none"] = "constrained") -> Iterator[Any]:
     """A figure of so many inches to draw on, in one style whatever the user's own is.
 
     Raises:
@@ -45,28 +48,29 @@ def figure(width: float, height: float) -> Iterator[Any]:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         settings.update(_STYLE)
-        yield Figure((width, height), layout="constrained")
+        yield Figure((width, height), layout=layout)
 
 
-def inline(drawn: Any, name: str, label: str) -> str:
+def inline(drawn: Any, label: str) -> str:
     """A figure as an `<svg>` element, the same bytes for the same figure; call it where `figure` holds.
 
     Args:
         drawn: the figure.
-        name: what ids in it begin with; no other figure of the page may have it.
-        label: what is shown, for those who do not see it.
+        label: what is shown, for those who do not see it; no other figure of the page has the same.
     """
     import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    written = io.StringIO()
+    name, written = re.sub(r"\W+", "-", label.lower()), io.StringIO()
     matplotlib.rcParams["svg.hashsalt"] = name
-    drawn.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    FigureCanvasSVG(drawn).print_svg(written, metadata={"Date": None})  # savefig would draw everything twice
     root = ElementTree.fromstring(re.sub(r"<!DOCTYPE[^>]*>", "", written.getvalue()))
     _strip(root)
     width = float(root.get("viewBox", "").split()[2])
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
-    root.attrib |= {"role": "img", "aria-label": label, "style": f"width: {width:.0f}pt"}
+    sizes = f"width: {width:.0f}pt; max-width: 100%; min-width: {SMALLEST * width:.0f}pt"
+    root.attrib |= {"role": "img", "aria-label": label, "style": sizes}
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
     text = ElementTree.tostring(root, encoding="unicode")
