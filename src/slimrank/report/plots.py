@@ -47,7 +47,7 @@ def heat_map(grid: Grid, label: str) -> str:
 
 def spectrum(title: str, curves: Sequence[Curve], label: str) -> str:
     """The relative error left at each rank, a curve for each target, with the rank that was taken marked on it."""
-    with figure(3.3, 2.5, layout="none") as drawn:  # there are many of these, and their margins are known
+    with figure(3.3, 2.5, layout=None) as drawn:  # there are many of these, and their margins are known
         drawn.subplots_adjust(left=0.17, right=0.97, bottom=0.2, top=0.88)
         axes = drawn.subplots()
         for curve, colour in zip(curves, cycle(COLOURS), strict=False):

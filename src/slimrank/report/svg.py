@@ -33,7 +33,7 @@ _STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def figure(width: float, height: float, layout: Literal["constrained", "none"] = "constrained") -> Iterator[Any]:
+def figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Iterator[Any]:
     """A figure of so many inches to draw on, in one style whatever the user's own is.
 
     Raises:
