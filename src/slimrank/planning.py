@@ -20,8 +20,8 @@ from slimrank.decompose.registry import Configured, Member
 from slimrank.errors import PlanError, RecipeError
 from slimrank.estimate import Workload
 from slimrank.linalg.cost import COST_MODELS, FactorForm
-from slimrank.models.structure import parameters_of, without_numbers
-from slimrank.models.targets import Target, TargetSet, matches
+from slimrank.models.structure import parameters_of
+from slimrank.models.targets import Target, TargetSet, matches, role_of
 from slimrank.recipe import Recipe
 from slimrank.refine.registry import REFINERS, ConfiguredRefiner
 
@@ -240,11 +240,6 @@ def at_first(problem: Problem, allocator: ConfiguredAllocator) -> Allocation:
 def provisional(problem: Problem) -> Allocation:
     """Uniform ranks, for whatever needs some before the allocation is known; any feasible budget has them."""
     return Allocation(ranks_from_fractions(problem, np.zeros(len(problem.items))))
-
-
-def role_of(target: Target, blocks_path: str) -> str:
-    """The place of a target in its block, other numbers left out: equal for layers that do the same."""
-    return without_numbers(target.path.removeprefix(f"{blocks_path}.{target.block}."))
 
 
 def _shares(units: Sequence[Unit]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from slimrank.errors import OutputError
-from slimrank.export.output import MANIFEST, OutputFolder, need_space, write_manifest
+from slimrank.export.output import CARD, MANIFEST, OutputFolder, need_space, write_manifest
 
 
 def write(path, content, overwrite=False, **files):
@@ -51,6 +51,20 @@ def test_overwriting_keeps_what_others_wrote(tmp_path):
     write(out, "two", overwrite=True)
     assert names(out) == ["model.safetensors", "notes.txt", "results", MANIFEST]
     assert (out / "model.safetensors").read_text() == "two"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_card_that_was_changed_stays_one_that_was_not_is_replaced(tmp_path):
+    out = tmp_path / "out"
+    write(out, "one", **{CARD: "ours"})
+    assert not OutputFolder(out, overwrite=True).keeps_card
+    write(out, "two", overwrite=True, **{CARD: "ours, newer"})
+    assert (out / CARD).read_text() == "ours, newer"
+    for card in ("changed", "and again"):  # the second time the manifest does not name it any more
+        (out / CARD).write_text(card)
+        assert OutputFolder(out, overwrite=True).keeps_card
+        write(out, "three", overwrite=True)
+        assert (out / CARD).read_text() == card
     assert names(tmp_path) == ["out"]
 
 

@@ -62,7 +62,8 @@ def run_compress(
 
 def show_report(report: dict[str, Any], out: Path) -> None:
     """The headline of a report, and where the rest is."""
-    from slimrank.report.render import comparison, percent
+    from slimrank.report.rows import comparison
+    from slimrank.report.words import percent
 
     size = report["size"]
     kept = f"kept {percent(size['keep_ratio'])} of the linears, {percent(size['keep_total'])} of the model"
@@ -75,5 +76,5 @@ def show_report(report: dict[str, Any], out: Path) -> None:
     if report["before"] and asked["evaluation"] == "demo" and asked["calibration"] != "demo":
         print_text("\nperplexity is on Python's documentation, not on text like yours: give --eval-text FILE")
     if report["notes"]:
-        print_text(f"\n{len(report['notes'])} things were skipped, clamped or unusual: see report.md")
-    print_text(f"\nwritten to {out}: the model, report.md, report.json, plan.json")
+        print_text(f"\n{len(report['notes'])} things were skipped, clamped or unusual: see report.html")
+    print_text(f"\nwritten to {out}: the model, report.html (also as .md and .json), README.md, plan.json")

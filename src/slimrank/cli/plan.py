@@ -87,7 +87,7 @@ def _computed(
 
 
 def _show(model: str, record: dict[str, Any], save: Path | None) -> None:
-    from slimrank.report.render import megabytes, millions, percent
+    from slimrank.report.words import megabytes, millions, percent
 
     size, coverage = record["size"], record["coverage"]
     print_table(

@@ -14,7 +14,8 @@ from slimrank.errors import OutputError
 from slimrank.run import disk_error, write_text
 
 MANIFEST = "slimrank.json"
-REPORTS = ("report.json", "report.md")
+REPORTS = ("report.json", "report.md", "report.html")
+CARD = "README.md"
 _MARK = ".slimrank-partial"
 
 
@@ -50,6 +51,11 @@ class OutputFolder:
             raise OutputError(f"'{self._partial}' is in the way.", "move it elsewhere")
         if self._old.exists():
             raise OutputError(f"'{self._old}' is in the way.", "move it elsewhere; it may hold files of yours")
+
+    @property
+    def keeps_card(self) -> bool:
+        """Whether a model card lies there that slimrank did not write, or that was changed since."""
+        return (self.path / CARD).is_file() and CARD not in _written_by_us(self.path)
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
@@ -117,10 +123,14 @@ def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
 
 
 def _written_by_us(folder: Path) -> list[str]:
+    """Names in the manifest; not that of a model card which was changed since: people write on in them."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return []
     content = json.loads(manifest.read_text(encoding="utf-8"))
+    card = content["files"].get(CARD)
+    if card is not None and (folder / CARD).is_file() and _sha256(folder / CARD) != card["sha256"]:
+        del content["files"][CARD]
     return [MANIFEST, *content["files"], *content["reports"]]
 
 

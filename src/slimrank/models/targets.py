@@ -21,7 +21,7 @@ from slimrank.layers.convert import compressed_layers
 from slimrank.layers.dense import weight_of
 from slimrank.layers.experts import Experts
 from slimrank.linalg.cost import PAIR, CostModel
-from slimrank.models.structure import find_blocks, parameters_of
+from slimrank.models.structure import find_blocks, parameters_of, without_numbers
 
 Kind = Literal["linear", "conv1d"]
 
@@ -136,6 +136,11 @@ def find_targets(
         )
     coverage = _coverage(model, blocks, found, reasons)
     return TargetSet(tuple(found.values()), coverage, blocks_path)
+
+
+def role_of(target: Target, blocks_path: str) -> str:
+    """The place of a target in its block, other numbers left out: equal for layers that do the same."""
+    return without_numbers(target.path.removeprefix(f"{blocks_path}.{target.block}."))
 
 
 def matches(path: str, patterns: Sequence[str]) -> bool:

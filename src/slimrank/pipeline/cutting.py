@@ -10,7 +10,7 @@ from torch import nn
 from slimrank.export.save import replace_linears
 from slimrank.models.paging import page_out
 from slimrank.pipeline.job import Job
-from slimrank.pipeline.spectra import Spectra
+from slimrank.pipeline.spectra import Spectra, outline
 from slimrank.planning import Unit
 from slimrank.run import Stage
 
@@ -21,11 +21,13 @@ class Cut:
 
     Attributes:
         rows: target -> its errors and its group, for the report.
+        spectra: unit -> the outline of its spectrum.
         notes: anything unusual.
         new_biases: parameters of biases that the original model did not have.
     """
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    spectra: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     new_biases: int = 0
 
@@ -61,6 +63,7 @@ class Cutter:
         error = 0.0 if rank == "dense" else spectrum.relative_error(rank)
         for target in unit.targets:
             self.done.rows[target.path] = {"relative_error": error, "group": about["groups"][target.path]}
+        self.done.spectra[unit.path] = outline(spectrum)
         self.done.notes += [f"{unit.path}: {note}" for note in spectrum.notes]
         if rank != "dense":
             self._replace(unit, rank)

@@ -17,6 +17,14 @@ from slimrank.planning import Unit
 from slimrank.run import Stage
 
 FILES = 2  # that are kept in memory
+POINTS = 32  # of a spectrum, for a report
+
+
+def outline(spectrum: Spectrum) -> dict[str, list[Any]]:
+    """What a report draws of a spectrum: ranks from 1 to the full one, log-spaced, and the relative error at each."""
+    steps = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+    ranks = sorted({round(spectrum.full_rank**step) for step in steps.tolist()})
+    return {"ranks": ranks, "errors": [float(f"{spectrum.relative_error(rank):.4g}") for rank in ranks]}
 
 
 class Spectra:

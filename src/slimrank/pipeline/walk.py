@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from slimrank.allocate.plan import RankPlan
-from slimrank.export.output import OutputFolder, need_space, write_manifest
+from slimrank.export.output import CARD, OutputFolder, need_space, write_manifest
 from slimrank.export.save import mark_model, save_model, weight_bytes
+from slimrank.models.origin import origin_of
 from slimrank.pipeline.allocating import allocate
 from slimrank.pipeline.correcting import Correction
 from slimrank.pipeline.cutting import Cut, Cutter
@@ -19,9 +20,10 @@ from slimrank.pipeline.job import CompressionResult, Job
 from slimrank.pipeline.refining import Refinement
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
+from slimrank.report.card import model_card
 from slimrank.report.record import Facts, build_record
-from slimrank.report.render import write_reports
-from slimrank.run import Run, Stage, remove_run
+from slimrank.report.write import write_reports
+from slimrank.run import Run, Stage, remove_run, write_text
 
 
 def compress(
@@ -71,7 +73,9 @@ def compress(
         corrections = correction.walk() if correction is not None else []
         after = job.measure_result()
         facts = Facts(
-            recipe=job.recipe, targets=job.targets, plan=job.plan, errors=done.rows, notes=[*job.notes, *done.notes],
+            model={**origin_of(model), "class": type(job.model).__name__},
+            recipe=job.recipe, targets=job.targets, plan=job.plan, errors=done.rows, spectra=done.spectra,
+            notes=[*job.notes, *done.notes],
             before=before, after=after, seconds=job.seconds, identity=job.identity(), new_biases=done.new_biases,
             order_bytes=job.order_bytes(),
             dtype=str(job.dtype).removeprefix("torch."), device=str(job.device), method=job.method.described(),
@@ -79,13 +83,7 @@ def compress(
         )  # fmt: skip
         record = build_record(facts)
         if output is not None:
-            with output.writing() as partial:
-                with job.timed("write", 1):
-                    save_model(job.model, job.tokenizer, partial, job.recipe.max_shard_size)
-                record["size"]["bytes_after"] = weight_bytes(partial)
-                job.plan.save(partial / "plan.json")
-                write_manifest(partial, record["provenance"])
-                write_reports(record, partial)
+            _write(job, record, output)
     return CompressionResult(job.model, job.tokenizer, job.plan, record, output.path if output else None)
 
 
@@ -133,6 +131,21 @@ def _cut(job: Job, stage: Stage, refinement: Stage | None) -> Cut:
     finally:  # a model that is half cut says so too: saved as a native one it would load with random weights
         mark_model(job.model)
     return cutter.done
+
+
+def _write(job: Job, record: dict[str, Any], output: OutputFolder) -> None:
+    """The model, what loads it, and what there is to read about it. A card that is not ours stays as it is."""
+    with output.writing() as partial:
+        with job.timed("write", 1):
+            save_model(job.model, job.tokenizer, partial, job.recipe.max_shard_size)
+        record["size"]["bytes_after"] = weight_bytes(partial)
+        job.plan.save(partial / "plan.json")
+        if output.keeps_card:
+            record["notes"].append(f"{CARD} in the output folder is not as slimrank wrote it, and stays")
+        else:
+            write_text(partial / CARD, model_card(record))
+        write_manifest(partial, record["provenance"])
+        write_reports(record, partial)
 
 
 @contextmanager

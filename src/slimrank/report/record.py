@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,7 +12,7 @@ import torch
 
 from slimrank._version import __version__
 from slimrank.allocate.plan import RankPlan
-from slimrank.models.targets import TargetSet
+from slimrank.models.targets import TargetSet, role_of
 from slimrank.recipe import Recipe
 
 
@@ -19,10 +20,12 @@ from slimrank.recipe import Recipe
 class Facts:
     """Everything that the record is made of."""
 
+    model: dict[str, Any]
     recipe: Recipe
     targets: TargetSet
     plan: RankPlan
     errors: dict[str, dict[str, Any]]
+    spectra: dict[str, dict[str, list[Any]]]
     notes: list[str]
     before: dict[str, Any]
     after: dict[str, Any]
@@ -38,8 +41,9 @@ class Facts:
 
 
 def build_record(facts: Facts) -> dict[str, Any]:
-    """The content of report.json."""
-    return {
+    """The content of report.json, as reading that gives it back."""
+    record = {
+        "model": facts.model,
         "size": _size(facts),
         "before": facts.before,
         "after": facts.after,
@@ -47,10 +51,13 @@ def build_record(facts: Facts) -> dict[str, Any]:
         "allocation": facts.allocation,
         "corrections": facts.corrections,
         "targets": _targets(facts),
+        "spectra": facts.spectra,
         "notes": facts.notes,
         "seconds": facts.seconds,
         "provenance": _provenance(facts),
     }
+    same: dict[str, Any] = json.loads(json.dumps(record))
+    return same
 
 
 def _size(facts: Facts) -> dict[str, Any]:
@@ -91,6 +98,7 @@ def _targets(facts: Facts) -> list[dict[str, Any]]:
                 "path": target.path,
                 "kind": target.kind,
                 "block": target.block,
+                "role": role_of(target, facts.targets.blocks_path),
                 "shape": list(target.shape),
                 "rank": planned.rank,
                 "parameters_before": target.parameters,

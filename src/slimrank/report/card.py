@@ -1,0 +1,40 @@
+"""The model card of a compressed model: README.md, as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from slimrank.report.render import render
+
+TAGS = ["slimrank", "low-rank", "svd", "compressed"]
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """The card of the model that a record is about. It states nothing that differs from run to run, such as speeds."""
+    body = render("card.md.j2", r=record, recipe=_recipe(record))
+    return str(ModelCard(f"---\n{_metadata(record).to_yaml()}\n---\n\n{body}"))
+
+
+def _metadata(record: dict[str, Any]) -> ModelCardData:
+    calibration = str(record["provenance"]["recipe"]["calibration"])
+    return ModelCardData(
+        base_model=record["model"]["hub_id"],
+        **record["model"]["license"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        datasets=[calibration.split(":")[1]] if calibration.startswith("hub:") else None,
+    )
+
+
+def _recipe(record: dict[str, Any]) -> str:
+    """The options that say anything, as YAML; a plan that was given as such is in plan.json."""
+    recipe = record["provenance"]["recipe"]
+    given = {key: value for key, value in recipe.items() if value not in (None, {}, []) or key == "evaluation"}
+    if isinstance(given.get("plan"), dict):
+        given["plan"] = "plan.json"
+    text: str = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+    return text

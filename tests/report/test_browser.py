@@ -1,0 +1,56 @@
+"""The report in a real browser, where there is one: it fits a phone, and its pictures are not blank."""
+
+import shutil
+import subprocess
+from html import escape
+
+import pytest
+
+from slimrank.report.html import html
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium")
+MEASURE = "<script>onload = () => parent.found(innerWidth, document.documentElement.scrollWidth)</script>"
+
+
+def browse(*arguments):
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.fixture
+def page(record, tmp_path):
+    """Of a model with as many blocks as a real one."""
+    many = [{**row, "block": row["block"] + 3 * i} for i in range(10) for row in record["targets"]]
+    (tmp_path / "report.html").write_text(html({**record, "targets": many}))
+    return tmp_path / "report.html"
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+def test_the_page_does_not_scroll_sideways(page, tmp_path, width):
+    """In a frame of that width, since a browser's own window may not be as narrow as a phone."""
+    written = page.read_text()
+    policy = '<meta http-equiv="Content-Security-Policy"'
+    start = written.index(policy)
+    free = written[:start] + written[written.index("\n", start) :].replace("<details>", "<details open>")
+    (tmp_path / "frame.html").write_text(
+        f"<title></title><script>found = (inner, whole) => document.title = `${{inner}} ${{whole}}`</script>"
+        f'<iframe style="width: {width}px; height: 800px; border: 0" srcdoc="{escape(free + MEASURE)}"></iframe>'
+    )
+    shown = browse(
+        "--window-size=1400,900", "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/frame.html"
+    )
+    inner, whole = map(int, shown.split("<title>")[1].split("</title>")[0].split())
+    assert inner == width
+    assert whole <= inner
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_it_is_dark_where_dark_is_wanted(page, tmp_path, scheme):
+    """The corner of the page has its background; plots are seen on either."""
+    Image = pytest.importorskip("PIL.Image")
+    shot = tmp_path / "shot.png"
+    browse("--window-size=800,2000", f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}", page)
+    picture = Image.open(shot).convert("L")
+    assert (picture.getpixel((2, 2)) < 60) == (scheme == 0)
+    assert len(picture.getcolors(256)) > 50
