@@ -12,6 +12,7 @@ import yaml
 from typer.main import get_command
 
 import slimrank
+from helpers import save_tiny
 from slimrank.cli.app import app
 from slimrank.cli.options import recipe_flags
 from slimrank.recipe import BUDGETS, PRESETS, Recipe
@@ -119,3 +120,14 @@ def test_every_page_is_in_the_navigation():
     named = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
     assert named >= {str(page.relative_to(ROOT)) for page in PAGES}
     assert all((ROOT / name).is_file() for name in named)
+
+
+def test_the_python_of_the_new_pages_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    slimrank.compress(save_tiny(tmp_path / "tiny"), keep_ratio=0.6, method="svd", evaluation=None, out="smaller")
+    for name in ("getting-started", "saved-models", "recipes"):
+        found = blocks(DOCS / f"{name}.md", "python")
+        assert found
+        for block in found:
+            exec(block, {})
+    assert (tmp_path / "again" / "config.json").is_file()
