@@ -5,23 +5,32 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: demo test check format clean
+.PHONY: demo test check docs format clean
 
 demo: $(STAMP)
 	$(BIN)/slimrank demo
 
 # One thread for each of the two workers: they do not wait for each other.
-test: $(STAMP)
+test: $(STAMP) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-check: $(STAMP)
+check: $(STAMP) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not demo"
+
+# The pages lie in the site as they lie in the repository. A warning (a broken link, a page left out) is an error; with
+# --quiet mkdocs would not count them.
+docs: $(STAMP)
+	rm -rf build/pages
+	mkdir -p build/pages/benchmarks
+	cp -r README.md CONTRIBUTING.md CHANGELOG.md docs examples build/pages
+	cp benchmarks/README.md build/pages/benchmarks
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(STAMP)
 	$(BIN)/ruff format .
@@ -35,4 +44,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) slimrank-demo slimrank-demo.run
+	rm -rf $(VENV) build slimrank-demo slimrank-demo.run

@@ -32,7 +32,7 @@ ALLOWED = {  # room -> rooms it may know, besides itself and BASE
     "planning": {"allocate", "decompose", "estimate", "linalg", "models", "recipe", "refine"},
     "evaluation": {"calibration", "evaluate", "inputs", "models"},
 }
-ANYTHING = {"cli", "pipeline", "dry_run", "__init__", "__main__"}
+ANYTHING = {"cli", "pipeline", "dry_run", "doctor", "__init__", "__main__"}
 
 
 def room_of(path):

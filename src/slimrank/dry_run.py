@@ -12,7 +12,7 @@ import torch
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.registry import ALLOCATORS, ConfiguredAllocator
 from slimrank.decompose.registry import DECOMPOSERS
-from slimrank.estimate import measure_machine, peak_bytes, stage_seconds
+from slimrank.estimate import measure_machine, peak_bytes, run_bytes, stage_seconds
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
 from slimrank.layers.experts import unfuse
@@ -45,7 +45,7 @@ def preview(
 
     Returns:
         A record with "plan" (as `RankPlan`), "blocks_path", "size", "coverage", "kinds" (one row for each layer name),
-        "seconds" (by stage) and "peak_memory" (bytes). Seconds and memory are estimates.
+        "seconds" (by stage), "peak_memory" and "run_bytes" (of the run directory). All but sizes are estimates.
 
     Raises:
         SlimrankError: whatever `compress` would refuse for the same model and budget.
@@ -73,12 +73,13 @@ def preview(
         evaluation_tokens=made.windows * seq_len if made.evaluation else 0,
         seq_len=seq_len,
     )
+    width = targets.targets[0].shape[1]
     factored = [t for t in targets if plan.targets[t.path].rank != "dense"]
     biases = new_biases(made, (t for t in factored if not t.bias))
     memory = peak_bytes(
         work,
         total=coverage.total,
-        width=targets.targets[0].shape[1],
+        width=width,
         logits=max(LOGITS_AT_ONCE, seq_len * bones.config.get_text_config().vocab_size),
         itemsize=itemsize,
         batch_tokens=made.batch_size * seq_len,
@@ -96,6 +97,7 @@ def preview(
         "kinds": _kinds(plan),
         "seconds": stage_seconds(work, measure_machine(device)),
         "peak_memory": memory,
+        "run_bytes": run_bytes(work, plan.stored_parameters, width, made.resident, resumable=True),
     }
 
 

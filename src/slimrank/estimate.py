@@ -41,6 +41,8 @@ class Workload:
         held_out: the same of the windows that refined blocks are judged on.
         corrected: tokens of all rounds of correction.
         rounds: rounds of correction.
+        bases: numbers in one basis of every weight or stack of weights.
+        blocks: decoder blocks of the model.
         samples: weight gradients held per weight (0 for a method that needs none).
     """
 
@@ -59,6 +61,8 @@ class Workload:
     held_out: float = 0.0
     corrected: int = 0
     rounds: int = 0
+    bases: int = 0
+    blocks: int = 0
 
 
 def measure_machine(device: torch.device) -> Machine:
@@ -148,6 +152,29 @@ def peak_bytes(
         calibrating = max(calibrating, copies + 3 * hidden + 3 * sum(8 * n * n for n in group_widths(first)) + solving)
     evaluating = 12 * logits if work.evaluation_tokens else 0
     return LIBRARIES + total * itemsize + max(calibrating, evaluating)
+
+
+def run_bytes(work: Workload, stored: int, width: int, resident: bool, resumable: bool) -> int:
+    """About how many bytes the run directory will hold: bases of all targets, hidden states, gradients.
+
+    Args:
+        work: what is to be computed.
+        stored: parameters of the targets once they are compressed.
+        width: hidden size.
+        resident: the whole model is on the device at once.
+        resumable: finished parts are kept, so that an interrupted run goes on.
+    """
+    numbers = work.bases * (2 if work.backward else 1)
+    copies = 1 if resumable else 0
+    if work.backward and not resident:
+        copies += 2 + work.blocks
+    if work.refines and resumable:
+        numbers, copies = numbers + stored, copies + 2
+    tokens = copies * work.calibration_tokens
+    if work.rounds:
+        numbers += 2 * stored
+        tokens += (work.rounds + work.blocks) * (work.corrected // work.rounds)
+    return 4 * (numbers + tokens * width)
 
 
 def group_widths(targets: Iterable[Target]) -> list[int]:

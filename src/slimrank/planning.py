@@ -20,7 +20,7 @@ from slimrank.decompose.registry import Configured, Member
 from slimrank.errors import PlanError, RecipeError
 from slimrank.estimate import Workload
 from slimrank.linalg.cost import COST_MODELS, FactorForm
-from slimrank.models.structure import parameters_of
+from slimrank.models.structure import find_blocks, parameters_of
 from slimrank.models.targets import Target, TargetSet, matches, role_of
 from slimrank.recipe import Recipe
 from slimrank.refine.registry import REFINERS, ConfiguredRefiner
@@ -308,5 +308,7 @@ def workload(
         held_out=_held_out(recipe, method) * len({t.block for t in targets}) * seq_len,
         corrected=recipe.corrections * recipe.correction_windows * seq_len,
         rounds=recipe.corrections,
+        bases=sum(min(unit.shape) ** 2 for unit in units_of(method, targets, recipe.stored_as)),
+        blocks=len(find_blocks(model)[1]),
         samples=-(-recipe.samples // gathering.accumulate) if "gradients" in gathering.needs else 0,
     )

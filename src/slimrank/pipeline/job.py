@@ -18,7 +18,7 @@ from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import ALLOCATORS
 from slimrank.decompose.registry import DECOMPOSERS, Configured
 from slimrank.errors import RecipeError
-from slimrank.estimate import measure_machine, stage_seconds
+from slimrank.estimate import Workload, measure_machine, run_bytes, stage_seconds
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.quality import measure_quality
 from slimrank.evaluate.speed import measure_speed
@@ -199,26 +199,17 @@ class Job:
         return order_bytes(self.plan.stored_as, factored)
 
     def stored_bytes(self) -> int:
-        """About how much the run directory will hold: bases of all targets, hidden states, gradients."""
+        """About how much the run directory will hold."""
         width = self.targets.targets[0].shape[1]
-        bases = sum(min(u.shape) ** 2 for u in self.units) * (2 if self.method.gathering.backward else 1)
-        copies = 1 if self.resumable else 0
-        if self.method.gathering.backward and not self.recipe.resident:
-            copies += 2 + len(find_blocks(self.model)[1])
-        if self.refiner is not None and self.resumable:
-            bases, copies = bases + self.plan.stored_parameters, copies + 2
-        tokens = copies * self.texts.calibration_tokens
-        if self.recipe.corrections:
-            bases += 2 * self.plan.stored_parameters
-            rounds_and_blocks = self.recipe.corrections + len(find_blocks(self.model)[1])
-            tokens += rounds_and_blocks * self.recipe.correction_windows * (self.recipe.seq_len or 0)
-        return 4 * (bases + tokens * width)
+        return run_bytes(self._work(), self.plan.stored_parameters, width, self.recipe.resident, self.resumable)
 
     def announce(self) -> None:
         """Tell the progress which stages are coming, and how long each may take."""
+        self.progress.plan(stage_seconds(self._work(), measure_machine(self.device)))
+
+    def _work(self) -> Workload:
         tokens = self.texts.calibration_tokens, self.texts.evaluation_tokens
-        work = workload(self.recipe, self.model, self.targets, self.method, *tokens, self.recipe.seq_len or 0)
-        self.progress.plan(stage_seconds(work, measure_machine(self.device)))
+        return workload(self.recipe, self.model, self.targets, self.method, *tokens, self.recipe.seq_len or 0)
 
     def batches(self) -> Sequence[Batch]:
         """The calibration windows in batches; none for a method that needs no text."""
