@@ -129,7 +129,7 @@ def _show_differences(against: dict[str, Any]) -> None:
         (
             name,
             f"{m['perplexity']:.3f}",
-            f"{m['ratio']:.4f} ({m['ratio_low']:.4f} to {m['ratio_high']:.4f})",
+            f"{m['ratio']:.3f} ({m['ratio_low']:.3f} to {m['ratio_high']:.3f})",
             _sure(m),
             f"{m['kl']:.4f}",
             f"{m['top1']:.1f} %",
