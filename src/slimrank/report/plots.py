@@ -48,7 +48,7 @@ def heat_map(grid: Grid, label: str) -> str:
 def spectrum(title: str, curves: Sequence[Curve], label: str) -> str:
     """The relative error left at each rank, a curve for each target, with the rank that was taken marked on it."""
     with figure(3.3, 2.5, layout=None) as drawn:  # there are many of these, and their margins are known
-        drawn.subplots_adjust(left=0.17, right=0.97, bottom=0.2, top=0.88)
+        drawn.subplots_adjust(left=0.17, right=0.94, bottom=0.2, top=0.88)
         axes = drawn.subplots()
         for curve, colour in zip(curves, cycle(COLOURS), strict=False):
             axes.plot(curve.ranks, curve.errors, color=colour, linewidth=1.5, label=f"block {curve.block}")
@@ -71,18 +71,19 @@ def depth(grid: Grid, title: str, top: float, width: float, label: str) -> str:
         width: inches.
         label: what is shown, in words.
     """
-    columns = int(width / 1.6)
+    columns = int(width / 1.5)
     rows = -(-len(grid.kinds) // columns)
     with figure(width, 2.7 + 0.2 * rows) as drawn:
         axes = drawn.subplots()
         for kind, cells, colour, marker in zip(grid.kinds, grid.cells, cycle(COLOURS), cycle(_MARKERS), strict=False):
-            axes.plot(
-                grid.blocks, _numbers(cells), color=colour, marker=marker, markersize=4, linewidth=1.2, label=kind
-            )
+            if any(cell is not None for cell in cells):
+                style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2}
+                axes.plot(grid.blocks, _numbers(cells), label=kind, **style)
         axes.set(title=title, xlabel="block", ylabel="relative error", ylim=(0, 1.05 * top or 1.0))
         axes.title.set_size(10)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        drawn.legend(loc="outside lower center", ncols=columns, fontsize=8, handlelength=1.5)
+        if axes.lines:
+            drawn.legend(loc="outside lower center", ncols=columns, fontsize=8, handlelength=1.5)
         return inline(drawn, label)
 
 

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from slimrank.errors import MissingExtraError
 
 INK = "#010203"  # stands for the colour of text until the figure is written: matplotlib knows no currentColor
-SMALLEST = 0.6  # of its size: as far as a figure shrinks; where there is less room it scrolls
+SMALLEST = 0.72  # of its size: as far as a figure shrinks; where there is less room it scrolls
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
