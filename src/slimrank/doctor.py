@@ -29,6 +29,8 @@ DISABLES = {
     "demo": "the demo model, and models in GGUF files",
     "dev": "testing slimrank itself",
     "docs": "building the documentation",
+    "eval": "tasks of lm-evaluation-harness (evaluate --tasks)",
+    "report": "plots in report.html",
 }
 IMPORTED = ("torch", "transformers")
 LESS_MEMORY = "a machine with more memory, --dtype bfloat16, a smaller --batch-size or --samples, or no --resident"
