@@ -32,7 +32,7 @@ ALLOWED = {  # room -> rooms it may know, besides itself and BASE
     "planning": {"allocate", "decompose", "estimate", "linalg", "models", "recipe", "refine"},
     "evaluation": {"calibration", "evaluate", "inputs", "models"},
 }
-ANYTHING = {"cli", "pipeline", "dry_run", "doctor", "__init__", "__main__"}
+ANYTHING = {"cli", "pipeline", "dry_run", "doctor", "comparison", "__init__", "__main__"}
 
 
 def room_of(path):
@@ -56,7 +56,7 @@ def test_imports_point_down(path):
     assert set(imported_rooms(path)) <= allowed
 
 
-@pytest.mark.parametrize("name", ["low_rank", "pivot"])
+@pytest.mark.parametrize("name", ["low_rank", "pivot", "experts"])
 def test_layers_that_go_into_saved_models_need_nothing_but_torch(name):
     tree = ast.walk(ast.parse((ROOT / "layers" / f"{name}.py").read_text()))
     modules = [[node.module] if isinstance(node, ast.ImportFrom) else [n.name for n in node.names]

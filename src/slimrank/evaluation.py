@@ -66,7 +66,7 @@ def evaluate(
     loaded, tokenizer = load(model, dtype, progress)
     length = window_length(loaded, seq_len)
     bos = bos_of(tokenizer)
-    cut = {source: _windows(source, text, tokenizer, windows, length, bos) for source, text in sources.items()}
+    cut = {source: windows_of(source, text, tokenizer, windows, length, bos) for source, text in sources.items()}
     dense = None if against is None else _load_dense(against, dtype, progress, sources, cut)
     material = Material(cut, bos is not None, suite)
     with placed([loaded] if dense is None else [loaded, dense], place, upcast=False):
@@ -107,7 +107,7 @@ def _load_dense(
     bos = bos_of(tokenizer)
     for source, windows in cut.items():
         window_length(dense, windows.shape[1])
-        own = _windows(source, sources[source], tokenizer, len(windows), windows.shape[1], bos)
+        own = windows_of(source, sources[source], tokenizer, len(windows), windows.shape[1], bos)
         if not torch.equal(own, windows):
             raise ModelError(
                 f"'{spec}' reads '{source}' as other tokens than the model does.",
@@ -157,7 +157,12 @@ def benchmark(
     }
 
 
-def _windows(source: str, text: str, tokenizer: Any, windows: int | None, seq_len: int, bos: int | None) -> Any:
+def windows_of(source: str, text: str, tokenizer: Any, windows: int | None, seq_len: int, bos: int | None) -> Any:
+    """The first windows of a text (windows x seq_len).
+
+    Raises:
+        DataError: the text, named by its source, is too short.
+    """
     tokens = tokenise(text, tokenizer)
     try:
         return leading_windows(tokens, windows or max(1, count_windows(tokens, seq_len, bos)), seq_len, bos)

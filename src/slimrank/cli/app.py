@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from slimrank._version import __version__
-from slimrank.cli import benchmark, compress, demo, doctor, evaluate, methods, plan
+from slimrank.cli import benchmark, compare, compress, demo, doctor, evaluate, methods, plan
 from slimrank.errors import SlimrankError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ for command in (
     plan.plan,
     evaluate.evaluate,
     benchmark.benchmark,
+    compare.compare,
     methods.methods,
     doctor.doctor,
     demo.demo,

@@ -117,11 +117,13 @@ def print_json(record: Any) -> None:
     typer.echo(json.dumps(record, indent=1, default=str))
 
 
-def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A table on standard output; the first column is text, the others are numbers."""
+def print_table(
+    title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], whole_names: bool = False
+) -> None:
+    """A table on standard output; the first column is text, never broken with `whole_names`, the others are numbers."""
     table = Table(title=title or None, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=whole_names and i == 0)
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 100).print(table)

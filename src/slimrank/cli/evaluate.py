@@ -10,8 +10,6 @@ import typer
 from slimrank.cli import options as o
 from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
 
-_TASKS = "Tasks"
-
 
 def evaluate(
     model: o.Model,
@@ -26,27 +24,10 @@ def evaluate(
         int | None,
         typer.Option(help="Tokens per window; seq-len - 1 of them are predicted.  \\[default: 512]", min=2),
     ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="Tasks of lm-evaluation-harness, separated by commas (extra: eval). See 'lm_eval ls tasks'.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
-    tasks_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of task files, which win over tasks of the same name; local_NAME is found as NAME.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
-    shots: Annotated[
-        int | None,
-        typer.Option(help="Examples before each question.  \\[default: the task's own]", rich_help_panel=_TASKS),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="First questions of each task.  \\[default: all]", rich_help_panel=_TASKS)
-    ] = None,
+    tasks: o.Tasks = None,
+    tasks_dir: o.TasksDir = None,
+    shots: o.Shots = None,
+    limit: o.Limit = None,
     against: Annotated[
         str | None,
         typer.Option(help="Compare with this model on the same windows and questions: the original, mostly."),
@@ -65,7 +46,7 @@ def evaluate(
     from slimrank.recipe import Recipe
 
     Recipe.make({"dtype": dtype, "device": device})
-    request = _request(tasks, tasks_dir, shots, limit)
+    request = requested_tasks(tasks, tasks_dir, shots, limit)
     say_quietly()
     with ConsoleProgress() as progress:
         record = library_evaluate(model, text or ["demo"], windows, seq_len, device, dtype, progress, request, against)
@@ -75,7 +56,7 @@ def evaluate(
         _show(record)
 
 
-def _request(tasks: str | None, tasks_dir: Path | None, shots: int | None, limit: int | None) -> Any:
+def requested_tasks(tasks: str | None, tasks_dir: Path | None, shots: int | None, limit: int | None) -> Any:
     """What is asked of lm-evaluation-harness, if anything.
 
     Raises:

@@ -11,9 +11,32 @@ from typing import Annotated, Any
 import typer
 
 _BUDGET, _DATA, _WHERE, _WHAT = "How small", "Text", "Where and how", "What to compress"
+_TASKS = "Tasks"
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or the word demo.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
+
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Tasks of lm-evaluation-harness, separated by commas (extra: eval). See 'lm_eval ls tasks'.",
+        rich_help_panel=_TASKS,
+    ),
+]
+TasksDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of task files, which win over tasks of the same name; local_NAME is found as NAME.",
+        rich_help_panel=_TASKS,
+    ),
+]
+Shots = Annotated[
+    int | None,
+    typer.Option(help="Examples before each question.  \\[default: the task's own]", rich_help_panel=_TASKS),
+]
+Limit = Annotated[
+    int | None, typer.Option(help="First questions of each task.  \\[default: all]", rich_help_panel=_TASKS)
+]
 
 Keep = Annotated[
     float | None,
@@ -193,7 +216,7 @@ MaxShardSize = Annotated[
 ]
 
 
-def _pairs(given: list[str] | None) -> dict[str, Any] | None:
+def pairs(given: list[str] | None) -> dict[str, Any] | None:
     """NAME=VALUE options as a mapping; values are read as YAML, so that numbers are numbers.
 
     Raises:
@@ -255,9 +278,9 @@ def recipe_flags(
     """Options of a recipe out of the flags that were given."""
     flags = {
         "keep_ratio": keep, "keep_total": keep_total, "max_bytes": max_bytes, "plan": plan,
-        "method": method, "method_options": _pairs(option), "refine": refine, "refine_options": _pairs(refine_option),
+        "method": method, "method_options": pairs(option), "refine": refine, "refine_options": pairs(refine_option),
         "corrections": corrections, "correction_windows": correction_windows,
-        "allocation": allocation, "allocation_options": _pairs(allocation_option), "ranks": _pairs(rank),
+        "allocation": allocation, "allocation_options": pairs(allocation_option), "ranks": pairs(rank),
         "factor_form": factor_form, "secondary": secondary,
         "rank_multiple": rank_multiple, "targets": target, "ignore": ignore, "calibration": calibration,
         "samples": samples, "search_samples": search_samples, "seq_len": seq_len, "batch_size": batch_size,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
 from slimrank.report.grid import Curve, Grid
-from slimrank.report.svg import figure, inline
+from slimrank.report.svg import INK, figure, inline
 
 # Of a luminance that stands out from white and from a dark page alike (contrast of at least 3 to both).
 COLOURS = ("#3b82c4", "#c8690a", "#2a9160", "#d9484f", "#8f66cc", "#1a8f9c", "#cc4f93", "#857450")
@@ -85,6 +86,36 @@ def depth(grid: Grid, title: str, top: float, width: float, label: str) -> str:
         if axes.lines:
             drawn.legend(loc="outside lower center", ncols=columns, fontsize=8, handlelength=1.5)
         return inline(drawn, label)
+
+
+def sizes(points: Mapping[str, tuple[float, float]], frontier: Sequence[str], dense: float, label: str) -> str:
+    """Perplexity against size, a colour for each series of cells that differ by their size only; the frontier dotted.
+
+    Args:
+        points: name of a cell -> (fraction of the model that is kept, perplexity).
+        frontier: names of those that no smaller one is better than, smallest first.
+        dense: perplexity of the original.
+        label: what is shown, in words.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for name, point in points.items():
+        series.setdefault(_without_size(name), []).append(point)
+    with figure(9.6, 4.2) as drawn:
+        axes = drawn.subplots()
+        axes.plot(*zip(*(points[name] for name in frontier), strict=True), ":", color=INK, linewidth=1)
+        for (name, cells), colour, marker in zip(series.items(), cycle(COLOURS), cycle(_MARKERS), strict=False):
+            axes.plot(*zip(*sorted(cells), strict=True), "-", color=colour, marker=marker, linewidth=1.2, label=name)
+        axes.axhline(dense, color=INK, linewidth=1, label="original")
+        axes.set(xlabel="part of the model that is kept", ylabel="perplexity", yscale="log")
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        drawn.legend(loc="outside right upper", fontsize=9)
+        return inline(drawn, label)
+
+
+def _without_size(name: str) -> str:
+    return re.sub(r" [\d.]+$", "", name)
 
 
 def _numbers(cells: Sequence[float | None]) -> list[float]:

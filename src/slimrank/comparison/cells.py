@@ -1,0 +1,76 @@
+"""What is compared: recipes with names, from files or from a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimrank.errors import RecipeError
+from slimrank.recipe import BUDGETS, Recipe
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One recipe of a comparison.
+
+    Attributes:
+        name: what it is called in tables; no other cell has the same.
+        options: fields of `Recipe`.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+
+    def recipe(self) -> Recipe:
+        """The recipe, which measures nothing by itself.
+
+        Raises:
+            RecipeError: an unknown option, a value out of range, or no budget; it names the cell.
+        """
+        try:
+            made = Recipe.make({**self.options, "evaluation": None})
+            made.need_budget()
+        except RecipeError as error:
+            raise RecipeError(f"'{self.name}': {error.message}", error.hint) from error
+        return made
+
+
+def grid(
+    methods: Sequence[str],
+    allocations: Sequence[str],
+    presets: Sequence[str],
+    keep_ratios: Sequence[float],
+    shared: Mapping[str, Any],
+) -> list[Cell]:
+    """Every method with every allocation, and every preset, at every keep_ratio; `shared` holds for all of them.
+
+    Raises:
+        RecipeError: an unknown preset, or nothing to keep.
+    """
+    if (methods or presets) and not keep_ratios:
+        raise RecipeError("methods and presets are compared at some size.", "--keep 0.8,0.6")
+    kinds = {f"{m} {a}": {"method": m, "allocation": a} for m in methods for a in allocations or ("uniform",)}
+    kinds |= {preset: Recipe.preset(preset) for preset in presets}
+    return [
+        Cell(f"{name} {keep:g}", {**options, **shared, "keep_ratio": keep})
+        for name, options in kinds.items()
+        for keep in keep_ratios
+    ]
+
+
+def from_files(paths: Iterable[Path], keep_ratios: Sequence[float], shared: Mapping[str, Any]) -> list[Cell]:
+    """A recipe file at its own budget, or at every keep_ratio that is given.
+
+    Raises:
+        RecipeError: a file that cannot be read.
+    """
+    cells = []
+    for path in paths:
+        options = {**Recipe.read(path), **shared}
+        if not keep_ratios:
+            cells.append(Cell(path.stem, options))
+        options = {name: value for name, value in options.items() if name not in BUDGETS}
+        cells += [Cell(f"{path.stem} {keep:g}", {**options, "keep_ratio": keep}) for keep in keep_ratios]
+    return cells

@@ -1,0 +1,189 @@
+"""Run the cells of a comparison one after the other, each in a process of its own, on shared statistics and spectra."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from slimrank import __version__
+from slimrank.comparison.cells import Cell
+from slimrank.dry_run import preview
+from slimrank.errors import RecipeError
+from slimrank.evaluate.paired import compare_tasks
+from slimrank.evaluate.tasks import Metric, TaskRequest, TaskResult
+from slimrank.models.load import resolve
+from slimrank.progress import Progress
+from slimrank.report.comparison import write_comparison
+
+WORKER = (sys.executable, "-m", "slimrank.comparison.worker")
+
+
+def compare(
+    model: str | Path,
+    cells: Sequence[Cell],
+    out: str | Path,
+    *,
+    texts: Sequence[str] = ("demo",),
+    windows: int | None = 16,
+    seq_len: int | None = None,
+    tasks: TaskRequest | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compress a model by each recipe and measure what comes of it, on the same texts and tasks.
+
+    Statistics and spectra are kept in `OUT/run` and shared by all cells that need the same ones. Cells that are done
+    are not done again; a cell that fails is in the record with its error, and the others go on.
+
+    Args:
+        model: hub id, local folder, GGUF file, or "demo".
+        cells: what to compare.
+        out: folder for comparison.json, comparison.md, comparison.html, `cells/` and `run/`.
+        texts: sources to measure perplexity and agreement on.
+        windows: first windows of each text; None takes all.
+        seq_len: tokens per window; None takes 512 or the model's context.
+        tasks: what to ask besides.
+        device: where to measure and compress.
+        dtype: dtype to load the model in.
+        progress: told what happens.
+
+    Returns:
+        The record: "model", "texts", "dense" (what the original makes of texts and tasks), "cells" (by name; see
+        `worker.cell_record`, or "error") and "pareto" (names of the cells that none of fewer parameters is better than,
+        by the perplexity of the first text).
+
+    Raises:
+        RecipeError: no cell, two of the same name, or a recipe that cannot work, before anything is computed.
+        SlimrankError: the model or a text cannot be read.
+    """
+    folder, progress = Path(out), progress or Progress()
+    _check(model, cells, device, dtype)
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    common = {
+        "model": resolve(model, progress), "texts": list(texts), "windows": windows, "seq_len": seq_len,
+        "device": device, "dtype": dtype, "tasks": None if tasks is None else _plain(tasks),
+    }  # fmt: skip
+    dense = _run("dense", {**common, "options": None}, folder, progress)
+    if dense["error"] is not None:
+        raise RecipeError(f"the original cannot be measured: {dense['error']['message']}", dense["error"]["hint"])
+    made: dict[str, Any] = {}
+    for number, cell in enumerate(cells, 1):
+        progress.note(f"{cell.name} ({number} of {len(cells)})")
+        options = {**cell.options, "evaluation": None, "device": device, "dtype": dtype}
+        record = _run(cell.name, {**common, "options": options}, folder, progress)
+        if record["error"] is None:
+            record["task_differences"] = compare_tasks(_answers(record), _answers(dense))
+        else:
+            progress.note(f"{cell.name} failed: {record['error']['message']}")
+        made[cell.name] = {**record, "options": {k: v for k, v in options.items() if k != "evaluation"}}
+    record = {
+        "slimrank": __version__, "model": str(model), "texts": list(texts), "windows": windows, "seq_len": seq_len,
+        "tasks": common["tasks"], "dense": dense, "cells": made, "pareto": pareto(made, texts[0]),
+    }  # fmt: skip
+    write_comparison(record, folder)
+    return record
+
+
+def pareto(cells: Mapping[str, Mapping[str, Any]], text: str) -> list[str]:
+    """Cells that no other with as few parameters is better than, fewest parameters first."""
+    points = sorted(
+        (cell["parameters"], cell["texts"][text]["perplexity"], name)
+        for name, cell in cells.items()
+        if cell["error"] is None
+    )
+    found: list[str] = []
+    best = float("inf")
+    for _, perplexity, name in points:
+        if perplexity < best:
+            best = perplexity
+            found.append(name)
+    return found
+
+
+def _check(model: str | Path, cells: Sequence[Cell], device: str, dtype: str) -> None:
+    """Everything that can be told without weights: names, options, budgets."""
+    if not cells:
+        raise RecipeError("there is nothing to compare.", "--methods svd_llm,kfac_svd --keep 0.8, or recipe files")
+    twice = [name for name, count in Counter(_slug(cell.name) for cell in cells).items() if count > 1]
+    if twice:
+        raise RecipeError(f"two cells are called '{twice[0]}'.", "name the files otherwise, or leave one out")
+    for cell in cells:
+        preview(model, cell.recipe().model_copy(update={"device": device, "dtype": dtype}))
+
+
+def _run(name: str, asked: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+    """The record of a cell, from its file if that was made for the same."""
+    result, log = (folder / "cells" / f"{_slug(name)}{suffix}" for suffix in (".json", ".log"))
+    key = hashlib.sha256(json.dumps([__version__, asked], sort_keys=True, default=str).encode()).hexdigest()
+    if result.is_file():
+        known: dict[str, Any] = json.loads(result.read_text())
+        if known["request"] == key and known["error"] is None:
+            return known
+        result.unlink()
+    request = {**asked, "key": key, "run_dir": str(folder / "run"), "result": str(result)}
+    code = _work(request, log, progress)
+    if result.is_file():
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
+    ended = f"signal {-code} (memory?)" if code < 0 else f"exit code {code}"
+    message = f"its process ended with {ended}; its last words: {_last_line(log)}"
+    return {"request": key, "error": {"type": "Ended", "message": message, "hint": f"see {log}"}}
+
+
+def _work(request: dict[str, Any], log: Path, progress: Progress) -> int:
+    """Have a process do it; its exit code."""
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request, default=str))
+            process.stdin.close()
+            for line in process.stdout:
+                if line.startswith("["):
+                    event, *arguments = json.loads(line)
+                    getattr(progress, event)(*arguments)
+        except BrokenPipeError:
+            pass  # it has ended before it read anything; its exit code says how
+        except BaseException:
+            process.terminate()
+            raise
+        return process.wait()
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "none"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _plain(tasks: TaskRequest) -> dict[str, Any]:
+    return {**asdict(tasks), "folder": None if tasks.folder is None else str(tasks.folder)}
+
+
+def _answers(record: Mapping[str, Any]) -> dict[str, TaskResult]:
+    """Tasks as they come out of a file."""
+    return {
+        task: TaskResult(
+            **{
+                **result,
+                "metrics": {name: Metric(**metric) for name, metric in result["metrics"].items()},
+                "questions": {name: tuple(values) for name, values in result["questions"].items()},
+            }
+        )
+        for task, result in record["tasks"].items()
+    }

@@ -1,0 +1,123 @@
+"""One cell of a comparison in a process of its own: `python -m slimrank.comparison.worker`, told what to do on stdin.
+
+So that one cell's end (the kernel may kill it for memory) is not that of the others, and its peak memory is its own.
+Progress goes to stdout, a JSON object a line; the result into a file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from slimrank.calibration.sources import read_source
+from slimrank.calibration.windows import bos_of
+from slimrank.errors import SlimrankError
+from slimrank.evaluate.material import Material, compare, measure
+from slimrank.evaluate.memory import peak_memory
+from slimrank.evaluate.speed import measure_speeds
+from slimrank.evaluate.tasks import TaskRequest, Tasks
+from slimrank.evaluation import windows_of
+from slimrank.inputs import window_length
+from slimrank.models.load import load
+from slimrank.models.placement import placed, resolve_device
+from slimrank.models.structure import parameters_of
+from slimrank.pipeline import compress
+from slimrank.progress import Progress
+from slimrank.recipe import Recipe
+from slimrank.run import write_text
+
+MEMORY = "keep less in memory: a smaller --seq-len or --samples, --set batch_size=1, or --dtype bfloat16"
+
+
+def dense_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """What the original makes of texts and tasks."""
+    model, tokenizer = load(asked["model"], asked["dtype"], progress)
+    material = _material(asked, model, tokenizer, progress, tasks=True)
+    with placed([model], resolve_device(asked["device"]), upcast=False):
+        return {**measure(model, tokenizer, material, progress), **_size(model)}
+
+
+def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """What a recipe makes of the model, what that makes of texts and tasks, and how it differs from the original."""
+    start = time.perf_counter()
+    result = compress(asked["model"], recipe=Recipe.make(asked["options"]), run_dir=asked["run_dir"], progress=progress)
+    seconds, peak = time.perf_counter() - start, peak_memory()
+    dense, tokenizer = load(asked["model"], asked["dtype"], progress)
+    texts, tasks = (_material(asked, dense, tokenizer, progress, tasks=wanted) for wanted in (False, True))
+    with placed([result.model, dense], resolve_device(asked["device"]), upcast=False):
+        measured, against = compare(result.model, dense, tokenizer, texts, progress)
+        answers = measure(result.model, tokenizer, Material({}, tasks=tasks.tasks), progress)["tasks"]
+        speed, dense_speed = measure_speeds([result.model, dense])
+    return {
+        "texts": measured["texts"],
+        "against": against["texts"],
+        "tasks": answers,
+        "keep_ratio": result.report["size"]["keep_ratio"],
+        "keep_total": result.report["size"]["keep_total"],
+        "speed": asdict(speed),
+        "speed_ratio": {key: getattr(speed, key) / getattr(dense_speed, key) for key in ("prefill", "decode")},
+        "seconds": seconds,
+        "stages": result.report["seconds"],
+        "peak_memory": peak,
+        "notes": result.report["notes"],
+        **_size(result.model),
+    }
+
+
+def _material(asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progress, tasks: bool) -> Material:
+    length, bos = window_length(model, asked["seq_len"]), bos_of(tokenizer)
+    texts = {
+        source: windows_of(source, read_source(source, "evaluation"), tokenizer, asked["windows"], length, bos)
+        for source in asked["texts"]
+    }
+    if not tasks or asked["tasks"] is None:
+        return Material(texts, bos is not None)
+    request = TaskRequest(**{**asked["tasks"], "names": tuple(asked["tasks"]["names"])})
+    return Material(texts, bos is not None, Tasks(request, progress))
+
+
+def _size(model: Any) -> dict[str, int]:
+    return {"parameters": parameters_of(model), "bytes": sum(p.numel() * p.element_size() for p in model.parameters())}
+
+
+class _Told(Progress):
+    """Passes everything on, a line each."""
+
+    def plan(self, costs: dict[str, float]) -> None:
+        self._tell("plan", costs)
+
+    def stage(self, name: str, steps: int) -> None:
+        self._tell("stage", name, steps)
+
+    def step(self, done: int = 1) -> None:
+        self._tell("step", done)
+
+    def note(self, message: str) -> None:
+        self._tell("note", message)
+
+    def _tell(self, *event: Any) -> None:
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
+
+
+def main() -> None:
+    """Do what stdin says, and write what came of it, an error included."""
+    asked = json.loads(sys.stdin.read())
+    made: dict[str, Any] = {"request": asked["key"], "error": None}
+    try:
+        made |= (cell_record if asked["options"] is not None else dense_record)(asked, _Told())
+    except SlimrankError as error:
+        made["error"] = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        made["error"] = {"type": "MemoryError", "message": f"out of memory: {error}", "hint": MEMORY}
+    write_text(Path(asked["result"]), json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()

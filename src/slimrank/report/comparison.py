@@ -1,0 +1,117 @@
+"""The record of a comparison as JSON, Markdown and one HTML file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from slimrank.errors import MissingExtraError
+from slimrank.report import plots
+from slimrank.report.render import render
+from slimrank.report.words import megabytes, percent
+from slimrank.run import write_text
+
+Record = dict[str, Any]
+
+
+def write_comparison(record: Record, folder: Path) -> None:
+    """Write comparison.json, comparison.md and comparison.html into a folder."""
+    rows = table(record)
+    write_text(folder / "comparison.json", json.dumps(record, indent=1) + "\n")
+    write_text(folder / "comparison.md", render("comparison.md.j2", r=record, headings=rows[0], lines=rows[1:]))
+    svg, missing = _plot(record)
+    content = {"r": record, "headings": rows[0], "lines": rows[1:], "plot_of_sizes": svg, "missing": missing}
+    write_text(folder / "comparison.html", render("comparison.html.j2", **content))
+
+
+def table(record: Record) -> list[list[str]]:
+    """Headings, the original, then every cell that has not failed; a * marks those on the frontier."""
+    texts, tasks = record["texts"], _task_metrics(record["dense"])
+    headings = ["", "kept", "size", *(f"perplexity, {text} (ratio, 95 %)" for text in texts), "KL", "same top token"]
+    headings += [*(f"{task}, {metric}" for task, metric in tasks), "decode", "prefill", "seconds", "peak memory"]
+    dense = record["dense"]
+    original = ["original", "", megabytes(dense["bytes"]), *(f"{dense['texts'][t]['perplexity']:.2f}" for t in texts)]
+    original += ["", "", *(_metric(dense, task, metric) for task, metric in tasks), "", "", "", ""]
+    good = {name: cell for name, cell in record["cells"].items() if cell["error"] is None}
+    return [headings, original, *(_line(name, cell, record, tasks) for name, cell in good.items())]
+
+
+def headline(record: Record) -> list[tuple[str, ...]]:
+    """What fits into a terminal: headings, the original, and every cell that has not failed, on the first text."""
+    text = record["texts"][0]
+    lines: list[tuple[str, ...]] = [
+        ("", "kept", "perplexity", "ratio", "95 %", "KL", "decode", "seconds"),
+        ("original", "", f"{record['dense']['texts'][text]['perplexity']:.2f}", *[""] * 5),
+    ]
+    for name, cell in record["cells"].items():
+        if cell["error"] is None:
+            found = cell["against"][text]
+            lines.append((
+                f"{name} *" if name in record["pareto"] else name,
+                percent(cell["keep_ratio"]),
+                f"{cell['texts'][text]['perplexity']:.2f}",
+                f"{found['ratio']:.3f}",
+                f"{found['ratio_low']:.3f}-{found['ratio_high']:.3f}",
+                f"{found['kl']:.4f}",
+                f"x {cell['speed_ratio']['decode']:.2f}",
+                f"{cell['seconds']:,.0f}",
+            ))  # fmt: skip
+    return lines
+
+
+def failures(record: Record) -> list[tuple[str, str, str]]:
+    """Name, message and hint of every cell that failed."""
+    errors = {name: cell["error"] for name, cell in record["cells"].items() if cell["error"] is not None}
+    return [(name, error["message"], error["hint"]) for name, error in errors.items()]
+
+
+def _line(name: str, cell: Record, record: Record, tasks: list[tuple[str, str]]) -> list[str]:
+    first = cell["against"][record["texts"][0]]
+    return [
+        f"{name} *" if name in record["pareto"] else name,
+        percent(cell["keep_ratio"]),
+        megabytes(cell["bytes"]),
+        *(_perplexity(cell, text) for text in record["texts"]),
+        f"{first['kl']:.4f}",
+        f"{first['top1']:.1f} %",
+        *(_metric(cell, task, metric) for task, metric in tasks),
+        f"x {cell['speed_ratio']['decode']:.2f}",
+        f"x {cell['speed_ratio']['prefill']:.2f}",
+        f"{cell['seconds']:,.0f}",
+        f"{cell['peak_memory'] / 1e9:.2f} GB",
+    ]
+
+
+def _perplexity(cell: Record, text: str) -> str:
+    found = cell["against"][text]
+    interval = f"{found['ratio']:.3f}, {found['ratio_low']:.3f} to {found['ratio_high']:.3f}"
+    return f"{cell['texts'][text]['perplexity']:.2f} ({interval})"
+
+
+def _task_metrics(measured: Record) -> list[tuple[str, str]]:
+    return [(task, metric) for task, result in measured["tasks"].items() for metric in result["metrics"]]
+
+
+def _metric(measured: Record, task: str, metric: str) -> str:
+    found = measured["tasks"][task]["metrics"][metric]
+    return f"{found['value']:.4f}" + ("" if found["stderr"] is None else f" +- {found['stderr']:.4f}")
+
+
+def _plot(record: Record) -> tuple[Markup | None, str]:
+    """Perplexity against size, or why there is no such plot."""
+    text = record["texts"][0]
+    points = {
+        name: (cell["keep_total"], cell["texts"][text]["perplexity"])
+        for name, cell in record["cells"].items()
+        if cell["error"] is None
+    }
+    if not points:
+        return None, "No cell has come to an end."
+    try:
+        label = f"Perplexity on {text} against the part of the model that is kept"
+        return Markup(plots.sizes(points, record["pareto"], record["dense"]["texts"][text]["perplexity"], label)), ""
+    except MissingExtraError as error:
+        return None, f"{error.message} {error.hint}"

@@ -1,0 +1,241 @@
+"""`slimrank compare`: several recipes on one model. Most tests let a quick stand-in do a cell's work."""
+
+import json
+import sys
+import textwrap
+
+import pytest
+
+import slimrank
+from helpers import save_tiny, text
+from slimrank import comparison
+from slimrank.cli import main
+from slimrank.comparison import Cell, running, worker
+from slimrank.errors import BudgetError, RecipeError
+from slimrank.progress import Progress
+from slimrank.recipe import Recipe
+
+STAND_IN = """
+import json, os, signal, sys
+asked = json.loads(sys.stdin.read())
+options = asked["options"] or {}
+with open(os.environ["SEEN"], "a") as seen:
+    seen.write(json.dumps(options) + "\\n")
+if options.get("method") == "asvd":
+    print("noise", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGKILL)
+size = options.get("keep_ratio", 1.0)
+perplexity = {"svd": 30, "svd_llm": 20}.get(options.get("method"), 10) / size
+texts = {t: {"perplexity": perplexity} for t in asked["texts"]}
+measured = {"texts": texts, "tasks": {}, "parameters": size, "bytes": 10}
+against = {"ratio": 1.5, "ratio_low": 1.25, "ratio_high": 1.75, "kl": 0.5, "top1": 90.0}
+print(json.dumps(["stage", "pretending", 1]))
+json.dump({"request": asked["key"], "error": None, **measured, "keep_ratio": size, "keep_total": size,
+    "against": {t: against for t in asked["texts"]}, "speed_ratio": {"decode": 1.25, "prefill": 1.0}, "seconds": 2.0,
+    "peak_memory": 1e9}, open(asked["result"], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny(folder)
+    (folder / "text.txt").write_text(text(600))
+    return folder
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """Cells are not computed; gives the options of those that were asked for."""
+    seen = tmp_path / "seen"
+    seen.touch()
+    monkeypatch.setenv("SEEN", str(seen))
+    monkeypatch.setattr(running, "WORKER", (sys.executable, "-c", textwrap.dedent(STAND_IN)))
+    return lambda: [json.loads(line) for line in seen.read_text().splitlines()]
+
+
+def cells(*methods, keeps=(0.8, 0.6)):
+    return comparison.grid(methods, (), (), keeps, {"seq_len": 24})
+
+
+def test_a_grid_has_every_method_with_every_allocation_at_every_size():
+    made = comparison.grid(["svd_llm", "kfac_svd"], ["uniform", "spectrum"], ["fast"], [0.8, 0.6], {"samples": 4})
+    assert [cell.name for cell in made] == [
+        "svd_llm uniform 0.8", "svd_llm uniform 0.6", "svd_llm spectrum 0.8", "svd_llm spectrum 0.6",
+        "kfac_svd uniform 0.8", "kfac_svd uniform 0.6", "kfac_svd spectrum 0.8", "kfac_svd spectrum 0.6",
+        "fast 0.8", "fast 0.6",
+    ]  # fmt: skip
+    assert made[3].options == {"method": "svd_llm", "allocation": "spectrum", "samples": 4, "keep_ratio": 0.6}
+    assert made[9].recipe() == Recipe.make(
+        {**Recipe.preset("fast"), "samples": 4, "keep_ratio": 0.6, "evaluation": None}
+    )
+
+
+def test_files_at_their_own_budget_or_at_every_size(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: svd\nkeep_total: 0.9\n")
+    (own,) = comparison.from_files([file], [], {})
+    assert (own.name, own.options) == ("mine", {"method": "svd", "keep_total": 0.9})
+    sized = comparison.from_files([file], [0.8, 0.7], {"seed": 3})
+    assert [(cell.name, cell.recipe().keep_ratio, cell.recipe().keep_total) for cell in sized] == [
+        ("mine 0.8", 0.8, None), ("mine 0.7", 0.7, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "made, error, message",
+    [
+        ([], RecipeError, "nothing to compare"),
+        ([Cell("a", {"method": "svdllm", "keep_ratio": 0.8})], RecipeError, "did you mean 'svd_llm'"),
+        ([Cell("a", {"methd": "svd", "keep_ratio": 0.8})], RecipeError, "'a': "),
+        ([Cell("a", {"method": "svd"})], RecipeError, "'a': "),
+        ([Cell("a", {"method": "svd", "keep_ratio": 0.001})], BudgetError, ""),
+        ([Cell("a b", {"method": "svd", "keep_ratio": 0.8}), Cell("a-b", {"method": "svd", "keep_ratio": 0.7})],
+         RecipeError, "two cells are called 'a-b'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_is_computed(made, error, message, model, tmp_path, stand_in):
+    with pytest.raises(error) as refused:
+        comparison.compare(model, made, tmp_path / "out")
+    assert message in str(refused.value)
+    assert stand_in() == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_without_a_size():
+    with pytest.raises(RecipeError, match="at some size"):
+        comparison.grid(["svd"], [], [], [], {})
+
+
+def test_a_cell_that_is_killed_does_not_stop_the_others(model, tmp_path, stand_in):
+    record = comparison.compare(model, cells("svd", "asvd", "svd_llm"), tmp_path, texts=["demo"])
+    failed = {name for name, cell in record["cells"].items() if cell["error"] is not None}
+    assert failed == {"asvd uniform 0.8", "asvd uniform 0.6"}
+    error = record["cells"]["asvd uniform 0.8"]["error"]
+    assert "signal 9" in error["message"]
+    assert "noise" in error["message"]
+    assert record["pareto"] == ["svd_llm uniform 0.6", "svd_llm uniform 0.8"]
+    assert json.loads((tmp_path / "comparison.json").read_text()) == json.loads(json.dumps(record))
+    markdown = (tmp_path / "comparison.md").read_text()
+    assert "| svd_llm uniform 0.6 * | 60.0 % |" in markdown
+    assert "**asvd uniform 0.8 failed**" in markdown
+    page = (tmp_path / "comparison.html").read_text()
+    assert "<svg" in page
+    assert page.count("<h1") == 1
+    assert "asvd uniform 0.8 failed." in page
+
+
+def test_what_is_done_is_not_done_again_and_what_failed_is(model, tmp_path, stand_in):
+    comparison.compare(model, cells("svd", "asvd", keeps=(0.8,)), tmp_path)
+    assert len(stand_in()) == 3
+    again = comparison.compare(model, cells("svd", "asvd", "svd_llm", keeps=(0.8,)), tmp_path)
+    assert [options["method"] for options in stand_in()[3:]] == ["asvd", "svd_llm"]
+    assert again["cells"]["svd uniform 0.8"]["error"] is None
+    comparison.compare(model, cells("svd", keeps=(0.8,)), tmp_path, windows=3)
+    assert len(stand_in()) == 7  # measured on something else: the original and the cell
+
+
+def test_an_interruption_loses_no_cell(model, tmp_path, stand_in):
+    progress = Progress()
+
+    def note(message):
+        if "3 of 4" in message:
+            raise KeyboardInterrupt
+
+    progress.note = note
+    with pytest.raises(KeyboardInterrupt):
+        comparison.compare(model, cells("svd", "svd_llm"), tmp_path, progress=progress)
+    before = len(stand_in())
+    assert before == 3
+    comparison.compare(model, cells("svd", "svd_llm"), tmp_path)
+    assert [(o["method"], o["keep_ratio"]) for o in stand_in()[before:]] == [("svd_llm", 0.8), ("svd_llm", 0.6)]
+
+
+def test_progress_of_cells_is_passed_on(model, tmp_path, stand_in):
+    told, progress = [], Progress()
+    progress.stage = lambda name, steps: told.append((name, steps))
+    comparison.compare(model, cells("svd", keeps=(0.8,)), tmp_path, progress=progress)
+    assert told.count(("pretending", 1)) == 2
+
+
+def test_the_frontier():
+    def cell(parameters, perplexity):
+        return {"error": None, "parameters": parameters, "texts": {"t": {"perplexity": perplexity}}}
+
+    points = {"a": cell(10, 5.0), "b": cell(8, 6.0), "c": cell(9, 7.0), "d": cell(12, 5.0), "e": {"error": {}}}
+    assert running.pareto(points, "t") == ["b", "a"]
+
+
+@pytest.mark.parametrize("failure", [MemoryError("no room"), RuntimeError("DefaultCPUAllocator: not enough memory")])
+def test_a_cell_that_runs_out_of_memory_says_so(failure, monkeypatch, tmp_path):
+    def fail(asked, progress):
+        raise failure
+
+    monkeypatch.setattr(worker, "cell_record", fail)
+    asked = {"key": "k", "options": {}, "result": str(tmp_path / "r.json")}
+    monkeypatch.setattr(sys, "stdin", type("In", (), {"read": staticmethod(lambda: json.dumps(asked))}))
+    worker.main()
+    made = json.loads((tmp_path / "r.json").read_text())
+    assert made["error"]["type"] == "MemoryError"
+    assert "batch_size" in made["error"]["hint"]
+
+
+def test_other_failures_are_not_hidden(monkeypatch, tmp_path):
+    monkeypatch.setattr(worker, "cell_record", lambda asked, progress: [][1])
+    asked = {"key": "k", "options": {}, "result": str(tmp_path / "r.json")}
+    monkeypatch.setattr(sys, "stdin", type("In", (), {"read": staticmethod(lambda: json.dumps(asked))}))
+    with pytest.raises(IndexError):
+        worker.main()
+
+
+def test_the_real_thing(model, tmp_path, capsys):
+    """Figures are those of compressing and measuring by hand; each method calibrates once for all its cells."""
+    source = str(model / "text.txt")
+    arguments = ["compare", str(model), "--methods", "svd_llm", "--allocations", "uniform,spectrum", "--keep", "0.6"]
+    arguments += ["--calibration", source, "--samples", "4", "--seq-len", "24", "--text", source, "--windows", "4"]
+    arguments += ["--set", "seed=3", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert "svd_llm spectrum 0.6" in shown
+    record = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    for allocation in ("uniform", "spectrum"):
+        cell = record["cells"][f"svd_llm {allocation} 0.6"]
+        by_hand = slimrank.compress(
+            str(model), method="svd_llm", allocation=allocation, keep_ratio=0.6, calibration=source, samples=4,
+            seq_len=24, seed=3, evaluation=source, windows=4,
+        )  # fmt: skip
+        found = by_hand.report["after"]["perplexity"]["perplexity"]
+        assert cell["texts"][source]["perplexity"] == pytest.approx(found, rel=1e-5)
+        before = by_hand.report["before"]["perplexity"]["perplexity"]
+        assert record["dense"]["texts"][source]["perplexity"] == pytest.approx(before, rel=1e-5)
+        assert cell["against"][source]["ratio"] == pytest.approx(found / before, rel=1e-5)
+        assert cell["peak_memory"] > 0
+    stages = [cell["stages"]["calibrate and decompose"] for cell in record["cells"].values()]
+    spectra = [path for path in (tmp_path / "out" / "run" / "store").iterdir() if list(path.glob("block-*"))]
+    assert len(spectra) == 1
+    assert stages[1] < stages[0]
+
+
+def test_wrong_lists_on_the_command_line(model, tmp_path, capsys):
+    for arguments, message in (
+        (["--methods", "svd", "--keep", "a,b"], "no list of fractions"),
+        (["--methods", "svd"], "at some size"),
+        (["--presets", "blanced", "--keep", "0.8"], "did you mean 'balanced'"),
+        (["--methods", "svd", "--keep", "0.8", "--set", "sampels=3"], "did you mean 'samples'"),
+        (["--methods", "svd", "--keep", "0.8", "--limit", "3"], "none is named"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["compare", str(model), *arguments, "--out", str(tmp_path / "out")])
+        assert ended.value.code == 1
+        assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_failed_cell_shows_and_ends_with_1(model, tmp_path, capsys, stand_in):
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", str(model), "--methods", "asvd,svd", "--keep", "0.8", "--out", str(tmp_path / "out")])
+    assert ended.value.code == 1
+    shown = capsys.readouterr().out
+    assert "asvd uniform 0.8 failed" in shown
+    assert "svd uniform 0.8 *" in shown
