@@ -44,9 +44,10 @@ ARCHITECTURES = {
 }
 
 
-def random_model(name, seed=0):
+def random_model(name, seed=0, **changes):
     """Biases, norms and routers random as well, so that nothing is hidden behind zeros and ones."""
-    config = _config(*ARCHITECTURES[name])
+    kind, settings = ARCHITECTURES[name]
+    config = _config(kind, {**settings, **changes})
     auto = AutoModelForImageTextToText if name == "llava" else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -12,11 +12,12 @@ import slimrank
 from architectures import ARCHITECTURES, random_model
 from helpers import byte_tokenizer, text
 from slimrank.dry_run import preview
-from slimrank.errors import ModelError
+from slimrank.errors import ModelError, RecipeError
 from slimrank.layers.convert import compressed_layers
-from slimrank.layers.experts import Experts, experts_of, unfuse
-from slimrank.models.structure import find_blocks
+from slimrank.layers.experts import Experts, experts_of, fuse, unfuse
+from slimrank.models.structure import experts_by_kind, find_blocks
 from slimrank.models.targets import find_targets
+from slimrank.pipeline import find_plan
 from slimrank.statistics.experts import UNREACHED
 
 IDS = torch.arange(20).reshape(2, 10)
@@ -156,6 +157,69 @@ def test_an_expert_that_no_token_reaches(options):
     routed = [note for note in notes if "refined towards the original weight on their own inputs" in note]
     undone = [note for note in notes if note.endswith("undone")]
     assert len(routed) == 2 or len(undone) == 2
+
+
+def test_a_model_that_was_not_cut_is_as_it_was(tmp_path):
+    """After a refusal in the middle, and after a plan, experts are fused again: saved natively, they load natively."""
+    model = random_model("gpt_oss")
+    expected, names = logits(model), [name for name, _ in model.named_parameters()]
+    with pytest.raises(RecipeError):
+        slimrank.compress(model, byte_tokenizer(), keep_ratio=0.5, targets=("nothing",), method="svd", evaluation=None)
+    find_plan(model, byte_tokenizer(), keep_ratio=0.5, method="svd", evaluation=None)
+    assert [name for name, _ in model.named_parameters()] == names
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(model), expected)
+    close(logits(again), expected)
+    slimrank.compress(model, byte_tokenizer(), keep_ratio=0.5, method="svd", evaluation=None)
+    assert compressed_layers(model)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_fusing_undoes_unfusing(name):
+    model, same = random_model(name), random_model(name)
+    unfuse(model)
+    fuse(model)
+    state = model.state_dict()
+    assert state.keys() == same.state_dict().keys()
+    assert all(torch.equal(state[key], tensor) for key, tensor in same.state_dict().items())
+
+
+def test_parameters_of_the_activation_are_kept():
+    model = random_model("mixtral", hidden_act="xielu")
+    before = {name for name, _ in model.named_parameters() if "act_fn" in name}
+    assert before
+    unfuse(model)
+    assert {name for name, _ in model.named_parameters() if "act_fn" in name} == before
+
+
+def test_a_router_that_sends_everything_to_one_expert():
+    model = random_model("gpt_oss", num_experts_per_tok=1)
+    for block in model.model.layers:
+        block.mlp.router.bias.data[3] = 1e4
+    result = slimrank.compress(
+        model, byte_tokenizer(), keep_ratio=0.6, calibration=(text(400),), samples=4, seq_len=24, evaluation=None,
+        search_samples=2, method="svd_llm", refine="update",
+    )  # fmt: skip
+    assert sum("refined" in row for row in result.report["targets"]) > 0
+
+
+def test_lists_without_a_router_are_no_experts():
+    block = torch.nn.Module()
+    block.mlps = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])
+    block.other = torch.nn.Linear(8, 8)
+    assert experts_by_kind(block, "b.0.", ["b.0.mlps.0", "b.0.mlps.1", "b.0.other"]) == []
+    block.gate = torch.nn.Linear(8, 2)
+    assert experts_by_kind(block, "b.0.", ["b.0.mlps.0", "b.0.mlps.1", "b.0.other"]) == [["b.0.mlps.0", "b.0.mlps.1"]]
+
+
+def test_experts_of_neighbouring_blocks_share_by_name():
+    result = slimrank.compress(
+        random_model("mixtral"), byte_tokenizer(), keep_ratio=0.6, calibration=(text(400),), samples=4, seq_len=24,
+        evaluation=None, method="basis_sharing", method_options={"share": ["up", "q_proj"], "layers": 2},
+    )  # fmt: skip
+    experts = [m for path, m in compressed_layers(result.model).items() if ".experts.up.1" in path]
+    assert experts[0].A.weight is experts[1].A.weight
 
 
 def test_a_class_of_experts_of_its_own_is_counted_as_left_out():

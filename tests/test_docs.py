@@ -45,6 +45,8 @@ def test_every_command_parses(page, monkeypatch):
         context = COMMANDS[words[1]].make_context(
             words[1], words[2:]
         )  # an unknown option, or a missing one, ends it here
+        if words[1] == "compare":  # its sizes are lists
+            continue
         flags = {name: value for name, value in context.params.items() if name in RECIPE}
         Recipe.make(recipe_flags(**flags))
 
@@ -52,7 +54,8 @@ def test_every_command_parses(page, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(DOCS)))
 def test_every_recipe_is_one(page):
     for block in blocks(page, "yaml"):
-        Recipe.make(yaml.safe_load(block))
+        if "\ntask:" not in f"\n{block}":  # those are of lm-evaluation-harness
+            Recipe.make(yaml.safe_load(block))
 
 
 def flag_of_every_field():

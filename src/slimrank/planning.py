@@ -68,12 +68,14 @@ def configured_refiner(recipe: Recipe, method: Configured) -> ConfiguredRefiner 
             f"the refiner '{recipe.refine}' changes factors that '{recipe.method}' shares between layers.",
             "--refine update leaves them alone",
         )
-    if refiner.following.stack_of_batch > recipe.batch_size:
+    halves = refiner.following.ridge == "auto"
+    largest = min(recipe.batch_size, recipe.samples // 2) if halves else recipe.batch_size
+    if refiner.following.stack_of_batch > max(1, largest):
         raise RecipeError(
-            f"stack_of_batch averages windows of one batch; a batch has {recipe.batch_size}.",
-            f"--batch-size {refiner.following.stack_of_batch}",
+            f"stack_of_batch averages windows of one batch; a batch has {largest}.",
+            f"--batch-size {refiner.following.stack_of_batch}, and twice as many --samples with ridge=auto",
         )
-    if refiner.following.ridge == "auto" and recipe.samples < 2:
+    if halves and recipe.samples < 2:
         raise RecipeError(
             "ridge=auto fits on one half of the calibration windows what it tests on the other; there is one window.",
             "--samples 2 or more, or a number for the ridge",

@@ -33,13 +33,21 @@ def groups(members: Sequence[Member], *, layers: int, within: bool, share: tuple
 
 
 def _group_of(member: Member, layers: int, within: bool, share: tuple[str, ...]) -> object:
-    parent, _, name = member.path.rpartition(".")
+    parent, name = _place(member.path)
     if not any(fnmatchcase(name, pattern) for pattern in share):
         return member.path
     inner = f"{parent}.".split(f".{member.block}.", 1)[-1]  # "self_attn." of "model.layers.3.self_attn"
     return (member.block // layers, inner, member.shape[1]) if within else (
         member.block // layers, inner, name, member.shape
     )  # fmt: skip
+
+
+def _place(path: str) -> tuple[str, str]:
+    """Where a layer is, and its name; of an expert (up.3) the number is a part of the place."""
+    parent, _, name = path.rpartition(".")
+    if not name.isdigit():
+        return parent, name
+    return f"{parent}.{name}", parent.rpartition(".")[2]
 
 
 @decomposer(

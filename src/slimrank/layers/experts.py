@@ -21,7 +21,9 @@ class Experts(nn.Module):
     Attributes:
         up: for each expert what its hidden units are made from (gate and up together where the native class gates).
         down: for each expert the way back.
-        post_expert_norm: a norm of each expert's answer, where the native class has one.
+        native: the module of fused experts, no submodule, without its 3-D parameters.
+
+    Its other parts (a norm of each expert's answer, the activation) are submodules here, under the names they had.
 
     Args:
         native: the module with 3-D parameters, which loses them; they may be on the meta device.
@@ -31,8 +33,10 @@ class Experts(nn.Module):
         super().__init__()
         name = "gate_up_proj" if native.has_gate else "up_proj"
         self.up, self.down = _linears(native, name), _linears(native, "down_proj")
-        self.post_expert_norm: Any = native.post_expert_norm if native.has_post_expert_norm else None
-        object.__setattr__(self, "native", native)  # no submodule: it holds no weights, only what to compute
+        for part, module in native.named_children():  # a norm; an activation, which may have parameters
+            self.add_module(part, module)
+        self.native: Any
+        object.__setattr__(self, "native", native)  # no submodule: its parts are already
         self.train(native.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -49,15 +53,14 @@ class Experts(nn.Module):
             if len(token) == 0:
                 continue
             answer = down(self._between(up(hidden_states[token])))
-            if self.post_expert_norm is not None:
-                answer = self.post_expert_norm(answer)
+            if self.native.has_post_expert_norm:
+                answer = self.native.post_expert_norm(answer)
             weighted = answer * top_k_weights[token, place, None]
             result.index_add_(0, token, weighted.to(result.dtype))
         return result
 
     def _between(self, hidden: Tensor) -> Tensor:
-        native: Any = self.native
-        return native._apply_gate(hidden) if native.has_gate else native.act_fn(hidden)
+        return self.native._apply_gate(hidden) if self.native.has_gate else self.native.act_fn(hidden)
 
 
 def _linears(native: nn.Module, name: str) -> nn.ModuleList:
@@ -82,9 +85,10 @@ def is_fused(module: nn.Module) -> bool:
     """Whether a module keeps experts in the way that transformers' own classes do (`use_experts_implementation`)."""
     if not all(hasattr(module, mark) for mark in _MARKS):
         return False
-    banks = dict(module.named_parameters(recurse=False))
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    return all(key in banks and banks[key].dim() == 3 for key in (name, "down_proj"))
+    own = {key: p.dim() for key, p in module.named_parameters(recurse=False)}
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    biases = [f"{name}_bias" for name in names] if module.has_bias else []
+    return own == dict.fromkeys(names, 3) | dict.fromkeys(biases, 2) and not any(module.buffers(recurse=False))
 
 
 def unfuse(model: nn.Module) -> list[str]:
@@ -93,6 +97,27 @@ def unfuse(model: nn.Module) -> list[str]:
     for path in paths:
         model.set_submodule(path, Experts(model.get_submodule(path)))
     return paths
+
+
+def fuse(model: nn.Module) -> None:
+    """Undo `unfuse`, in place, wherever every expert is still a dense linear layer."""
+    for path in experts_of(model):
+        experts: Any = model.get_submodule(path)
+        if all(isinstance(linear, nn.Linear) for linear in (*experts.up, *experts.down)):
+            native = experts.native
+            _fill(native, "gate_up_proj" if native.has_gate else "up_proj", experts.up)
+            _fill(native, "down_proj", experts.down)
+            model.set_submodule(path, native)
+
+
+def _fill(native: Any, name: str, linears: Any) -> None:
+    """Give a module of fused experts a 3-D parameter of the weights of linear layers, and their biases."""
+    weights = [linear.weight.data.t() if native.is_transposed else linear.weight.data for linear in linears]
+    trained = linears[0].weight.requires_grad
+    native.register_parameter(name, nn.Parameter(torch.stack(weights), trained))
+    if native.has_bias:
+        biases = torch.stack([linear.bias.data for linear in linears])
+        native.register_parameter(f"{name}_bias", nn.Parameter(biases, trained))
 
 
 def experts_of(model: nn.Module) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from slimrank.errors import ModelError
+from slimrank.layers.experts import Experts
 
 
 def parameters_of(module: nn.Module) -> int:
@@ -66,19 +67,35 @@ def _outermost_lists(root: nn.Module) -> list[nn.ModuleList]:
 
 
 def experts_by_kind(block: nn.Module, inside: str, paths: Iterable[str]) -> list[list[str]]:
-    """Layers in a list inside a block, those of one role together: experts, to which go the tokens a router chooses.
+    """Layers of experts, to which go the tokens that a router chooses; those of one role together.
+
+    Experts stand in a list beside a router, a module that scores as many as there are.
 
     Args:
         block: a decoder block.
         inside: its path, with a dot at the end.
         paths: paths of layers; those in other places are left out.
     """
-    lists = tuple(f"{inside}{name}." for name, m in block.named_modules() if isinstance(m, nn.ModuleList))
+    lists = tuple(f"{inside}{name}." for name in _expert_lists(block))
     kinds: dict[str, list[str]] = {}
     for path in paths:
         if path.startswith(lists):
             kinds.setdefault(without_numbers(path), []).append(path)
     return list(kinds.values())
+
+
+def _expert_lists(block: nn.Module) -> Iterator[str]:
+    modules = dict(block.named_modules())
+    for name, module in modules.items():
+        parent = modules[name.rpartition(".")[0]]
+        if isinstance(module, nn.ModuleList) and (isinstance(parent, Experts) or _has_router(parent, len(module))):
+            yield name
+
+
+def _has_router(parent: nn.Module, count: int) -> bool:
+    """Whether a module, or one directly inside it, has a matrix of so many rows."""
+    matrices = (p for m in parent.children() for p in m.parameters(recurse=False) if p.dim() == 2)
+    return count > 1 and any(len(matrix) == count for matrix in matrices)
 
 
 def without_numbers(path: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -62,15 +62,26 @@ class _Walk(ABC):
         """A collector for some targets of a block."""
         job, targets = self.job, list(targets)
         layers = {t.path: job.model.get_submodule(t.path) for t in targets}
-        return Collector(layers, job.method.gathering, job.solver, alone(targets), job.plan.factored())
+        routed = frozenset(path for kind in self._experts(targets) for path in kind)
+        own = alone(targets) - routed
+        return Collector(layers, job.method.gathering, job.solver, own, job.plan.factored(), routed=routed)
+
+    def _experts(self, targets: Sequence[Target]) -> list[list[str]]:
+        """Those of a block's targets that are experts, by their kind."""
+        if not targets:
+            return []
+        index = targets[0].block
+        block, inside = self.runner.blocks[index], f"{self.runner.path}.{index}."
+        return experts_by_kind(block, inside, [target.path for target in targets])
 
     def take(self, collector: Collector, index: int) -> None:
         """Keep what a collector has gathered in block `index` until it is used."""
         needs = collector.gathering.needs
         if needs & {"column", "gram"}:
-            shapes = {target.path: target.shape for target in self.job.targets.in_block(index)}
-            kinds = experts_by_kind(self.runner.blocks[index], f"{self.runner.path}.{index}.", shapes)
-            lean_on_each_other(collector.statistics, [{path: shapes[path] for path in kind} for kind in kinds], needs)
+            targets = self.job.targets.in_block(index)
+            shapes = {target.path: target.shape for target in targets}
+            kinds = [{path: shapes[path] for path in kind} for kind in self._experts(targets)]
+            lean_on_each_other(collector.statistics, kinds, needs)
         self.gathered |= collector.statistics
         self.leaders |= collector.leaders
 
@@ -114,8 +125,9 @@ class _Walk(ABC):
         for part in parts[1:]:
             statistics = statistics.merged(part)
         solved = method.solve(weight, statistics)
-        unreached = tuple(note for part in parts for note in part.notes if note == UNREACHED)
-        return replace(solved, stand_in=True, notes=(*solved.notes, *unreached)) if unreached else solved
+        if all(UNREACHED in part.notes for part in parts):
+            return replace(solved, stand_in=True, notes=(*solved.notes, UNREACHED))
+        return solved
 
 
 class _Forwards(_Walk):

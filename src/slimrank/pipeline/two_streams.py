@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from slimrank.models.blocks import Batch
@@ -97,17 +99,21 @@ class TwoStreams:
                 self.compressed[b] = self.runner.kept(self.runner.run(index, b, hidden))
 
     def _batches(self) -> Sequence[Batch]:
-        """The calibration windows in batches, as many as there are parts at least."""
+        """The calibration windows in batches; none of them belongs to two parts."""
         batches = self.job.batches()
-        if self.following.ridge != "auto" or len(batches) != 1:
+        if self.following.ridge != "auto":
             return batches
-        return [Batch(ids) for ids in batches[0].input_ids.chunk(2)]
+        halves = torch.cat([batch.input_ids for batch in batches]).chunk(2)
+        return [Batch(ids) for half in halves for ids in half.split(self.job.recipe.batch_size)]
 
     def _parts(self) -> list[range]:
         """Numbers of the batches of each part of the text that is summed by itself."""
         count = len(self.runner.batches)
-        parts = 2 if self.following.ridge == "auto" else 1
-        return [range(part, count, parts) for part in range(parts)]
+        if self.following.ridge != "auto":
+            return [range(count)]
+        windows = sum(len(batch.input_ids) for batch in self.runner.batches)
+        first = math.ceil(math.ceil(windows / 2) / self.job.recipe.batch_size)  # batches of the first half
+        return [range(first), range(first, count)]
 
     def _gathered(self, both: _Both, part: range) -> StreamCollector:
         """Sums over these batches."""
@@ -157,6 +163,8 @@ class TwoStreams:
         """Which of these layers are to make up for the residual stream, by what the first of their role does."""
         if not (self.following.anchor and self.following.residual):
             return {}
+        routed = {path for kind in self._experts(index, paths) for path in kind}
+        paths = [path for path in paths if path not in routed]
         new = {path: originals[path] for path in paths if without_numbers(path) not in self._known}
         if new:
             with swapped(self.job.model, originals):

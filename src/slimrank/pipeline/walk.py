@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from slimrank.allocate.plan import RankPlan
 from slimrank.export.output import CARD, OutputFolder, need_space, write_manifest
 from slimrank.export.save import mark_model, save_model, weight_bytes
+from slimrank.layers.experts import fuse
 from slimrank.models.origin import origin_of
 from slimrank.pipeline.allocating import allocate
 from slimrank.pipeline.correcting import Correction
@@ -56,6 +59,23 @@ def compress(
     resumable = out is not None or run_dir is not None
     job = Job(Recipe.merged(recipe, options), progress or Progress(), resumable)
     output = OutputFolder(Path(out), overwrite) if out is not None else None
+    with _restored(model):
+        return _compress(job, model, tokenizer, output, run_dir)
+
+
+@contextmanager
+def _restored(model: Any) -> Iterator[None]:
+    """A loaded model that comes out uncut has its experts in one piece again: else it would be saved wrongly."""
+    try:
+        yield
+    finally:
+        if isinstance(model, nn.Module) and not hasattr(getattr(model, "config", None), "slimrank"):
+            fuse(model)
+
+
+def _compress(
+    job: Job, model: Any, tokenizer: Any, output: OutputFolder | None, run_dir: str | Path | None
+) -> CompressionResult:
     job.load(model, tokenizer)
     with _run_folder(output.path if output else None, run_dir) as folder, Run(folder, job.identity()) as run:
         job.announce()
@@ -109,14 +129,15 @@ def find_plan(
     """
     made = Recipe.merged(recipe, options).model_copy(update={"evaluation": None})
     job = Job(made, progress or Progress(), resumable=run_dir is not None)
-    job.load(model, tokenizer)
-    with _run_folder(None, run_dir) as folder, Run(folder, job.identity()) as run:
-        job.announce()
-        need_space(folder, job.stored_bytes())
-        stage = run.stage(job.spectra_key())
-        if job.allocates:
-            decompose(job, stage)
-        about = allocate(job, run, stage)
+    with _restored(model):
+        job.load(model, tokenizer)
+        with _run_folder(None, run_dir) as folder, Run(folder, job.identity()) as run:
+            job.announce()
+            need_space(folder, job.stored_bytes())
+            stage = run.stage(job.spectra_key())
+            if job.allocates:
+                decompose(job, stage)
+            about = allocate(job, run, stage)
     return job.plan, about
 
 

@@ -35,6 +35,7 @@ class Collector:
         device: where sums are kept.
         alone: layers known to share their input with no other, whose outputs' gram may stand for the inputs'.
         ranks: planned ranks by path, for what depends on them.
+        routed: layers (experts) that only some tokens reach, which are no windows, however many they are.
         leaders: module path -> path of the first layer seen to read the same tensor (itself, if none).
         statistics: module path -> what was gathered; absent for a layer that no token reached.
     """
@@ -46,6 +47,7 @@ class Collector:
     ranks: Mapping[str, int] = field(default_factory=dict)
     leaders: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, LayerStatistics] = field(default_factory=dict)
+    routed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self._mask: Tensor | None = None
@@ -171,7 +173,7 @@ class Collector:
 
     def _add_gradients(self, path: str, mine: LayerStatistics, x: Tensor, g: Tensor) -> None:
         needs = self.gathering.needs
-        x, g = as_windows(x, self._shape), as_windows(g, self._shape)
+        x, g = self._windows(path, x), self._windows(path, g)
         if "row" in needs:
             self._add_row(path, mine, g)
         if "slope" in needs:
@@ -179,6 +181,9 @@ class Collector:
         if needs & {"weight_squares", "gradients"}:
             for window_g, window_x in zip(window_tokens(g, self._mask), window_tokens(x, self._mask), strict=True):
                 self._add_sample(path, mine, window_g, window_x)
+
+    def _windows(self, path: str, x: Tensor) -> Tensor:
+        return x if path in self.routed else as_windows(x, self._shape)
 
     def _add_row(self, path: str, mine: LayerStatistics, g: Tensor) -> None:
         """Add output gradients, trimmed and clipped, or remember by how much for when their pull-back comes."""
@@ -207,7 +212,7 @@ class Collector:
 
     def _add_pulled(self, path: str, pulled: Tensor) -> None:
         mine = self.statistics[path]
-        rows = as_windows(pulled, self._shape) * self._scales.pop(path)[..., None]
+        rows = self._windows(path, pulled) * self._scales.pop(path)[..., None]
         mine.pulled = mine.pulled or GramSum.empty(mine.shape[1], self.device)
         self._check(path, mine.pulled.add(all_tokens(rows, self._mask)), "gradients")
 
