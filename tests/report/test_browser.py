@@ -6,6 +6,7 @@ from html import escape
 
 import pytest
 
+from slimrank.report.comparison import write_comparison
 from slimrank.report.html import html
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -18,9 +19,32 @@ def browse(*arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-@pytest.fixture
-def page(record, tmp_path):
-    """Of a model with as many blocks as a real one."""
+def compared():
+    """A comparison of eight cells on two texts, one of which has failed."""
+    texts, error = ["a/rather/long/path/to/a/text.txt", "demo"], {"message": "killed", "hint": "see cells/x.log"}
+    against = {"ratio": 1.5, "ratio_low": 1.25, "ratio_high": 1.75, "kl": 0.5, "top1": 90.0}
+    cells = {
+        f"kfac_svd spectrum 0.{i}": {
+            "error": None, "keep_ratio": i / 10, "keep_total": i / 9, "bytes": i * 10**8, "parameters": i * 10**7,
+            "texts": {text: {"perplexity": 30.0 / i} for text in texts}, "against": dict.fromkeys(texts, against),
+            "tasks": {}, "speed_ratio": {"decode": 1.25, "prefill": 1.0}, "seconds": 1234.0, "peak_memory": 10**9,
+            "options": {"method": "kfac_svd"},
+        }
+        for i in range(2, 9)
+    }  # fmt: skip
+    dense = {"texts": {text: {"perplexity": 3.0} for text in texts}, "tasks": {}, "bytes": 10**9}
+    return {
+        "slimrank": "1", "model": "org/model", "texts": texts, "windows": 16, "seq_len": None, "dense": dense,
+        "cells": {**cells, "svd uniform 0.5": {"error": error, "options": {}}}, "pareto": list(cells)[:3],
+    }  # fmt: skip
+
+
+@pytest.fixture(params=["report", "comparison"])
+def page(request, record, tmp_path):
+    """Of a model with as many blocks as a real one; of a comparison."""
+    if request.param == "comparison":
+        write_comparison(compared(), tmp_path)
+        return tmp_path / "comparison.html"
     many = [{**row, "block": row["block"] + 3 * i} for i in range(10) for row in record["targets"]]
     (tmp_path / "report.html").write_text(html({**record, "targets": many}))
     return tmp_path / "report.html"
