@@ -54,7 +54,7 @@ def headline(record: Record) -> list[tuple[str, ...]]:
                 percent(cell["keep_ratio"]),
                 f"{cell['texts'][text]['perplexity']:.2f}",
                 f"{found['ratio']:.3f}",
-                f"{found['ratio_low']:.3f}-{found['ratio_high']:.3f}",
+                f"{found['ratio_low']:#.4g}-{found['ratio_high']:#.4g}",
                 f"{found['kl']:.4f}",
                 f"x {cell['speed_ratio']['decode']:.2f}",
                 f"{cell['seconds']:,.0f}",
