@@ -1,6 +1,7 @@
 """`slimrank compare`: several recipes on one model. Most tests let a quick stand-in do a cell's work."""
 
 import json
+import shutil
 import sys
 import textwrap
 
@@ -133,6 +134,22 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(model, tmp_path, stan
     assert again["cells"]["svd uniform 0.8"]["error"] is None
     comparison.compare(model, cells("svd", keeps=(0.8,)), tmp_path, windows=3)
     assert len(stand_in()) == 7  # measured on something else: the original and the cell
+
+
+@pytest.mark.parametrize("changed", ["text", "calibration", "model"])
+def test_a_file_that_changed_is_seen(changed, model, tmp_path, stand_in):
+    """Cells of what it was before are not taken for those of what it is now."""
+    folder, text, calibration = tmp_path / "model", tmp_path / "text.txt", tmp_path / "calibration.txt"
+    shutil.copytree(model, folder)
+    for file in (text, calibration):
+        file.write_text("one")
+    made = comparison.grid(["svd"], (), (), [0.8], {"seq_len": 24, "calibration": str(calibration)})
+    comparison.compare(folder, made, tmp_path / "out", texts=[str(text)])
+    comparison.compare(folder, made, tmp_path / "out", texts=[str(text)])
+    assert len(stand_in()) == 2
+    {"text": text, "calibration": calibration, "model": folder / "tokenizer.json"}[changed].write_text("other words")
+    comparison.compare(folder, made, tmp_path / "out", texts=[str(text)])
+    assert len(stand_in()) == (3 if changed == "calibration" else 4)
 
 
 def test_an_interruption_loses_no_cell(model, tmp_path, stand_in):

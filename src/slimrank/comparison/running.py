@@ -123,7 +123,8 @@ def _check(model: str | Path, cells: Sequence[Cell], device: str, dtype: str) ->
 def _run(name: str, asked: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
     """The record of a cell, from its file if that was made for the same."""
     result, log = (folder / "cells" / f"{_slug(name)}{suffix}" for suffix in (".json", ".log"))
-    key = hashlib.sha256(json.dumps([__version__, asked], sort_keys=True, default=str).encode()).hexdigest()
+    about = [__version__, asked, [_state(source) for source in _sources(asked)]]
+    key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
     if result.is_file():
         known: dict[str, Any] = json.loads(result.read_text())
         if known["request"] == key and known["error"] is None:
@@ -137,6 +138,24 @@ def _run(name: str, asked: dict[str, Any], folder: Path, progress: Progress) -> 
     ended = f"signal {-code} (memory?)" if code < 0 else f"exit code {code}"
     message = f"its process ended with {ended}; its last words: {_last_line(log)}"
     return {"request": key, "error": {"type": "Ended", "message": message, "hint": f"see {log}"}}
+
+
+def _sources(asked: Mapping[str, Any]) -> list[str]:
+    """Whatever may be a file or a folder that a cell depends on."""
+    options = asked["options"] or {}
+    return [
+        str(source) for source in (asked["model"], *asked["texts"], options.get("calibration"), options.get("plan"))
+    ]
+
+
+def _state(source: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files there, by which a change is seen; none for what is no path."""
+    path = Path(source).expanduser()
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    except OSError:  # a name that no file system allows: that of something else
+        return []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _work(request: dict[str, Any], log: Path, progress: Progress) -> int:
