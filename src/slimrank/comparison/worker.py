@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ MEMORY = "keep less in memory: a smaller --seq-len or --samples, --set batch_siz
 def dense_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """What the original makes of texts and tasks."""
     model, tokenizer = load(asked["model"], asked["dtype"], progress)
-    material = _material(asked, model, tokenizer, progress, tasks=True)
+    material = _material(asked, model, tokenizer, progress)
     with placed([model], resolve_device(asked["device"]), upcast=False):
         return {**measure(model, tokenizer, material, progress), **_size(model)}
 
@@ -47,10 +47,11 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
     result = compress(asked["model"], recipe=Recipe.make(asked["options"]), run_dir=asked["run_dir"], progress=progress)
     seconds, peak = time.perf_counter() - start, peak_memory()
     dense, tokenizer = load(asked["model"], asked["dtype"], progress)
-    texts, tasks = (_material(asked, dense, tokenizer, progress, tasks=wanted) for wanted in (False, True))
+    material = _material(asked, dense, tokenizer, progress)
+    texts, tasks = replace(material, tasks=None), replace(material, texts={})
     with placed([result.model, dense], resolve_device(asked["device"]), upcast=False):
         measured, against = compare(result.model, dense, tokenizer, texts, progress)
-        answers = measure(result.model, tokenizer, Material({}, tasks=tasks.tasks), progress)["tasks"]
+        answers = measure(result.model, tokenizer, tasks, progress)["tasks"]
         speed, dense_speed = measure_speeds([result.model, dense])
     return {
         "texts": measured["texts"],
@@ -68,13 +69,13 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
     }
 
 
-def _material(asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progress, tasks: bool) -> Material:
+def _material(asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progress) -> Material:
     length, bos = window_length(model, asked["seq_len"]), bos_of(tokenizer)
     texts = {
         source: windows_of(source, read_source(source, "evaluation"), tokenizer, asked["windows"], length, bos)
         for source in asked["texts"]
     }
-    if not tasks or asked["tasks"] is None:
+    if asked["tasks"] is None:
         return Material(texts, bos is not None)
     request = TaskRequest(**{**asked["tasks"], "names": tuple(asked["tasks"]["names"])})
     return Material(texts, bos is not None, Tasks(request, progress))

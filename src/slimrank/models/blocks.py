@@ -21,7 +21,7 @@ from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.mode import evaluating
 from slimrank.models.paging import page_out
 from slimrank.models.placement import placed
-from slimrank.models.structure import find_blocks
+from slimrank.models.structure import experts_by_kind, find_blocks
 
 PROBE_TOKENS = 8
 
@@ -72,6 +72,10 @@ class BlockRunner:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    def experts(self, index: int, paths: Iterable[str]) -> list[list[str]]:
+        """Those of a block's layers that are experts, by their kind: see `experts_by_kind`."""
+        return experts_by_kind(self.blocks[index], f"{self.path}.{index}.", paths)
 
     @contextmanager
     def session(self) -> Iterator[BlockRunner]:

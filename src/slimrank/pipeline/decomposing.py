@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -23,7 +23,6 @@ from slimrank.linalg.lowrank import Spectrum
 from slimrank.models.blocks import BlockRunner
 from slimrank.models.gradients import loss_gradients, step_back, whole_model_gradients
 from slimrank.models.paging import page_out
-from slimrank.models.structure import experts_by_kind
 from slimrank.models.targets import Target
 from slimrank.pipeline.job import Job, hidden_states, named
 from slimrank.planning import Unit
@@ -58,29 +57,20 @@ class _Walk(ABC):
     def walk(self) -> None:
         """Do all of it."""
 
-    def collector(self, targets: Iterable[Target]) -> Collector:
-        """A collector for some targets of a block."""
-        job, targets = self.job, list(targets)
+    def collector(self, index: int) -> Collector:
+        """A collector for the targets of a block."""
+        job, targets = self.job, self.job.targets.in_block(index)
         layers = {t.path: job.model.get_submodule(t.path) for t in targets}
-        routed = frozenset(path for kind in self._experts(targets) for path in kind)
+        routed = frozenset(path for kind in self.runner.experts(index, layers) for path in kind)
         own = alone(targets) - routed
         return Collector(layers, job.method.gathering, job.solver, own, job.plan.factored(), routed=routed)
-
-    def _experts(self, targets: Sequence[Target]) -> list[list[str]]:
-        """Those of a block's targets that are experts, by their kind."""
-        if not targets:
-            return []
-        index = targets[0].block
-        block, inside = self.runner.blocks[index], f"{self.runner.path}.{index}."
-        return experts_by_kind(block, inside, [target.path for target in targets])
 
     def take(self, collector: Collector, index: int) -> None:
         """Keep what a collector has gathered in block `index` until it is used."""
         needs = collector.gathering.needs
         if needs & {"column", "gram"}:
-            targets = self.job.targets.in_block(index)
-            shapes = {target.path: target.shape for target in targets}
-            kinds = [{path: shapes[path] for path in kind} for kind in self._experts(targets)]
+            shapes = {target.path: target.shape for target in self.job.targets.in_block(index)}
+            kinds = [{path: shapes[path] for path in kind} for kind in self.runner.experts(index, shapes)]
             lean_on_each_other(collector.statistics, kinds, needs)
         self.gathered |= collector.statistics
         self.leaders |= collector.leaders
@@ -158,7 +148,7 @@ class _Forwards(_Walk):
     def _block(self, index: int) -> None:
         runner = self.runner
         with runner.placed_block(index):
-            collector = self.collector(self.job.targets.in_block(index))
+            collector = self.collector(index)
             with collector if runner.batches else nullcontext():
                 runner.step(index, lambda batch: collector.begin(batch.attention_mask, batch.input_ids.shape))
             self.take(collector, index)
@@ -214,7 +204,7 @@ class _Backwards(_Walk):
     def _block(self, index: int, gradients: list[Tensor]) -> None:
         runner = self.runner
         with runner.placed_block(index):
-            collector = self.collector(self.job.targets.in_block(index))
+            collector = self.collector(index)
             with collector:
                 step_back(
                     runner,
@@ -241,7 +231,7 @@ class _WholeModel(_Walk):
             if all(self.stage.has(f"block-{i:04d}") for i in range(blocks)):
                 return
             runner.batches = list(job.batches())
-            collectors = [self.collector(job.targets.in_block(i)) for i in range(blocks)]
+            collectors = [self.collector(i) for i in range(blocks)]
 
             def begin(batch: Any) -> None:
                 for collector in collectors:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimrank.models.blocks import Batch
 from slimrank.models.order import reading_order, run_until_read
 from slimrank.models.residual import Place, answers_of, residual_places
-from slimrank.models.structure import experts_by_kind, without_numbers
+from slimrank.models.structure import without_numbers
 from slimrank.models.swap import swapped
 from slimrank.pipeline.job import Job
 from slimrank.refine.registry import Following
@@ -60,11 +60,15 @@ class TwoStreams:
         self.runner = job.runner(resident=False)
         self.original: list[Tensor] = []
         self.compressed: list[Tensor] = []
+        self._parts: list[range] = []  # numbers of batches
         self._known: dict[str, Place | None] = {}
 
     def start(self) -> None:
         """Embed the calibration windows."""
-        self.runner.embed(self._batches())
+        parts = self._dealt()
+        self.runner.embed([batch for part in parts for batch in part])
+        ends = [0, *accumulate(len(part) for part in parts)]
+        self._parts = [range(*between) for between in pairwise(ends)]
         self.compressed = self.runner.hidden
         self.original = list(self.compressed) if self.following.anchor else []
 
@@ -90,7 +94,7 @@ class TwoStreams:
         layers = {path: self.job.model.get_submodule(path) for path in paths}
         with self.runner.placed(self.runner.blocks[index], *originals.values()):
             both = _Both(index, originals, layers, self._places(index, originals, paths), last)
-            return [self._gathered(both, part) for part in self._parts()]
+            return [self._gathered(both, part) for part in self._parts]
 
     def step(self, index: int) -> None:
         """The compressed stream goes through the block."""
@@ -98,22 +102,13 @@ class TwoStreams:
             for b, hidden in enumerate(self.compressed):
                 self.compressed[b] = self.runner.kept(self.runner.run(index, b, hidden))
 
-    def _batches(self) -> Sequence[Batch]:
-        """The calibration windows in batches; none of them belongs to two parts."""
+    def _dealt(self) -> list[Sequence[Batch]]:
+        """The calibration windows in batches, those of each part of the text that is summed by itself."""
         batches = self.job.batches()
         if self.following.ridge != "auto":
-            return batches
+            return [batches]
         halves = torch.cat([batch.input_ids for batch in batches]).chunk(2)
-        return [Batch(ids) for half in halves for ids in half.split(self.job.recipe.batch_size)]
-
-    def _parts(self) -> list[range]:
-        """Numbers of the batches of each part of the text that is summed by itself."""
-        count = len(self.runner.batches)
-        if self.following.ridge != "auto":
-            return [range(count)]
-        windows = sum(len(batch.input_ids) for batch in self.runner.batches)
-        first = math.ceil(math.ceil(windows / 2) / self.job.recipe.batch_size)  # batches of the first half
-        return [range(first), range(first, count)]
+        return [[Batch(ids) for ids in half.split(self.job.recipe.batch_size)] for half in halves]
 
     def _gathered(self, both: _Both, part: range) -> StreamCollector:
         """Sums over these batches."""
@@ -125,7 +120,7 @@ class TwoStreams:
             stack=following.stack_of_batch,
             device=self.job.solver,
             adding=frozenset(both.places),
-            routed=frozenset(path for kind in self._experts(both.index, both.layers) for path in kind),
+            routed=frozenset(path for kind in self.runner.experts(both.index, both.layers) for path in kind),
         )
         with collector:
             for b in part:
@@ -133,9 +128,6 @@ class TwoStreams:
                 collector.begin(batch.attention_mask, batch.input_ids.shape)
                 self._run(both, b, collector)
         return collector
-
-    def _experts(self, index: int, paths: Iterable[str]) -> list[list[str]]:
-        return experts_by_kind(self.runner.blocks[index], f"{self.runner.path}.{index}.", paths)
 
     def _run(self, both: _Both, b: int, collector: StreamCollector) -> None:
         """One batch through the block, first as it was, then as it is; no further than is needed."""
@@ -163,7 +155,7 @@ class TwoStreams:
         """Which of these layers are to make up for the residual stream, by what the first of their role does."""
         if not (self.following.anchor and self.following.residual):
             return {}
-        routed = {path for kind in self._experts(index, paths) for path in kind}
+        routed = {path for kind in self.runner.experts(index, paths) for path in kind}
         paths = [path for path in paths if path not in routed]
         new = {path: originals[path] for path in paths if without_numbers(path) not in self._known}
         if new:
