@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,19 +79,26 @@ def compare(
     made: dict[str, Any] = {}
     for number, cell in enumerate(cells, 1):
         progress.note(f"{cell.name} ({number} of {len(cells)})")
-        options = {**cell.options, "evaluation": None, "device": device, "dtype": dtype}
-        record = _run(cell.name, {**common, "options": options}, folder, progress)
-        if record["error"] is None:
-            record["task_differences"] = compare_tasks(_answers(record), _answers(dense))
-        else:
-            progress.note(f"{cell.name} failed: {record['error']['message']}")
-        made[cell.name] = {**record, "options": {k: v for k, v in options.items() if k != "evaluation"}}
+        made[cell.name] = _cell(cell, common, dense, folder, progress)
     record = {
         "slimrank": __version__, "model": str(model), "texts": list(texts), "windows": windows, "seq_len": seq_len,
         "tasks": common["tasks"], "dense": dense, "cells": made, "pareto": pareto(made, texts[0]),
     }  # fmt: skip
     write_comparison(record, folder)
     return record
+
+
+def _cell(
+    cell: Cell, common: Mapping[str, Any], dense: Mapping[str, Any], folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """The record of a cell, with its recipe, and with what its answers to tasks differ by from the original's."""
+    options = {**cell.options, "device": common["device"], "dtype": common["dtype"]}
+    record = _run(cell.name, {**common, "options": {**options, "evaluation": None}}, folder, progress)
+    if record["error"] is None:
+        record["task_differences"] = compare_tasks(_answers(record), _answers(dense))
+    else:
+        progress.note(f"{cell.name} failed: {record['error']['message']}")
+    return {**record, "options": options}
 
 
 def pareto(cells: Mapping[str, Mapping[str, Any]], text: str) -> list[str]:
@@ -167,14 +175,13 @@ def _work(request: dict[str, Any], log: Path, progress: Progress) -> int:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(request, default=str))
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # it has ended before it read anything; its exit code says how
+                process.stdin.write(json.dumps(request, default=str))
+                process.stdin.close()
             for line in process.stdout:
                 if line.startswith("["):
                     event, *arguments = json.loads(line)
                     getattr(progress, event)(*arguments)
-        except BrokenPipeError:
-            pass  # it has ended before it read anything; its exit code says how
         except BaseException:
             process.terminate()
             raise

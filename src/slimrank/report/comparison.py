@@ -35,8 +35,7 @@ def table(record: Record) -> list[list[str]]:
     dense = record["dense"]
     original = ["original", "", megabytes(dense["bytes"]), *(f"{dense['texts'][t]['perplexity']:.2f}" for t in texts)]
     original += ["", "", *(_metric(dense, task, metric) for task, metric in tasks), "", "", "", ""]
-    good = {name: cell for name, cell in record["cells"].items() if cell["error"] is None}
-    return [headings, original, *(_line(name, cell, record, tasks) for name, cell in good.items())]
+    return [headings, original, *(_line(name, cell, record, tasks) for name, cell in _finished(record).items())]
 
 
 def headline(record: Record) -> list[tuple[str, ...]]:
@@ -46,19 +45,18 @@ def headline(record: Record) -> list[tuple[str, ...]]:
         ("", "kept", "perplexity", "ratio", "95 %", "KL", "decode", "seconds"),
         ("original", "", f"{record['dense']['texts'][text]['perplexity']:.2f}", *[""] * 5),
     ]
-    for name, cell in record["cells"].items():
-        if cell["error"] is None:
-            found = cell["against"][text]
-            lines.append((
-                f"{name} *" if name in record["pareto"] else name,
-                percent(cell["keep_ratio"]),
-                f"{cell['texts'][text]['perplexity']:.2f}",
-                f"{found['ratio']:.3f}",
-                f"{found['ratio_low']:#.4g}-{found['ratio_high']:#.4g}",
-                f"{found['kl']:.4f}",
-                f"x {cell['speed_ratio']['decode']:.2f}",
-                f"{cell['seconds']:,.0f}",
-            ))  # fmt: skip
+    for name, cell in _finished(record).items():
+        found = cell["against"][text]
+        lines.append((
+            _starred(name, record),
+            percent(cell["keep_ratio"]),
+            f"{cell['texts'][text]['perplexity']:.2f}",
+            f"{found['ratio']:.3f}",
+            f"{found['ratio_low']:#.4g}-{found['ratio_high']:#.4g}",
+            f"{found['kl']:.4f}",
+            f"x {cell['speed_ratio']['decode']:.2f}",
+            f"{cell['seconds']:,.0f}",
+        ))  # fmt: skip
     return lines
 
 
@@ -68,10 +66,18 @@ def failures(record: Record) -> list[tuple[str, str, str]]:
     return [(name, error["message"], error["hint"]) for name, error in errors.items()]
 
 
+def _finished(record: Record) -> dict[str, Record]:
+    return {name: cell for name, cell in record["cells"].items() if cell["error"] is None}
+
+
+def _starred(name: str, record: Record) -> str:
+    return f"{name} *" if name in record["pareto"] else name
+
+
 def _line(name: str, cell: Record, record: Record, tasks: list[tuple[str, str]]) -> list[str]:
     first = cell["against"][record["texts"][0]]
     return [
-        f"{name} *" if name in record["pareto"] else name,
+        _starred(name, record),
         percent(cell["keep_ratio"]),
         megabytes(cell["bytes"]),
         *(_perplexity(cell, text) for text in record["texts"]),
@@ -103,11 +109,7 @@ def _metric(measured: Record, task: str, metric: str) -> str:
 def _plot(record: Record) -> tuple[Markup | None, str]:
     """Perplexity against size, or why there is no such plot."""
     text = record["texts"][0]
-    points = {
-        name: (cell["keep_total"], cell["texts"][text]["perplexity"])
-        for name, cell in record["cells"].items()
-        if cell["error"] is None
-    }
+    points = {name: (cell["keep_total"], cell["texts"][text]["perplexity"]) for name, cell in _finished(record).items()}
     if not points:
         return None, "No cell has come to an end."
     try:
