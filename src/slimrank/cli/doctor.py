@@ -82,8 +82,10 @@ def _device(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def _show_needs(model: dict[str, Any]) -> None:
+    from slimrank.report.words import millions
+
     memory = ", ".join(f"about {_bytes(needed)} of {name}" for name, needed in model["memory"].items())
-    print_text(f"{model['name']}: {model['parameters'] / 1e6:,.1f} M parameters, {_bytes(model['bytes_before'])}")
+    print_text(f"{model['name']}: {millions(model['parameters'])} parameters, {_bytes(model['bytes_before'])}")
     print_text(f"memory: {memory}\ntime: about {duration(model['seconds'])}")
 
 

@@ -1,4 +1,4 @@
-"""Experts as linear layers. Copied into saved models that have some; imports nothing but torch.
+"""Experts as linear layers. Copied into every saved model; imports nothing but torch.
 
 transformers keeps the experts of a block as two 3-D parameters (gate_up_proj or up_proj, and down_proj), one slice for
 each expert. As `Experts` every slice is an `nn.Linear` of its own, which can be measured, replaced and saved like any
