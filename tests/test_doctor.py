@@ -1,5 +1,6 @@
 """The doctor on machines that are not there: packages, extras, devices, disks and caches are all faked."""
 
+import importlib
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from slimrank.errors import MissingExtraError, ModelError
 from slimrank.estimate import LIBRARIES
 from slimrank.recipe import Recipe
 
+importlib.import_module("slimrank.report.record")  # has its own versions before a test fakes them
 ROOT = Path(__file__).parent.parent
 REQUIRES = [
     "torch>=2.6", "PyYAML>=6", "pywin32>=1; sys_platform == 'nowhere'",
