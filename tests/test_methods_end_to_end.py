@@ -19,7 +19,7 @@ from helpers import byte_tokenizer, save_tiny, text, tiny_model
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.problem import Item, Problem
 from slimrank.allocate.registry import ALLOCATORS
-from slimrank.calibration.windows import draw_apart, draw_windows, tokenise
+from slimrank.calibration.windows import draw_apart, draw_spread, draw_windows, tokenise
 from slimrank.cli import main
 from slimrank.decompose.registry import DECOMPOSERS, Configured
 from slimrank.errors import DataError, ModelError, PlanError, RecipeError
@@ -343,9 +343,12 @@ def first_layers(model):
 ENTRY, EXIT = ("o_proj", "attn.c_proj"), ("down_proj", "mlp.c_proj")  # they add to the residual stream
 
 
-def heard(model, paths):
-    """Inputs of layers on the calibration text, and the residual stream where they add to it; float64 tokens."""
-    windows = draw_windows(tokenise("\n\n".join(TEXT), byte_tokenizer()), SAMPLES, SEQ_LEN, seed=0)
+def calibration_windows():
+    return draw_windows(tokenise("\n\n".join(TEXT), byte_tokenizer()), SAMPLES, SEQ_LEN, seed=0)
+
+
+def heard(model, paths, windows):
+    """Inputs of layers on a text, and the residual stream where they add to it; float64 tokens."""
     name, blocks = find_blocks(model)
     read, told, handles = {}, {}, []
 
@@ -383,10 +386,11 @@ def relative_residual(layer, dense, x, y, anchor, biased, lack=0.0):
     return float((output - target).norm() / target.norm())
 
 
-def check_refined(result, dense, anchor, bias, paths=None, rel=1e-3, residual=True):
+def check_refined(result, dense, anchor, bias, paths=None, rel=1e-3, residual=True, windows=None):
     """The errors reported are those of raw tokens through the finished model."""
     paths = paths or [target.path for target in find_targets(dense)]
-    (original, before), (compressed, now) = heard(dense, paths), heard(result.model, paths)
+    windows = calibration_windows() if windows is None else windows
+    (original, before), (compressed, now) = heard(dense, paths, windows), heard(result.model, paths, windows)
     rows = {row["path"]: row for row in result.report["targets"]}
     for path in paths:
         layer, old = result.model.get_submodule(path), dense.get_submodule(path)
@@ -419,6 +423,25 @@ def test_refined_factors(model, refiner, anchor, bias):
         assert (layer.bias is not None) == (old is not None or bias == "all")
         if old is not None:
             assert torch.equal(layer.bias, old) == (bias == "none")
+
+
+def test_refined_on_windows_of_its_own(tmp_path, monkeypatch):
+    """More of them than calibrate, none of them a search window; another count needs no new calibration."""
+    settings = {"anchor": 1, "ridge": 0.0, "held_out": 2}
+    apart = {"corrections": 1, "correction_windows": 2, "search_samples": 2}
+    monkeypatch.setattr(HeldOut, "divergence", lambda self, index: 0.0)  # so that nothing is undone
+    result = compress(tiny_model("qwen2").double(), refine="regress", refine_options={**settings, "samples": 9})
+    tokens = tokenise("\n\n".join(TEXT), byte_tokenizer())
+    windows = draw_spread(tokens, 9, [16, 0], SAMPLES, SEQ_LEN, seed=0)
+    check_refined(result, tiny_model("qwen2").double(), 1, "none", rel=1e-8, windows=windows)
+    assert len(windows) == 9 > SAMPLES
+    monkeypatch.undo()
+    options = {**apart, "method": "kfac_svd", "run_dir": tmp_path / "run", "refine": "regress"}
+    few = compress(refine_options={"samples": 3}, **options)
+    monkeypatch.setattr("slimrank.pipeline.decomposing.Collector", None)
+    many = compress(refine_options={"samples": 8}, **options)
+    assert few.plan == many.plan
+    assert [r["refined"] for r in few.report["targets"]] != [r["refined"] for r in many.report["targets"]]
 
 
 def kl_on(dense, model, windows, dropped):
@@ -568,7 +591,7 @@ def test_the_ridge_is_chosen_by_halves_of_the_calibration_tokens(batch, monkeypa
     result = compress(refine="regress", refine_options=settings, batch_size=batch)
     assert sorted(row["refined"]["ridge"] for row in result.report["targets"]) == list(range(1, 22))
     dense, first = tiny_model(), "model.layers.0.self_attn.q_proj"
-    inputs = heard(dense, [first])[0][first].unflatten(0, (SAMPLES, SEQ_LEN))
+    inputs = heard(dense, [first], calibration_windows())[0][first].unflatten(0, (SAMPLES, SEQ_LEN))
     halves, weight = seen[0]
     assert torch.equal(weight, weight_of(dense.get_submodule(first)))
     for half, part in zip(halves, inputs.split(3), strict=True):
@@ -601,6 +624,7 @@ def test_a_ridge_chosen_by_halves_with_one_window():
 
 
 REFINEMENTS = [
+    {"method": "svd", "refine": "regress", "refine_options": {"anchor": 1, "samples": 7}},
     {"method": "kfac_svd", "refine": "regress", "refine_options": {"anchor": 1, "ridge": "auto"}},
     {"method": "svd_llm", "refine": "regress", "refine_options": {"anchor": 0.5, "bias": "all"}},
     {"method": "svd_llm", "refine": "ada_comp", "refine_options": {"anchor": 0}},
@@ -790,7 +814,7 @@ def test_members_that_read_one_input_get_the_optimum_of_their_stack():
     """Sharing within a block is svd_llm of the stacked weight, exactly: by full SVD of the whitened stack."""
     result, dense = compress(method="basis_sharing", method_options=SHARED["block"]), tiny_model()
     names = [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"]
-    x = heard(dense, names[:1])[0][names[0]]
+    x = heard(dense, names[:1], calibration_windows())[0][names[0]]
     w = torch.cat([dense.get_submodule(n).weight.detach().double() for n in names])
     rank = result.plan.targets[names[0]].rank
     u, sigma, _ = torch.linalg.svd(w @ x.T, full_matrices=False)

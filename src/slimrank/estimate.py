@@ -34,11 +34,11 @@ class Workload:
         evaluation_tokens: tokens of one perplexity measurement (0 for none).
         gathers: whether the method gathers statistics at all.
         backward: whether it needs gradients.
-        refines: whether factors are refined after the cut.
+        refined: tokens that factors are refined on after the cut (0 for no refining).
         pivots: whether they are stored as pivot layers, for which they are decomposed once more.
         solves: eigen-problems per weight.
         search: forward passes over the search text, times its tokens.
-        held_out: the same of the windows that refined blocks are judged on.
+        held_out: tokens that refined blocks are judged on.
         corrected: tokens of all rounds of correction.
         rounds: rounds of correction.
         bases: numbers in one basis of every weight or stack of weights.
@@ -53,12 +53,12 @@ class Workload:
     evaluation_tokens: int
     gathers: bool = True
     backward: bool = False
-    refines: bool = False
+    refined: int = 0
     pivots: bool = False
     solves: int = 1
     samples: int = 0
     search: float = 0.0
-    held_out: float = 0.0
+    held_out: int = 0
     corrected: int = 0
     rounds: int = 0
     bases: int = 0
@@ -81,17 +81,18 @@ def measure_machine(device: torch.device) -> Machine:
 def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
     """Predicted seconds of each stage, in order."""
     evaluate = 2 * work.evaluation_tokens * (work.matrices + work.head)
-    forward = 2.0 * work.calibration_tokens * work.matrices
-    grams = 2 * GRAM_SHARE * work.calibration_tokens * sum(n * n for n in group_widths(work.targets))
+    forward, grams = _passes(work, work.calibration_tokens)
     calibrate = (forward + grams) if work.gathers else 0.0
     if work.backward:  # each block forwards twice and backwards once, the head thrice; grams on both sides
         calibrate = 3.2 * forward + 2.2 * grams + 6 * work.calibration_tokens * work.head
         calibrate += 12 * work.samples * sum(t.parameters * sum(t.shape) for t in work.targets)
     decompose = sum(_solve_flops(*t.shape) for t in work.targets)
     cutting = (2 if work.pivots else 1) * decompose / 4 / machine.float64
-    if work.refines:
+    if work.refined:
+        forward, grams = _passes(work, work.refined)
         cutting += (5 * forward + 4 * grams) / machine.float32 + decompose / machine.float64
-        cutting += 2 * work.held_out * (work.matrices + work.head) / machine.float32
+        judged = work.held_out * len({t.block for t in work.targets})
+        cutting += 2 * judged * (work.matrices + work.head) / machine.float32
     stored = 4 * sum(t.parameters for t in work.targets)
     remembering = 2 * work.corrected * work.matrices / machine.float32
     correcting = (8 * work.corrected * work.matrices + 8 * work.corrected * work.head) / machine.float32
@@ -101,7 +102,7 @@ def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
         "calibrate and decompose": calibrate / machine.float32 + work.solves * decompose / machine.float64,
         "allocate": 2 * work.search * (work.matrices + work.head) / machine.float32,
         "remember the original": remembering,
-        "cut and refine factors" if work.refines else "cut factors": cutting,
+        "cut and refine factors" if work.refined else "cut factors": cutting,
         "correct": correcting,
         "measure the result": evaluate / machine.float32,
         "write": stored / 1e9,
@@ -136,7 +137,7 @@ def peak_bytes(
     compute = 4 if upcast else itemsize
     block = work.matrices // max(1, len(blocks)) * compute
     copies = (total * compute if resident else block) if compute != itemsize else 0
-    hidden = work.calibration_tokens * width * compute
+    hidden, streams = work.calibration_tokens * width * compute, 3 * work.refined * width * compute
     first = [t for t in work.targets if t.block == min(blocks)]
     widest = max(max(t.shape) for t in work.targets)
     grams = sum(12 * n * n for n in group_widths(first)) if work.gathers else 0
@@ -148,8 +149,9 @@ def peak_bytes(
             grams, activations = len(blocks) * grams, len(blocks) * activations
         activations = max(activations, 16 * logits)
     calibrating = copies + hidden + grams + solving + activations
-    if work.refines:
-        calibrating = max(calibrating, copies + 3 * hidden + 3 * sum(8 * n * n for n in group_widths(first)) + solving)
+    if work.refined:
+        sums = 3 * sum(8 * n * n for n in group_widths(first))
+        calibrating = max(calibrating, copies + streams + sums + solving)
     evaluating = 12 * logits if work.evaluation_tokens else 0
     return LIBRARIES + total * itemsize + max(calibrating, evaluating)
 
@@ -168,9 +170,9 @@ def run_bytes(work: Workload, stored: int, width: int, resident: bool, resumable
     copies = 1 if resumable else 0
     if work.backward and not resident:
         copies += 2 + work.blocks
-    if work.refines and resumable:
-        numbers, copies = numbers + stored, copies + 2
     tokens = copies * work.calibration_tokens
+    if work.refined and resumable:
+        numbers, tokens = numbers + stored, tokens + 2 * work.refined
     if work.rounds:
         numbers += 2 * stored
         tokens += (work.rounds + work.blocks) * (work.corrected // work.rounds)
@@ -187,6 +189,11 @@ def group_widths(targets: Iterable[Target]) -> list[int]:
         n = target.shape[1]
         seen.setdefault((target.path.rpartition(".")[0], n), n)
     return list(seen.values())
+
+
+def _passes(work: Workload, tokens: int) -> tuple[float, float]:
+    """Operations of a forward pass over so many tokens, and of the grams of all layers' inputs."""
+    return 2.0 * tokens * work.matrices, 2 * GRAM_SHARE * tokens * sum(n * n for n in group_widths(work.targets))
 
 
 def _solve_flops(m: int, n: int) -> float:

@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from slimrank.calibration.draws import Draws, FromModel, FromText
 from slimrank.calibration.sampling import sample_windows
 from slimrank.calibration.sources import read_source
 from slimrank.calibration.windows import (
     bos_of,
     count_windows,
-    draw_apart,
-    draw_windows,
     leading_windows,
     tokenise,
     tokens_digest,
@@ -29,9 +28,10 @@ DEFAULT_SEQ_LEN = 512
 
 @dataclass(frozen=True)
 class Texts:
-    """Token windows of a run; None where a text is not needed."""
+    """Token windows of a run; None where a text is not needed. `refinement`: where it is not that of calibration."""
 
     calibration: Tensor | None = None
+    refinement: Tensor | None = None
     search: Tensor | None = None
     correction: Tensor | None = None
     evaluation: Tensor | None = None
@@ -52,6 +52,11 @@ class Texts:
     def search_digest(self) -> str | None:
         """sha256 of the search windows."""
         return None if self.search is None else tokens_digest(self.search)
+
+    @property
+    def refinement_digest(self) -> str | None:
+        """sha256 of the windows that factors are refined on, where they are others than those of calibration."""
+        return None if self.refinement is None else tokens_digest(self.refinement)
 
     @property
     def correction_digest(self) -> str | None:
@@ -81,10 +86,14 @@ class Texts:
 
 @dataclass(frozen=True)
 class RawTexts:
-    """The texts as read; `calibration` is None for text that the model samples, or none at all."""
+    """The texts as read; `calibration` is None for text that the model samples, or none at all.
+
+    `refining` counts the windows that factors are refined on, where they are others than those of calibration.
+    """
 
     calibrates: bool
     searches: bool
+    refining: int | None
     calibration: str | None
     evaluation: str | None
 
@@ -106,35 +115,35 @@ class RawTexts:
         evaluation = None
         if self.evaluation is not None:
             evaluation = _evaluation(recipe, tokenise(self.evaluation, tokenizer), bos, notes)
-        calibration = self._calibration(recipe, model, tokenizer, bos, progress) if self.calibrates else None
-        search, correction = self._apart(recipe, model, tokenizer, bos, notes, progress)
-        return Texts(calibration, search, correction, evaluation, bos is not None, notes)
-
-    def _calibration(self, recipe: Recipe, model: Any, tokenizer: Any, bos: int | None, progress: Progress) -> Tensor:
-        shape = recipe.samples, recipe.seq_len or DEFAULT_SEQ_LEN
-        if self.calibration is None:
-            with placed([model], resolve_device(recipe.device), upcast=False):
-                return sample_windows(model, tokenizer, *shape, recipe.seed, progress)
-        return draw_windows(tokenise(self.calibration, tokenizer), *shape, recipe.seed, bos)
-
-    def _apart(
-        self, recipe: Recipe, model: Any, tokenizer: Any, bos: int | None, notes: list[str], progress: Progress
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Windows that plans are measured on, and those that factors are corrected on."""
-        if not self.searches:
-            return None, None
-        counts = recipe.search_samples, recipe.corrections * recipe.correction_windows
-        seq_len = recipe.seq_len or DEFAULT_SEQ_LEN
-        if self.calibration is None:
-            with placed([model], resolve_device(recipe.device), upcast=False):
-                many = sample_windows(model, tokenizer, sum(counts), seq_len, recipe.seed + 1, progress)
-            search, correction = many.split(counts)
-        else:
-            tokens, samples = tokenise(self.calibration, tokenizer), recipe.samples if self.calibrates else 0
-            (search, correction), apart = draw_apart(tokens, counts, samples, seq_len, recipe.seed, bos)
+        if not (self.calibrates or self.searches):
+            return Texts(evaluation=evaluation, bos=bos is not None, notes=notes)
+        draws = self._draws(recipe, model, tokenizer, bos, progress)
+        search = correction = None
+        if self.searches:
+            (search, correction), apart = draws.kept_apart()
             if not apart:
                 notes.append("the calibration text is too short for search windows of their own: they overlap")
-        return search, correction if recipe.corrections else None
+        return Texts(
+            draws.calibration() if self.calibrates else None,
+            draws.refinement(self.refining) if self.refining else None,
+            search,
+            correction if recipe.corrections else None,
+            evaluation,
+            bos is not None,
+            notes,
+        )
+
+    def _draws(self, recipe: Recipe, model: Any, tokenizer: Any, bos: int | None, progress: Progress) -> Draws:
+        def sampled(count: int, seq_len: int, seed: int) -> Tensor:
+            with placed([model], resolve_device(recipe.device), upcast=False):
+                return sample_windows(model, tokenizer, count, seq_len, seed, progress)
+
+        samples = recipe.samples if self.calibrates else 0
+        apart = (recipe.search_samples, recipe.corrections * recipe.correction_windows) if self.searches else ()
+        shared = samples, apart, recipe.seq_len or DEFAULT_SEQ_LEN, recipe.seed
+        if self.calibration is None:
+            return FromModel(*shared, sampled)
+        return FromText(*shared, tokenise(self.calibration, tokenizer), bos)
 
 
 def _evaluation(recipe: Recipe, tokens: Tensor, bos: int | None, notes: list[str]) -> Tensor:
@@ -145,8 +154,8 @@ def _evaluation(recipe: Recipe, tokens: Tensor, bos: int | None, notes: list[str
     return leading_windows(tokens, max(1, min(available, wanted)), seq_len, bos)
 
 
-def prepare_texts(recipe: Recipe, calibrates: bool, searches: bool = False) -> RawTexts:
-    """Read the texts of a recipe.
+def prepare_texts(recipe: Recipe, calibrates: bool, searches: bool = False, refining: int | None = None) -> RawTexts:
+    """Read the texts of a recipe; what for: see `RawTexts`.
 
     Raises:
         DataError: a missing, unreadable or empty source.
@@ -157,6 +166,7 @@ def prepare_texts(recipe: Recipe, calibrates: bool, searches: bool = False) -> R
     return RawTexts(
         calibrates,
         searches,
+        refining,
         None if own else read_source(recipe.calibration, "calibration"),
         None if recipe.evaluation is None else read_source(recipe.evaluation, "evaluation"),
     )

@@ -69,16 +69,17 @@ def configured_refiner(recipe: Recipe, method: Configured) -> ConfiguredRefiner 
             "--refine update leaves them alone",
         )
     halves = refiner.following.ridge == "auto"
-    largest = min(recipe.batch_size, recipe.samples // 2) if halves else recipe.batch_size
+    samples = refiner.following.samples or recipe.samples
+    largest = min(recipe.batch_size, samples // 2) if halves else recipe.batch_size
     if refiner.following.stack_of_batch > max(1, largest):
         raise RecipeError(
             f"stack_of_batch averages windows of one batch; a batch has {largest}.",
             f"--batch-size {refiner.following.stack_of_batch}, and twice as many --samples with ridge=auto",
         )
-    if halves and recipe.samples < 2:
+    if halves and samples < 2:
         raise RecipeError(
-            "ridge=auto fits on one half of the calibration windows what it tests on the other; there is one window.",
-            "--samples 2 or more, or a number for the ridge",
+            "ridge=auto fits on one half of the windows what it tests on the other; there is one window.",
+            "--samples 2 or more (or --refine-option samples=2), or a number for the ridge",
         )
     return refiner
 
@@ -276,10 +277,17 @@ def _search(recipe: Recipe, layers: int) -> float:
     return allocator.passes(layers, -(-recipe.search_samples // recipe.batch_size))
 
 
-def _held_out(recipe: Recipe, method: Configured) -> int:
-    """Windows on which every refined block is judged, twice, with half of the blocks on average to run."""
+def _refining(recipe: Recipe, method: Configured, calibration_tokens: int, seq_len: int) -> dict[str, int]:
+    """Tokens that refining reads, and those on which every refined block is judged.
+
+    The latter are judged twice, with half of the blocks on average to run.
+    """
     refiner = configured_refiner(recipe, method)
-    return 0 if refiner is None else min(refiner.following.held_out, recipe.search_samples)
+    if refiner is None:
+        return {}
+    following = refiner.following
+    judged = min(following.held_out, recipe.search_samples) * seq_len
+    return {"refined": (following.samples or 0) * seq_len or calibration_tokens, "held_out": judged}
 
 
 def workload(
@@ -303,11 +311,10 @@ def workload(
         evaluation_tokens=evaluation_tokens,
         gathers=gathering.calibrates,
         backward=gathering.backward,
-        refines=recipe.refine is not None,
         pivots=recipe.stored_as == "pivot",
         solves={"once": 1, "twice": 2, "per batch": 1 + batches}[method.method.solves],
         search=_search(recipe, len(targets)) * recipe.search_samples * seq_len,
-        held_out=_held_out(recipe, method) * len({t.block for t in targets}) * seq_len,
+        **_refining(recipe, method, calibration_tokens, seq_len),
         corrected=recipe.corrections * recipe.correction_windows * seq_len,
         rounds=recipe.corrections,
         bases=sum(min(unit.shape) ** 2 for unit in units_of(method, targets, recipe.stored_as)),

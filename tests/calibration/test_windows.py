@@ -6,6 +6,8 @@ from slimrank.calibration.sampling import sample_windows
 from slimrank.calibration.windows import (
     bos_of,
     count_windows,
+    draw_apart,
+    draw_spread,
     draw_windows,
     leading_windows,
     tokenise,
@@ -42,6 +44,29 @@ def test_leading_windows():
         leading_windows(TOKENS, 6, 20)
     with pytest.raises(DataError, match="100 tokens"):
         draw_windows(TOKENS, 1, 101, seed=0)
+
+
+@pytest.mark.parametrize("count", [1, 7, 60, 200])
+def test_windows_spread_evenly(count):
+    """One in each of equal parts of the text; as many as it is long leave little of it out."""
+    tokens = torch.arange(3000)
+    windows = draw_spread(tokens, count, [], 0, 30, seed=1)
+    assert windows.shape == (count, 30)
+    places = 3000 - 30 + 1
+    edges = torch.arange(count + 1) * places / count
+    assert ((windows[:, 0] >= edges[:-1].long()) & (windows[:, 0] <= edges[1:])).all()
+    assert torch.equal(windows, windows[:, :1] + torch.arange(30))
+    assert torch.equal(windows, draw_spread(tokens, count, [], 0, 30, seed=1))
+    if count == 200:
+        assert len(windows.unique()) > 0.95 * 3000
+
+
+def test_spread_windows_keep_off_those_of_other_uses():
+    tokens = torch.arange(3000)
+    others, _ = draw_apart(tokens, [5, 3], 4, 30, seed=1)
+    windows = draw_spread(tokens, 80, [5, 3], 4, 30, seed=1)
+    assert not set(windows.flatten().tolist()) & {t for some in others for t in some.flatten().tolist()}
+    assert draw_spread(torch.arange(40), 9, [5, 3], 4, 30, seed=1, bos=7).shape == (9, 30)
 
 
 def test_bos_stands_before_every_window():

@@ -52,19 +52,27 @@ def draw_apart(
         DataError: fewer tokens than one window needs.
     """
     length = _length(tokens, seq_len, bos, needed=1)
+    starts, apart = _starts_apart(len(tokens) - length + 1, counts, samples, length, seed)
+    return [_windows(tokens, some, length, bos) for some in starts], apart
+
+
+def draw_spread(
+    tokens: Tensor, count: int, counts: Sequence[int], samples: int, seq_len: int, seed: int, bos: int | None = None
+) -> Tensor:
+    """Windows spread evenly over the text: each at a random place of its own part, of as many equal parts.
+
+    They do not overlap those that `draw_apart` draws for `counts`, unless there is no room left, but may overlap the
+    `samples` of `draw_windows`. Drawn independently, as many windows as the text is long would leave a third of it out.
+
+    Raises:
+        DataError: fewer tokens than one window needs.
+    """
+    length = _length(tokens, seq_len, bos, needed=1)
     places = len(tokens) - length + 1
-    taken = _starts(places, samples, seed)
     free = torch.ones(places, dtype=torch.bool)
-    drawn: list[Tensor] = []
-    apart = True
-    for number, count in enumerate(counts, 1):
-        for start in taken.tolist():
-            free[max(0, start - length + 1) : start + length] = False
-        apart = apart and (bool(free.any()) or not count)
-        open_places = free.nonzero().flatten() if bool(free.any()) else torch.arange(places)
-        taken = open_places[_starts(len(open_places), count, seed + number)]
-        drawn.append(_windows(tokens, taken, length, bos))
-    return drawn, apart
+    for starts in _starts_apart(places, counts, samples, length, seed)[0]:
+        _take(free, starts, length)
+    return _windows(tokens, _open(free)[_even_starts(len(_open(free)), count, seed)], length, bos)
 
 
 def leading_windows(tokens: Tensor, windows: int, seq_len: int, bos: int | None = None) -> Tensor:
@@ -89,6 +97,38 @@ def tokens_digest(windows: Tensor) -> str:
 
 def _starts(places: int, count: int, seed: int) -> Tensor:
     return torch.randint(places, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def _starts_apart(
+    places: int, counts: Sequence[int], samples: int, length: int, seed: int
+) -> tuple[list[Tensor], bool]:
+    """Where the windows of each use begin, and whether there was room for all."""
+    taken = _starts(places, samples, seed)
+    free = torch.ones(places, dtype=torch.bool)
+    drawn: list[Tensor] = []
+    apart = True
+    for number, count in enumerate(counts, 1):
+        _take(free, taken, length)
+        apart = apart and (bool(free.any()) or not count)
+        taken = _open(free)[_starts(len(_open(free)), count, seed + number)]
+        drawn.append(taken)
+    return drawn, apart
+
+
+def _take(free: Tensor, starts: Tensor, length: int) -> None:
+    """Places of windows that would overlap those which begin at `starts` are free no longer."""
+    for start in starts.tolist():
+        free[max(0, start - length + 1) : start + length] = False
+
+
+def _open(free: Tensor) -> Tensor:
+    """The places that are free; all, if none is."""
+    return free.nonzero().flatten() if bool(free.any()) else torch.arange(len(free))
+
+
+def _even_starts(places: int, count: int, seed: int) -> Tensor:
+    within = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return ((torch.arange(count) + within) * (places / count)).long().clamp(max=places - 1)
 
 
 def _windows(tokens: Tensor, starts: Tensor, length: int, bos: int | None) -> Tensor:

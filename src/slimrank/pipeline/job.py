@@ -92,7 +92,8 @@ class Job:
         recipe = following_plan(self.recipe)
         holds_out = self.refiner is not None and self.refiner.following.held_out > 0
         searches = (recipe.plan is None and self.allocator.measures) or holds_out or recipe.corrections > 0
-        texts = prepare_texts(recipe, self.calibrates, searches)
+        refining = None if self.refiner is None else self.refiner.following.samples
+        texts = prepare_texts(recipe, self.calibrates, searches, refining)
         if isinstance(model, (str, Path)):
             self.progress.note(f"loading {model}")
             model, tokenizer = load(model, recipe.dtype, self.progress)
@@ -180,7 +181,8 @@ class Job:
         """Everything that refined factors depend on."""
         key = {**self.spectra_key(), "plan": self.plan.factored(), "stored_as": self.plan.stored_as}
         key["refine"] = self.refiner.described() if self.refiner is not None else None
-        return {**key, "dtype": str(self.dtype), "search": self.texts.search_digest}
+        drawn = {"search": self.texts.search_digest, "refinement": self.texts.refinement_digest}
+        return {**key, "dtype": str(self.dtype), **drawn}
 
     def correction_key(self) -> dict[str, Any]:
         """Everything that corrected factors depend on."""
@@ -213,7 +215,14 @@ class Job:
 
     def batches(self) -> Sequence[Batch]:
         """The calibration windows in batches; none for a method that needs no text."""
-        windows = self.texts.calibration
+        return self._in_batches(self.texts.calibration)
+
+    def refining_batches(self) -> Sequence[Batch]:
+        """The windows that factors are refined on, in batches."""
+        own = self.texts.refinement
+        return self._in_batches(self.texts.calibration if own is None else own)
+
+    def _in_batches(self, windows: Tensor | None) -> Sequence[Batch]:
         return [] if windows is None else [Batch(ids) for ids in windows.split(self.recipe.batch_size)]
 
     def runner(self, resident: bool) -> BlockRunner:

@@ -64,7 +64,7 @@ class TwoStreams:
         self._known: dict[str, Place | None] = {}
 
     def start(self) -> None:
-        """Embed the calibration windows."""
+        """Embed the windows."""
         parts = self._dealt()
         self.runner.embed([batch for part in parts for batch in part])
         ends = [0, *accumulate(len(part) for part in parts)]
@@ -103,8 +103,8 @@ class TwoStreams:
                 self.compressed[b] = self.runner.kept(self.runner.run(index, b, hidden))
 
     def _dealt(self) -> list[Sequence[Batch]]:
-        """The calibration windows in batches, those of each part of the text that is summed by itself."""
-        batches = self.job.batches()
+        """The windows in batches, those of each part of the text that is summed by itself."""
+        batches = self.job.refining_batches()
         if self.following.ridge != "auto":
             return [batches]
         halves = torch.cat([batch.input_ids for batch in batches]).chunk(2)
