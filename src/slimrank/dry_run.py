@@ -16,9 +16,11 @@ from slimrank.estimate import measure_machine, peak_bytes, run_bytes, stage_seco
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
 from slimrank.layers.experts import unfuse
+from slimrank.layers.split import split_linears
 from slimrank.linalg.cost import COST_MODELS
 from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
+from slimrank.models.splitting import sizes_of_parts
 from slimrank.models.targets import Coverage, TargetSet, find_targets
 from slimrank.planning import (
     Unit,
@@ -54,6 +56,7 @@ def preview(
     device = resolve_device(made.device)
     bones = skeleton(model, progress)
     unfuse(bones)
+    split_linears(bones, sizes_of_parts(bones, made.split))
     seq_len = window_length(bones, made.seq_len)
     targets = find_targets(bones, made.targets, made.ignore, COST_MODELS[made.factor_form])
     coverage = targets.coverage

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -23,6 +23,7 @@ from slimrank.allocate.plan import RankPlan
 from slimrank.errors import RecipeError, nearest
 
 PRESETS = Path(__file__).parent / "recipes"
+PartSize = Annotated[int, Field(ge=1)]
 BUDGETS = ("keep_ratio", "keep_total", "max_bytes", "plan")
 
 
@@ -85,6 +86,12 @@ class Recipe(BaseModel):
     rank_multiple: int = Field(1, ge=1, description="Ranks are multiples of this (8 or 16 suit GPUs).")
     targets: tuple[str, ...] = Field((), description="Compress only layers that match one of these patterns.")
     ignore: tuple[str, ...] = Field((), description="Leave layers alone that match one of these patterns.")
+    split: dict[str, Annotated[int, Field(ge=2)] | Annotated[list[PartSize], Field(min_length=2)] | Literal["qkv"]] = (
+        Field(
+            {},
+            description="Treat fused layers as several: pattern -> so many equal parts, the outputs of each, or qkv.",
+        )
+    )
     calibration: str | tuple[str, ...] = Field(
         "demo",
         description="Calibration text: a file or folder, hub:ID[:CONFIG[:SPLIT]], demo, self, or a list of texts.",
@@ -134,7 +141,7 @@ class Recipe(BaseModel):
     def _path_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
-    @field_validator("targets", "ignore", "ranks")
+    @field_validator("targets", "ignore", "ranks", "split")
     @classmethod
     def _patterns(cls, value: Any) -> Any:
         for pattern in value:

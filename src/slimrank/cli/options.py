@@ -152,6 +152,15 @@ Targets = Annotated[
         rich_help_panel=_WHAT,
     ),
 ]
+Split = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--split",
+        help="Treat fused layers as several: PATTERN=2 (equal parts), PATTERN=[64,32,32] (outputs of each) or "
+        "PATTERN=qkv; repeatable.",
+        rich_help_panel=_WHAT,
+    ),
+]
 Ignore = Annotated[
     list[str] | None,
     typer.Option("--ignore", help="Leave layers like this alone; repeatable.", rich_help_panel=_WHAT),
@@ -261,6 +270,7 @@ def recipe_flags(
     rank_multiple: RankMultiple = None,
     target: Targets = None,
     ignore: Ignore = None,
+    split: Split = None,
     calibration: Calibration = None,
     samples: Samples = None,
     search_samples: SearchSamples = None,
@@ -282,7 +292,8 @@ def recipe_flags(
         "corrections": corrections, "correction_windows": correction_windows,
         "allocation": allocation, "allocation_options": pairs(allocation_option), "ranks": pairs(rank),
         "factor_form": factor_form, "secondary": secondary,
-        "rank_multiple": rank_multiple, "targets": target, "ignore": ignore, "calibration": calibration,
+        "rank_multiple": rank_multiple, "targets": target, "ignore": ignore, "split": pairs(split),
+        "calibration": calibration,
         "samples": samples, "search_samples": search_samples, "seq_len": seq_len, "batch_size": batch_size,
         "seed": seed, "evaluation": eval_text, "windows": windows, "device": device, "dtype": dtype,
         "resident": resident, "max_shard_size": max_shard_size,

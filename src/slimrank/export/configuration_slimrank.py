@@ -13,14 +13,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 MODEL_TYPE = "slimrank"
-FORMAT = 3  # 1 knows no layers with a "side", 2 no "experts"; a model without them is still written as 1 or 2
+FORMAT = 4  # 1 knows no layers with a "side", 2 no "experts", 3 no "split"; written is the least that knows all
 AUTO_MAP = {
     "AutoConfig": "configuration_slimrank.SlimRankConfig",
     "AutoModelForCausalLM": "modeling_slimrank.SlimRankForCausalLM",
@@ -140,27 +140,35 @@ def compressed_config_class(base_model_type: str) -> Any:
     return mixed
 
 
-def mark_compressed(config: Any, layers: dict[str, dict[str, Any]], experts: Sequence[str] = ()) -> None:
+def mark_compressed(
+    config: Any,
+    layers: dict[str, dict[str, Any]],
+    experts: Sequence[str] = (),
+    split: Mapping[str, Sequence[int]] | None = None,
+) -> None:
     """Turn a native configuration, in place, into one that carries the ranks of a compressed model.
 
     Args:
         config: the `config` of a model; every submodule that holds it sees the change.
         layers: module path -> {"rank": int, "in": n, "out": m, "bias": bool}, and "side" for a pivot layer.
         experts: paths of modules whose experts are linear layers.
+        split: module path -> outputs of each part, of linear layers that are several.
     """
     pivots = any("side" in about for about in layers.values())
     config.slimrank = {"format": 2 if pivots else 1, "base_model_type": config.model_type, "layers": layers}
     if experts:
-        config.slimrank |= {"format": FORMAT, "experts": list(experts)}
+        config.slimrank |= {"format": 3, "experts": list(experts)}
+    if split:
+        config.slimrank |= {"format": 4, "split": {path: list(sizes) for path, sizes in split.items()}}
     config.auto_map = AUTO_MAP
     config.__class__ = compressed_config_class(config.model_type)
 
 
 def copy_code(folder: Path) -> None:
     """Copy the files that load the model without slimrank: this one, the model's and the layers'."""
-    from .modeling_slimrank import Experts, LowRankLinear, PivotLinear, SlimRankForCausalLM
+    from .modeling_slimrank import Experts, LowRankLinear, PivotLinear, SlimRankForCausalLM, SplitLinear
 
-    for owner in (CompressedConfig, SlimRankForCausalLM, LowRankLinear, PivotLinear, Experts):
+    for owner in (CompressedConfig, SlimRankForCausalLM, LowRankLinear, PivotLinear, Experts, SplitLinear):
         source = Path(str(sys.modules[owner.__module__].__file__))
         if source.parent.resolve() == folder.resolve():
             continue

@@ -1,8 +1,8 @@
 """Loader of compressed models. Copied into every saved model; imports nothing but torch and transformers.
 
 A compressed model is an object of the native class (LlamaForCausalLM, ...), with some linear layers replaced by
-`LowRankLinear` or `PivotLinear`, and fused experts by `Experts`. So `generate`, `device_map`, PEFT and
-`save_pretrained` work as for any other model.
+`LowRankLinear` or `PivotLinear`, fused experts by `Experts`, and split layers by `SplitLinear`. So `generate`,
+`device_map`, PEFT and `save_pretrained` work as for any other model.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from slimrank.layers.experts import Experts
 from slimrank.layers.low_rank import LowRankLinear
 from slimrank.layers.pivot import PivotLinear
+from slimrank.layers.split import SplitLinear
 
 
 class SlimRankForCausalLM:
@@ -67,6 +68,8 @@ def _class_with_thin_layers(native: Any) -> Any:
         native.__init__(self, config, *args, **kwargs)
         for path in config.slimrank.get("experts", ()):
             self.set_submodule(path, Experts(self.get_submodule(path)))
+        for path, sizes in config.slimrank.get("split", {}).items():
+            self.set_submodule(path, SplitLinear(self.get_submodule(path), sizes))
         replace_layers(self, config.slimrank["layers"])
 
     return type(native.__name__, (native,), {"__init__": init, "__module__": native.__module__})

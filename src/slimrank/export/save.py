@@ -17,6 +17,7 @@ from slimrank.export.modeling_slimrank import declare_ties, native_classes
 from slimrank.layers import LowRankLinear
 from slimrank.layers.convert import CompressedLinear, compressed_layers, stored_layer
 from slimrank.layers.experts import experts_of
+from slimrank.layers.split import splits_of
 from slimrank.linalg.cost import FactorForm
 
 
@@ -83,7 +84,8 @@ def mark_model(model: Any) -> None:
             layers[path]["tie"] = tie
         elif share != path:
             layers[path]["share"] = share
-    mark_compressed(model.config, layers, experts_of(model))
+    split = {path: module.sizes for path, module in splits_of(model).items()}
+    mark_compressed(model.config, layers, experts_of(model), split)
     declare_ties(model, layers)
 
 

@@ -14,6 +14,7 @@ from slimrank.allocate.plan import RankPlan
 from slimrank.export.output import CARD, OutputFolder, need_space, write_manifest
 from slimrank.export.save import mark_model, save_model, weight_bytes
 from slimrank.layers.experts import fuse
+from slimrank.layers.split import join_linears
 from slimrank.models.origin import origin_of
 from slimrank.pipeline.allocating import allocate
 from slimrank.pipeline.correcting import Correction
@@ -65,12 +66,13 @@ def compress(
 
 @contextmanager
 def _restored(model: Any) -> Iterator[None]:
-    """A loaded model that comes out uncut has its experts in one piece again: else it would be saved wrongly."""
+    """A loaded model that comes out uncut has its experts and layers in one piece again, to be saved as it was."""
     try:
         yield
     finally:
         if isinstance(model, nn.Module) and not hasattr(getattr(model, "config", None), "slimrank"):
             fuse(model)
+            join_linears(model)
 
 
 def _compress(
