@@ -230,9 +230,23 @@ def test_the_real_thing(model, tmp_path, capsys):
         assert cell["against"][source]["ratio"] == pytest.approx(found / before, rel=1e-5)
         assert cell["peak_memory"] > 0
     stages = [cell["stages"]["calibrate and decompose"] for cell in record["cells"].values()]
-    spectra = [path for path in (tmp_path / "out" / "run" / "store").iterdir() if list(path.glob("block-*"))]
-    assert len(spectra) == 1
+    assert len({path.parent for path in (tmp_path / "out" / "run").rglob("block-*")}) == 1
     assert stages[1] < stages[0]
+
+
+def test_cells_of_other_methods_and_other_windows(model, tmp_path):
+    """Methods that need the same statistics read the text once; cells of other windows have a run of their own."""
+    source = str(model / "text.txt")
+    common = {"keep_ratio": 0.6, "calibration": source, "seq_len": 24, "samples": 4}
+    made = [Cell(method, {**common, "method": method}) for method in ("svd_llm", "coala")]
+    made += [Cell("other windows", {**common, "method": "svd_llm", "samples": 3})]
+    made += [Cell("other layers", {**common, "method": "svd_llm", "ignore": ["q_proj"]})]
+    record = comparison.compare(model, made, tmp_path / "out", texts=[source], windows=2, seq_len=24)
+    assert [cell["error"] for cell in record["cells"].values()] == [None] * 4
+    gathered = [{p.parent for p in run.rglob("column-*")} for run in (tmp_path / "out" / "run").iterdir()]
+    assert [len(places) for places in gathered] == [1, 1, 1]
+    perplexities = {cell["texts"][source]["perplexity"] for cell in record["cells"].values()}
+    assert len(perplexities) == 4
 
 
 def test_wrong_lists_on_the_command_line(model, tmp_path, capsys):

@@ -156,7 +156,9 @@ def peak_bytes(
     return LIBRARIES + total * itemsize + max(calibrating, evaluating)
 
 
-def run_bytes(work: Workload, stored: int, width: int, resident: bool, resumable: bool) -> int:
+def run_bytes(
+    work: Workload, stored: int, width: int, resident: bool, resumable: bool, keeps_statistics: bool = False
+) -> int:
     """About how many bytes the run directory will hold: bases of all targets, hidden states, gradients.
 
     Args:
@@ -165,8 +167,10 @@ def run_bytes(work: Workload, stored: int, width: int, resident: bool, resumable
         width: hidden size.
         resident: the whole model is on the device at once.
         resumable: finished parts are kept, so that an interrupted run goes on.
+        keeps_statistics: statistics are kept, each of about the size of a basis, in float64.
     """
     numbers = work.bases * (2 if work.backward else 1)
+    numbers += 2 * numbers if keeps_statistics else 0
     copies = 1 if resumable else 0
     if work.backward and not resident:
         copies += 2 + work.blocks

@@ -22,8 +22,11 @@ from slimrank.evaluate.paired import compare_tasks
 from slimrank.evaluate.tasks import Metric, TaskRequest, TaskResult
 from slimrank.models.load import resolve
 from slimrank.progress import Progress
+from slimrank.recipe import Recipe
 from slimrank.report.comparison import write_comparison
+from slimrank.run import content_key
 
+CALIBRATION = ("calibration", "samples", "seq_len", "seed", "dtype", "targets", "ignore", "split")
 WORKER = (sys.executable, "-m", "slimrank.comparison.worker")
 
 
@@ -42,7 +45,8 @@ def compare(
 ) -> dict[str, Any]:
     """Compress a model by each recipe and measure what comes of it, on the same texts and tasks.
 
-    Statistics and spectra are kept in `OUT/run` and shared by all cells that need the same ones. Cells that are done
+    Statistics and spectra are kept in `OUT/run` and shared by all cells that need the same ones: the text is read once
+    for each kind of statistics, whatever the number of cells. Cells that are done
     are not done again; a cell that fails is in the record with its error, and the others go on.
 
     Args:
@@ -138,7 +142,7 @@ def _run(name: str, asked: dict[str, Any], folder: Path, progress: Progress) -> 
         if known["request"] == key and known["error"] is None:
             return known
         result.unlink()
-    request = {**asked, "key": key, "run_dir": str(folder / "run"), "result": str(result)}
+    request = {**asked, "key": key, "run_dir": str(_run_folder(asked, folder)), "result": str(result)}
     code = _work(request, log, progress)
     if result.is_file():
         found: dict[str, Any] = json.loads(result.read_text())
@@ -146,6 +150,15 @@ def _run(name: str, asked: dict[str, Any], folder: Path, progress: Progress) -> 
     ended = f"signal {-code} (memory?)" if code < 0 else f"exit code {code}"
     message = f"its process ended with {ended}; its last words: {_last_line(log)}"
     return {"request": key, "error": {"type": "Ended", "message": message, "hint": f"see {log}"}}
+
+
+def _run_folder(asked: Mapping[str, Any], folder: Path) -> Path:
+    """The run directory of cells that the same windows of the same text calibrate, for the same layers."""
+    options = asked["options"] or {}
+    recipe = Recipe.make(options).model_dump(mode="json") if options else {}
+    files = [_state(str(source)) for source in (asked["model"], recipe.get("calibration"))]
+    about = [{name: recipe.get(name) for name in CALIBRATION}, files]
+    return folder / "run" / content_key({"about": about})
 
 
 def _sources(asked: Mapping[str, Any]) -> list[str]:

@@ -44,7 +44,8 @@ def dense_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
 def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """What a recipe makes of the model, what that makes of texts and tasks, and how it differs from the original."""
     start = time.perf_counter()
-    result = compress(asked["model"], recipe=Recipe.make(asked["options"]), run_dir=asked["run_dir"], progress=progress)
+    recipe = Recipe.make(asked["options"])
+    result = compress(asked["model"], recipe=recipe, run_dir=asked["run_dir"], progress=progress, keep_statistics=True)
     seconds, peak = time.perf_counter() - start, peak_memory()
     dense, tokenizer = load(asked["model"], asked["dtype"], progress)
     material = _material(asked, dense, tokenizer, progress)

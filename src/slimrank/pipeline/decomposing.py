@@ -1,7 +1,8 @@
 """Calibrate and decompose: spectra of all targets into the store, block after block.
 
 Three ways, by what the method needs: forwards; forwards and then backwards, each block's forward computed again; or,
-for gradients of a resident model, batch after batch through the whole model.
+for gradients of a resident model, batch after batch through the whole model. A fourth, where another method has
+gathered everything already: from statistics that were kept.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from slimrank.models.gradients import loss_gradients, step_back, whole_model_gra
 from slimrank.models.paging import page_out
 from slimrank.models.targets import Target
 from slimrank.pipeline.job import Job, hidden_states, named
+from slimrank.pipeline.kept import KeptStatistics
 from slimrank.planning import Unit
 from slimrank.run import Stage
 from slimrank.statistics.collector import Collector
@@ -32,22 +34,31 @@ from slimrank.statistics.experts import UNREACHED, lean_on_each_other
 from slimrank.statistics.layer import LayerStatistics
 
 
-def decompose(job: Job, stage: Stage) -> None:
-    """Spectra of all targets into the store; finished blocks are not done again."""
+def decompose(job: Job, stage: Stage, kept: KeptStatistics | None = None) -> None:
+    """Spectra of all targets into the store; finished blocks are not done again.
+
+    Args:
+        job: knows model, text and method.
+        stage: where spectra are stored.
+        kept: statistics of other methods over the same text, which this one's are added to; if all that it needs is
+            there the text is not read.
+    """
     gathering = job.method.gathering
-    if not gathering.backward:
-        _Forwards(job, stage).walk()
+    if kept is not None and kept.has(gathering):
+        _FromKept(job, stage, kept).walk()
+    elif not gathering.backward:
+        _Forwards(job, stage, kept).walk()
     elif job.recipe.resident:
-        _WholeModel(job, stage).walk()
+        _WholeModel(job, stage, kept).walk()
     else:
-        _Backwards(job, stage).walk()
+        _Backwards(job, stage, kept).walk()
 
 
 class _Walk(ABC):
-    """What all three ways share: collectors, units that wait for their last member, and the store."""
+    """What all ways share: collectors, units that wait for their last member, and the store."""
 
-    def __init__(self, job: Job, stage: Stage) -> None:
-        self.job, self.stage = job, stage
+    def __init__(self, job: Job, stage: Stage, kept: KeptStatistics | None) -> None:
+        self.job, self.stage, self.kept = job, stage, kept
         self.runner: BlockRunner = job.runner(job.recipe.resident)
         self.gathered: dict[str, LayerStatistics] = {}
         self.leaders: dict[str, str] = {}
@@ -72,6 +83,8 @@ class _Walk(ABC):
             shapes = {target.path: target.shape for target in self.job.targets.in_block(index)}
             kinds = [{path: shapes[path] for path in kind} for kind in self.runner.experts(index, shapes)]
             lean_on_each_other(collector.statistics, kinds, needs)
+        if self.kept is not None:
+            self.kept.save(index, collector.statistics, collector.leaders, collector.gathering)
         self.gathered |= collector.statistics
         self.leaders |= collector.leaders
 
@@ -246,6 +259,30 @@ class _WholeModel(_Walk):
                 self.take(collector, index)
                 self.solve_ready(index, set(range(index + 1)))
                 job.progress.step()
+
+
+class _FromKept(_Walk):
+    """For methods whose statistics are there already: nothing is run."""
+
+    def walk(self) -> None:
+        """Every block whose spectra are not stored yet, in the order in which they would have been gathered."""
+        job, blocks = self.job, len(self.runner)
+        backwards = job.method.gathering.backward and not job.recipe.resident
+        missing = {index for index in range(blocks) if not self.stage.has(f"block-{index:04d}")}
+        if missing and any(len(unit.blocks) > 1 for unit in job.units):
+            missing = set(range(blocks))
+        with job.timed("calibrate and decompose", blocks):
+            for index in reversed(range(blocks)) if backwards else range(blocks):
+                if index in missing:
+                    self._block(index, backwards)
+                job.progress.step()
+
+    def _block(self, index: int, backwards: bool) -> None:
+        assert self.kept is not None
+        statistics, leaders = self.kept.load(index, self.job.method.gathering, self.job.plan.factored())
+        self.gathered |= statistics
+        self.leaders |= leaders
+        self.solve_ready(index, set(range(index, len(self.runner)) if backwards else range(index + 1)))
 
 
 def alone(targets: Iterable[Target]) -> frozenset[str]:

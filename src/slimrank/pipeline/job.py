@@ -75,8 +75,8 @@ class CompressionResult:
 class Job:
     """The state of one compression."""
 
-    def __init__(self, recipe: Recipe, progress: Progress, resumable: bool) -> None:
-        self.recipe, self.progress, self.resumable = recipe, progress, resumable
+    def __init__(self, recipe: Recipe, progress: Progress, resumable: bool, keeps: bool = False) -> None:
+        self.recipe, self.progress, self.resumable, self.keeps = recipe, progress, resumable, keeps
         self.method: Configured = DECOMPOSERS.get(recipe.method).configured(recipe.method_options)
         self.refiner = configured_refiner(recipe, self.method)
         check_corrections(recipe, self.method)
@@ -161,14 +161,11 @@ class Job:
             "split": dict(self.recipe.split),
         }
 
-    def spectra_key(self) -> dict[str, Any]:
-        """Everything that the spectra depend on."""
-        at_ranks = self.method.gathering.needs & {"rank", "projectors"}
+    def statistics_key(self) -> dict[str, Any]:
+        """Everything that statistics depend on, but for how they are gathered."""
         return {
             **self.identity(),
             "count": len(self.targets),  # there are more of them where pivot layers may be small
-            "method": self.method.described(),
-            "ranks": self._ranks_at_first if at_ranks else None,
             "device": self.device.type,
             "batch": self.recipe.batch_size,
             "resident": self.recipe.resident,
@@ -176,6 +173,12 @@ class Job:
             "torch": torch.__version__,
             "slimrank": __version__,
         }
+
+    def spectra_key(self) -> dict[str, Any]:
+        """Everything that the spectra depend on."""
+        at_ranks = self.method.gathering.needs & {"rank", "projectors"}
+        ranks = self._ranks_at_first if at_ranks else None
+        return {**self.statistics_key(), "method": self.method.described(), "ranks": ranks}
 
     def allocation_key(self) -> dict[str, Any]:
         """Everything that measurements of the model's targets depend on."""
@@ -207,7 +210,9 @@ class Job:
     def stored_bytes(self) -> int:
         """About how much the run directory will hold."""
         width = self.targets.targets[0].shape[1]
-        return run_bytes(self._work(), self.plan.stored_parameters, width, self.recipe.resident, self.resumable)
+        return run_bytes(
+            self._work(), self.plan.stored_parameters, width, self.recipe.resident, self.resumable, self.keeps
+        )
 
     def announce(self) -> None:
         """Tell the progress which stages are coming, and how long each may take."""

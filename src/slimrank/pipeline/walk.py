@@ -16,11 +16,13 @@ from slimrank.export.save import mark_model, save_model, weight_bytes
 from slimrank.layers.experts import fuse
 from slimrank.layers.split import join_linears
 from slimrank.models.origin import origin_of
+from slimrank.models.structure import find_blocks
 from slimrank.pipeline.allocating import allocate
 from slimrank.pipeline.correcting import Correction
 from slimrank.pipeline.cutting import Cut, Cutter
 from slimrank.pipeline.decomposing import decompose
 from slimrank.pipeline.job import CompressionResult, Job
+from slimrank.pipeline.kept import KeptStatistics
 from slimrank.pipeline.refining import Refinement
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
@@ -39,6 +41,7 @@ def compress(
     run_dir: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    keep_statistics: bool = False,
     **options: Any,
 ) -> CompressionResult:
     """Compress a model.
@@ -52,16 +55,27 @@ def compress(
             new calibration. By default `OUT.run`, removed at the end.
         overwrite: replace what slimrank wrote to `out` before.
         progress: told what happens.
+        keep_statistics: keep in `run_dir` what was gathered of the calibration text, too (about twice the disk), so
+            that another method, or the same with other options, finds it there and need not read the text again.
         options: fields of `Recipe`.
 
     Raises:
         SlimrankError: see `slimrank.errors`; everything that can be checked beforehand is.
     """
     resumable = out is not None or run_dir is not None
-    job = Job(Recipe.merged(recipe, options), progress or Progress(), resumable)
+    job = Job(Recipe.merged(recipe, options), progress or Progress(), resumable, keep_statistics)
     output = OutputFolder(Path(out), overwrite) if out is not None else None
     with _restored(model):
         return _compress(job, model, tokenizer, output, run_dir)
+
+
+def _kept(job: Job, run: Run) -> KeptStatistics | None:
+    """Where statistics are kept, if they are."""
+    return (
+        KeptStatistics(run.stage(job.statistics_key()), len(find_blocks(job.model)[1]), job.solver)
+        if job.keeps
+        else None
+    )
 
 
 @contextmanager
@@ -86,7 +100,7 @@ def _compress(
             need_space(output.path, job.predicted_bytes() + (0 if run_dir else job.stored_bytes()))
         before = job.measure_original(run)
         stage = run.stage(job.spectra_key())
-        decompose(job, stage)
+        decompose(job, stage, _kept(job, run))
         allocation = allocate(job, run, stage)
         correction = Correction(job, run.stage(job.correction_key())) if job.recipe.corrections else None
         if correction is not None:

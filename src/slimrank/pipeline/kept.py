@@ -1,0 +1,134 @@
+"""Statistics of all blocks, kept so that other methods over the same text need not run the model again.
+
+One file for each block and kind of statistics, as they were summed, in float64: a method finds what it needs whichever
+method has gathered it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimrank.run import Stage
+from slimrank.statistics.layer import LayerStatistics
+from slimrank.statistics.needs import NEEDS, Gathering, Need
+from slimrank.statistics.sums import ChannelSums, GramSum
+
+KINDS: dict[Need, tuple[str, ...]] = {
+    "column": ("inputs", "outputs", "input_energy"),
+    "gram": ("inputs",),
+    "channels": ("channels",),
+    "row": ("gradients", "pulled", "gradient_energy"),
+    "weight_squares": ("weight_squares",),
+}
+SUMS: dict[str, Any] = {"gram": GramSum, "channels": ChannelSums}
+
+
+class KeptStatistics:
+    """What has been gathered of a text.
+
+    Args:
+        stage: of everything that statistics depend on but for how they are gathered.
+        blocks: blocks of the model.
+        device: where sums are loaded to.
+    """
+
+    def __init__(self, stage: Stage, blocks: int, device: torch.device) -> None:
+        self.stage, self.blocks, self.device = stage, blocks, device
+
+    def save(
+        self, index: int, statistics: Mapping[str, LayerStatistics], leaders: Mapping[str, str], gathering: Gathering
+    ) -> None:
+        """Keep what was gathered in a block; of methods whose statistics depend on ranks, nothing."""
+        if "projectors" in gathering.needs:
+            return
+        for need in gathering.needs & KINDS.keys():
+            packed = _Packed(KINDS[need])
+            layers = {path: packed.layer(path, mine) for path, mine in statistics.items()}
+            about = {"layers": layers, "leaders": dict(leaders)}
+            self.stage.save(_name(index, need, gathering), packed.tensors, about)
+
+    def has(self, gathering: Gathering) -> bool:
+        """Whether everything that a method gathers is there, for all blocks."""
+        return self._sources(gathering) is not None
+
+    def load(
+        self, index: int, gathering: Gathering, ranks: Mapping[str, int]
+    ) -> tuple[dict[str, LayerStatistics], dict[str, str]]:
+        """Statistics of the layers of a block, and who reads the same tensor as whom."""
+        found: dict[str, LayerStatistics] = {}
+        leaders: dict[str, str] = {}
+        for source in self._sources(gathering) or []:
+            tensors, about = self.stage.load(_name(index, source, gathering), str(self.device))
+            shared: dict[str, Any] = {}
+            leaders |= about["leaders"]
+            for path, mine in about["layers"].items():
+                fresh = LayerStatistics(tuple(mine["shape"]), gathering.needs, rank=ranks.get(path))
+                layer = found.setdefault(path, fresh)
+                layer.tokens, layer.notes = mine["tokens"], tuple(mine["notes"])
+                for name, value in mine["values"].items():
+                    setattr(layer, name, _unpacked(value, tensors, shared))
+        return found, leaders
+
+    def _sources(self, gathering: Gathering) -> list[Need] | None:
+        """Kinds that hold what is needed; None if something is missing. The whole gram serves as a column's, too."""
+        wanted = {need for need in gathering.needs if NEEDS[need].takes != "none"}
+        if not wanted or not wanted <= KINDS.keys():
+            return None
+        chosen: list[Need] = []
+        for need in sorted(wanted):
+            candidates: list[Need] = ["column", "gram"] if need == "column" else [need]
+            complete = [c for c in candidates if self._complete(c, gathering)]
+            if not complete:
+                return None
+            chosen.append(complete[0])
+        return chosen
+
+    def _complete(self, need: Need, gathering: Gathering) -> bool:
+        return all(self.stage.has(_name(index, need, gathering)) for index in range(self.blocks))
+
+
+def _name(index: int, need: Need, gathering: Gathering) -> str:
+    """A file for each block, kind and settings that steer it."""
+    settings = "".join(f"-{getattr(gathering, name)}" for name in NEEDS[need].settings)
+    return f"{need}{settings}-{index:04d}".replace(" ", "")
+
+
+class _Packed:
+    """Fields of layers for JSON, tensors aside; sums that layers share are there once."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.tensors: dict[str, Tensor] = {}
+        self._sums: dict[int, dict[str, Any]] = {}
+
+    def layer(self, path: str, layer: LayerStatistics) -> dict[str, Any]:
+        values = {name: self._value(f"{path}.{name}", getattr(layer, name)) for name in self.names}
+        return {"shape": layer.shape, "tokens": layer.tokens, "notes": layer.notes, "values": values}
+
+    def _value(self, place: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            self.tensors[place] = value
+            return {"tensor": place}
+        if not isinstance(value, (GramSum, ChannelSums)):
+            return value
+        if id(value) not in self._sums:
+            kind = next(kind for kind, sums in SUMS.items() if isinstance(value, sums))
+            parts = [part for part in vars(value) if part != "count"]
+            self.tensors |= {f"{place}.{part}": getattr(value, part) for part in parts}
+            self._sums[id(value)] = {"sums": kind, "at": place, "parts": parts, "count": value.count}
+        return self._sums[id(value)]
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor], shared: dict[str, Any]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if value["at"] not in shared:
+        parts = {part: tensors[f"{value['at']}.{part}"] for part in value["parts"]}
+        shared[value["at"]] = SUMS[value["sums"]](**parts, count=value["count"])
+    return shared[value["at"]]
