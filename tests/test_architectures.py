@@ -240,3 +240,20 @@ def test_a_class_of_experts_of_its_own_is_counted_as_left_out():
 def test_a_model_that_transformers_does_not_build_is_refused():
     with pytest.raises(ModelError):
         slimrank.compress(torch.nn.Linear(2, 2), byte_tokenizer(), keep_ratio=0.5)
+
+
+def test_the_processor_of_a_model_that_reads_images_goes_along(tmp_path):
+    from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor
+
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    random_model("llava").save_pretrained(tmp_path / "llava")
+    LlavaProcessor(images, byte_tokenizer(), patch_size=8).save_pretrained(tmp_path / "llava")
+    options = {"keep_ratio": 0.6, "method": "svd", "evaluation": None}
+    result = slimrank.compress(tmp_path / "llava", out=tmp_path / "out", **options)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert (type(processor), processor.patch_size) == (LlavaProcessor, 8)
+    assert not any("processor" in note for note in result.report["notes"])
+    without = slimrank.compress(random_model("llava"), byte_tokenizer(), out=tmp_path / "other", **options)
+    assert any("no processor of images" in note for note in without.report["notes"])
+    text_only = slimrank.compress(random_model("llama"), byte_tokenizer(), out=tmp_path / "text", **options)
+    assert not any("processor" in note for note in text_only.report["notes"])

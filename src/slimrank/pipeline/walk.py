@@ -12,6 +12,7 @@ from torch import nn
 
 from slimrank.allocate.plan import RankPlan
 from slimrank.export.output import CARD, OutputFolder, need_space, write_manifest
+from slimrank.export.processor import copy_processor
 from slimrank.export.save import mark_model, save_model, weight_bytes
 from slimrank.layers.experts import fuse
 from slimrank.layers.split import join_linears
@@ -175,6 +176,7 @@ def _write(job: Job, record: dict[str, Any], output: OutputFolder) -> None:
     with output.writing() as partial:
         with job.timed("write", 1):
             save_model(job.model, job.tokenizer, partial, job.recipe.max_shard_size)
+            record["notes"] += copy_processor(job.model, str(getattr(job.model, "name_or_path", "")), partial)
         record["size"]["bytes_after"] = weight_bytes(partial)
         job.plan.save(partial / "plan.json")
         if output.keeps_card:
