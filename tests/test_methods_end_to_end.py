@@ -430,16 +430,15 @@ def test_refined_on_windows_of_its_own(tmp_path, monkeypatch):
     settings = {"anchor": 1, "ridge": 0.0, "held_out": 2}
     apart = {"corrections": 1, "correction_windows": 2, "search_samples": 2}
     monkeypatch.setattr(HeldOut, "divergence", lambda self, index: 0.0)  # so that nothing is undone
-    result = compress(tiny_model("qwen2").double(), refine="regress", refine_options={**settings, "samples": 9})
+    result = compress(tiny_model("qwen2").double(), refine="regress", refine_options={**settings, "samples_factor": 2})
     tokens = tokenise("\n\n".join(TEXT), byte_tokenizer())
-    windows = draw_spread(tokens, 9, [16, 0], SAMPLES, SEQ_LEN, seed=0)
+    windows = draw_spread(tokens, 2 * SAMPLES, [16, 0], SAMPLES, SEQ_LEN, seed=0)
     check_refined(result, tiny_model("qwen2").double(), 1, "none", rel=1e-8, windows=windows)
-    assert len(windows) == 9 > SAMPLES
     monkeypatch.undo()
     options = {**apart, "method": "kfac_svd", "run_dir": tmp_path / "run", "refine": "regress"}
-    few = compress(refine_options={"samples": 3}, **options)
+    few = compress(refine_options={"samples_factor": 2}, **options)
     monkeypatch.setattr("slimrank.pipeline.decomposing.Collector", None)
-    many = compress(refine_options={"samples": 8}, **options)
+    many = compress(refine_options={"samples_factor": 3}, **options)
     assert few.plan == many.plan
     assert [r["refined"] for r in few.report["targets"]] != [r["refined"] for r in many.report["targets"]]
 
@@ -624,7 +623,7 @@ def test_a_ridge_chosen_by_halves_with_one_window():
 
 
 REFINEMENTS = [
-    {"method": "svd", "refine": "regress", "refine_options": {"anchor": 1, "samples": 7}},
+    {"method": "svd", "refine": "regress", "refine_options": {"anchor": 1, "samples_factor": 2}},
     {"method": "kfac_svd", "refine": "regress", "refine_options": {"anchor": 1, "ridge": "auto"}},
     {"method": "svd_llm", "refine": "regress", "refine_options": {"anchor": 0.5, "bias": "all"}},
     {"method": "svd_llm", "refine": "ada_comp", "refine_options": {"anchor": 0}},

@@ -69,7 +69,7 @@ def configured_refiner(recipe: Recipe, method: Configured) -> ConfiguredRefiner 
             "--refine update leaves them alone",
         )
     halves = refiner.following.ridge == "auto"
-    samples = refiner.following.samples or recipe.samples
+    samples = refiner.following.samples_factor * recipe.samples
     largest = min(recipe.batch_size, samples // 2) if halves else recipe.batch_size
     if refiner.following.stack_of_batch > max(1, largest):
         raise RecipeError(
@@ -79,7 +79,7 @@ def configured_refiner(recipe: Recipe, method: Configured) -> ConfiguredRefiner 
     if halves and samples < 2:
         raise RecipeError(
             "ridge=auto fits on one half of the windows what it tests on the other; there is one window.",
-            "--samples 2 or more (or --refine-option samples=2), or a number for the ridge",
+            "--samples 2 or more, or a number for the ridge",
         )
     return refiner
 
@@ -287,7 +287,7 @@ def _refining(recipe: Recipe, method: Configured, calibration_tokens: int, seq_l
         return {}
     following = refiner.following
     judged = min(following.held_out, recipe.search_samples) * seq_len
-    return {"refined": (following.samples or 0) * seq_len or calibration_tokens, "held_out": judged}
+    return {"refined": following.samples_factor * calibration_tokens, "held_out": judged}
 
 
 def workload(

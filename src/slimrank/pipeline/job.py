@@ -94,8 +94,8 @@ class Job:
         recipe = following_plan(self.recipe)
         holds_out = self.refiner is not None and self.refiner.following.held_out > 0
         searches = (recipe.plan is None and self.allocator.measures) or holds_out or recipe.corrections > 0
-        refining = None if self.refiner is None else self.refiner.following.samples
-        texts = prepare_texts(recipe, self.calibrates, searches, refining)
+        factor = 1 if self.refiner is None else self.refiner.following.samples_factor
+        texts = prepare_texts(recipe, self.calibrates, searches, factor * recipe.samples if factor > 1 else None)
         if isinstance(model, (str, Path)):
             self.progress.note(f"loading {model}")
             model, tokenizer = load(model, recipe.dtype, self.progress)

@@ -58,16 +58,20 @@ class Following(BaseModel):
         Literal["method", "outputs"],
         Field(description="Measure errors in the method's form on the outputs (kfac_svd: of gradients), or plainly."),
     ] = "method"
-    samples: Annotated[
-        int | None,
-        Field(ge=1, description="Windows to read, spread evenly over the text; null: those of calibration."),
-    ] = None
+    samples_factor: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Windows to read, in multiples of those that calibrate; above 1 they are others, spread evenly "
+            "over the text.",
+        ),
+    ] = 1
     stack_of_batch: Annotated[
         int, Field(ge=1, description="Windows averaged, position by position, into one (1 is exact).")
     ] = 1
 
 
-COMMON = ("anchor", "held_out", "residual", "ridge", "bias", "samples", "true_sequential")
+COMMON = ("anchor", "held_out", "residual", "ridge", "bias", "samples_factor", "true_sequential")
 
 
 @dataclass(frozen=True)
