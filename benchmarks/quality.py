@@ -2,10 +2,10 @@
 
     python benchmarks/quality.py --text TRAIN.txt --test wikitext2=TEST.txt --test c4=OTHER.txt --out DIR --runs DIR
 
-Every row is compressed to every --keep with the same calibration tokens (--samples windows of --seq-len), presets, too,
-and measured on the first --windows windows of the test text (of other texts at the largest --keep only). Cells that
-stand in DIR/quality.json already are not computed again; --runs keeps calibrations. Writes quality.json, quality.md
-and, with matplotlib, quality.svg.
+Every row is compressed to every --keep with the same calibration tokens (--samples windows of --seq-len; presets refine
+on multiples of them) and measured on the first --windows windows of the test text (of other texts at the largest --keep
+only). Cells that stand in DIR/quality.json already are not computed again; --runs keeps statistics and spectra. Writes
+quality.json, quality.md and, with matplotlib, quality.svg.
 """
 
 import argparse
@@ -39,12 +39,14 @@ PAPERS = {
 PRESETS = {name: Recipe.preset(name) for name in ("fast", "balanced", "best")}
 PIVOT = {**KFAC, "allocation": "spectrum", "factor_form": "pivot"}
 REGRESS = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01}}
+MORE_TEXT = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01, "samples_factor": 4}}
 ABLATION = {
     "kfac_svd, uniform, pairs": KFAC,
     "spectrum, pairs": {**KFAC, "allocation": "spectrum"},
     "spectrum, pivot": PIVOT,
     "lems, pivot": {**PIVOT, "allocation": "lems", "allocation_options": {"plans": 0}},
     "spectrum, pivot, regress": {**PIVOT, **REGRESS},
+    "spectrum, pivot, regress on 4 times the text": {**PIVOT, **MORE_TEXT},
     "spectrum, pivot, 4 corrections": {**PIVOT, "corrections": 4},
     "spectrum, pivot, 8 corrections": {**PIVOT, "corrections": 8},
     "spectrum, pivot, regress, 4 corrections": {**PIVOT, **REGRESS, "corrections": 4},
@@ -62,7 +64,7 @@ def measure(args, row, keep, tests):
     recipe = {k: v for k, v in row.items() if k not in ("samples", "search_samples")}
     result = slimrank.compress(
         args.model, keep_ratio=keep, calibration=args.text, samples=args.samples, seq_len=args.seq_len,
-        search_samples=args.search_samples, evaluation=None, run_dir=Path(args.runs) / recipe["method"], **recipe,
+        search_samples=args.search_samples, evaluation=None, run_dir=args.runs, keep_statistics=True, **recipe,
     )  # fmt: skip
     report = result.report
     return {
@@ -131,7 +133,7 @@ def main():
     parser.add_argument("--text", required=True, help="calibration text: a file or a folder")
     parser.add_argument("--test", action="append", required=True, help="NAME=FILE; the first is the main one")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--runs", required=True, help="folder for run directories")
+    parser.add_argument("--runs", required=True, help="run directory, of statistics and spectra")
     parser.add_argument("--rows", nargs="*", help="some of the rows; all by default")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.5])
     parser.add_argument("--samples", type=int, default=64)

