@@ -73,6 +73,8 @@ def test_what_is_given_settles_what_depends_on_it():
     assert Recipe(keep_ratio=0.5, refine="update").refine_options == {}
     more = Recipe(keep_ratio=0.5, refine_options={"ridge": 0.5}).refine_options
     assert more == {**Recipe.preset("balanced")["refine_options"], "ridge": 0.5}
+    more = Recipe(keep_ratio=0.5, method_options={"trim": 0.0}).method_options
+    assert more == {**Recipe.preset("balanced")["method_options"], "trim": 0.0}
 
 
 def test_every_option_is_described():

@@ -276,6 +276,7 @@ def _filled(data: Mapping[str, Any]) -> dict[str, Any]:
         settled |= {"factor_form"}
     settled |= {f"{name}_options" for name in ("refine", "allocation") if name in data}
     filled = {name: value for name, value in _balanced_options().items() if name not in settled} | dict(data)
-    for name in {"refine_options", "allocation_options"} & _balanced_options().keys() & data.keys() - settled:
+    nested = {"method_options", "refine_options", "allocation_options"}
+    for name in nested & _balanced_options().keys() & data.keys() - settled:
         filled[name] = {**_balanced_options()[name], **data[name]}
     return filled
