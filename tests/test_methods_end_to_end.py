@@ -434,6 +434,7 @@ def test_refined_on_windows_of_its_own(tmp_path, monkeypatch):
     tokens = tokenise("\n\n".join(TEXT), byte_tokenizer())
     windows = draw_spread(tokens, 2 * SAMPLES, [16, 0], SAMPLES, SEQ_LEN, seed=0)
     check_refined(result, tiny_model("qwen2").double(), 1, "none", rel=1e-8, windows=windows)
+    assert not any("factors are refined on" in note for note in result.report["notes"])
     monkeypatch.undo()
     options = {**apart, "method": "kfac_svd", "run_dir": tmp_path / "run", "refine": "regress"}
     few = compress(refine_options={"samples_factor": 2}, **options)
@@ -441,6 +442,16 @@ def test_refined_on_windows_of_its_own(tmp_path, monkeypatch):
     many = compress(refine_options={"samples_factor": 3}, **options)
     assert few.plan == many.plan
     assert [r["refined"] for r in few.report["targets"]] != [r["refined"] for r in many.report["targets"]]
+
+
+def test_refined_on_no_more_windows_than_the_text_holds(monkeypatch):
+    seen, draw = [], slimrank.calibration.draws.draw_spread
+    monkeypatch.setattr("slimrank.calibration.draws.draw_spread", lambda t, n, *a: seen.append(n) or draw(t, n, *a))
+    held = len(tokenise("\n\n".join(TEXT), byte_tokenizer())) // SEQ_LEN
+    result = compress(refine="regress", refine_options={"samples_factor": 999, "held_out": 0})
+    assert seen == [held]
+    note = f"the calibration text holds {held} windows: factors are refined on {held}, not {999 * SAMPLES}"
+    assert note in result.report["notes"]
 
 
 def kl_on(dense, model, windows, dropped):

@@ -123,9 +123,16 @@ class RawTexts:
             (search, correction), apart = draws.kept_apart()
             if not apart:
                 notes.append("the calibration text is too short for search windows of their own: they overlap")
+        refining = self.refining
+        if refining is not None and refining > draws.available:  # overlapping windows would tell nothing new
+            refining = max(recipe.samples, int(draws.available))
+            notes.append(
+                f"the calibration text holds {draws.available} windows: factors are refined on {refining}, "
+                f"not {self.refining}"
+            )
         return Texts(
             draws.calibration() if self.calibrates else None,
-            draws.refinement(self.refining) if self.refining else None,
+            None if refining is None else draws.refinement(refining),
             search,
             correction if recipe.corrections else None,
             evaluation,
