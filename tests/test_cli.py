@@ -103,6 +103,17 @@ def test_flags_win_over_the_recipe_file_and_that_over_the_preset(capsys, tiny_fo
     assert (used["seed"], used["samples"], used["method"]) == (0, 4, "svd")
 
 
+def test_a_recipe_file_with_a_method_of_its_own_drops_the_options_of_the_preset(capsys, tiny_folder, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("keep_ratio: 0.6\nmethod: svd\nrefine: none\n")
+    code, shown, _ = run(
+        capsys, "compress", tiny_folder, "--preset", "balanced", "--recipe", recipe, "--no-eval", "--out",
+        tmp_path / "out", "--json",
+    )  # fmt: skip
+    used = json.loads(shown)["provenance"]["recipe"]
+    assert (code, used["method"], used["method_options"], used["refine_options"]) == (0, "svd", {}, {})
+
+
 def test_methods(capsys):
     _, shown, _ = run(capsys, "methods", "--json")
     listed = json.loads(shown)

@@ -241,12 +241,13 @@ def test_cells_of_other_methods_and_other_windows(model, tmp_path):
     made = [Cell(method, {**common, "method": method}) for method in ("svd_llm", "coala")]
     made += [Cell("other windows", {**common, "method": "svd_llm", "samples": 3})]
     made += [Cell("other layers", {**common, "method": "svd_llm", "ignore": ["q_proj"]})]
+    made += [Cell("no text", {**common, "method": "svd"})]
     record = comparison.compare(model, made, tmp_path / "out", texts=[source], windows=2, seq_len=24)
-    assert [cell["error"] for cell in record["cells"].values()] == [None] * 4
+    assert [cell["error"] for cell in record["cells"].values()] == [None] * 5
     gathered = [{p.parent for p in run.rglob("column-*")} for run in (tmp_path / "out" / "run").iterdir()]
-    assert [len(places) for places in gathered] == [1, 1, 1]
+    assert sorted(len(places) for places in gathered) == [0, 1, 1, 1]
     perplexities = {cell["texts"][source]["perplexity"] for cell in record["cells"].values()}
-    assert len(perplexities) == 4
+    assert len(perplexities) == 5
 
 
 def test_wrong_lists_on_the_command_line(model, tmp_path, capsys):

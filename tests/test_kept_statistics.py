@@ -131,3 +131,33 @@ def test_an_interrupted_pass_goes_on_and_keeps_all(method, tmp_path, monkeypatch
     found = compress(method="svd_llm_v2", run_dir=tmp_path, keep_statistics=True)
     monkeypatch.undo()
     assert_like(found, compress(method="svd_llm_v2"), **CLOSE)
+
+
+@pytest.mark.parametrize("then", ["svd_llm_v2", "kfac_svd"])
+def test_decomposing_from_kept_statistics_goes_on_where_it_was(then, tmp_path, monkeypatch):
+    """Blocks that are done are not solved again."""
+    kept = {"run_dir": tmp_path, "keep_statistics": True}
+    compress(method=then if then == "kfac_svd" else "svd_llm", **kept)
+    changed = {"method": then, "method_options": {"row_shrink": 0.2}} if then == "kfac_svd" else {"method": then}
+    progress, steps = Progress(), []
+
+    def step(done=1):
+        steps.append(done)
+        raise KeyboardInterrupt
+
+    progress.step = step
+    with pytest.raises(KeyboardInterrupt):
+        compress(progress=progress, **changed, **kept)
+    solved, solve = [], slimrank.decompose.registry.Configured.solve
+    monkeypatch.setattr(
+        "slimrank.decompose.registry.Configured.solve", lambda self, w, s: solved.append(1) or solve(self, w, s)
+    )
+    found = compress(**changed, **kept)
+    assert len(solved) == len(found.plan.targets) // 2  # one of two blocks
+    monkeypatch.undo()
+    assert_like(found, compress(**changed), **SAME)
+
+
+def test_statistics_are_kept_somewhere():
+    with pytest.raises(slimrank.SlimrankError, match="kept in a run directory"):
+        compress(method="svd_llm", keep_statistics=True)

@@ -446,12 +446,18 @@ def test_refined_on_windows_of_its_own(tmp_path, monkeypatch):
 
 def test_refined_on_no_more_windows_than_the_text_holds(monkeypatch):
     seen, draw = [], slimrank.calibration.draws.draw_spread
-    monkeypatch.setattr("slimrank.calibration.draws.draw_spread", lambda t, n, *a: seen.append(n) or draw(t, n, *a))
+    monkeypatch.setattr("slimrank.calibration.draws.draw_spread", lambda *a: seen.append(draw(*a)) or seen[-1])
+    options = {"refine": "regress", "refine_options": {"samples_factor": 999, "held_out": 0}}
     held = len(tokenise("\n\n".join(TEXT), byte_tokenizer())) // SEQ_LEN
-    result = compress(refine="regress", refine_options={"samples_factor": 999, "held_out": 0})
-    assert seen == [held]
-    note = f"the calibration text holds {held} windows: factors are refined on {held}, not {999 * SAMPLES}"
-    assert note in result.report["notes"]
+    note = "the calibration text is short: factors are refined on {} windows, not " + str(999 * SAMPLES)
+    assert note.format(held) in compress(**options).report["notes"]
+    assert len(seen[-1]) == held
+    short = compress(calibration=(TEXT[0][: 6 * SEQ_LEN],), **options)
+    assert note.format(6) in short.report["notes"]
+    options["refine_options"]["held_out"] = 4  # search windows take all the room
+    short = compress(calibration=(TEXT[0][: 6 * SEQ_LEN],), **options)
+    assert note.format(SAMPLES) in short.report["notes"]
+    assert len(seen[-1]) < SAMPLES
 
 
 def kl_on(dense, model, windows, dropped):

@@ -77,6 +77,12 @@ def test_what_is_given_settles_what_depends_on_it():
     assert more == {**Recipe.preset("balanced")["method_options"], "trim": 0.0}
 
 
+@pytest.mark.parametrize("wrong", [None, [1], "row_shrink"])
+def test_options_that_are_no_mapping(wrong):
+    with pytest.raises(RecipeError, match="method_options"):
+        Recipe.make({"keep_ratio": 0.5, "method_options": wrong})
+
+
 def test_every_option_is_described():
     assert all(field.description for field in Recipe.model_fields.values())
 

@@ -14,11 +14,12 @@ import slimrank
 from architectures import random_model
 from helpers import byte_tokenizer, text
 from slimrank.cli.app import main
-from slimrank.errors import RecipeError
+from slimrank.errors import ModelError, RecipeError
 from slimrank.layers.convert import compressed_layers
 from slimrank.layers.dense import weight_of
 from slimrank.layers.split import join_linears, split_linears, splits_of
 from slimrank.models.splitting import sizes_of_parts
+from slimrank.pipeline import find_plan
 
 IDS = torch.arange(20).reshape(2, 10)
 SPLITS = {
@@ -206,3 +207,32 @@ def test_on_the_command_line(tmp_path, capsys):
     done = shown("compress", str(model), "--no-eval", "--out", str(tmp_path / "out"))
     assert planned["plan"] == json.loads((tmp_path / "out" / "plan.json").read_text())
     assert sum(".part_" in row["path"] for row in done["targets"]) == 10
+
+
+def test_experts_in_parts_are_whole_again_too():
+    """Parts are joined first, or the experts they belong to could not be fused."""
+    model, same = random_model("mixtral"), random_model("mixtral").state_dict()
+    options = {"keep_ratio": 0.6, "calibration": (text(400),), "samples": 4, "seq_len": 24, "allocation": "spectrum"}
+    plan, _ = find_plan(model, byte_tokenizer(), method="svd_llm", split={"up.*": 2}, evaluation=None, **options)
+    assert any(".up.0.part_1" in path for path in plan.targets)
+    assert model.state_dict().keys() == same.keys()
+    assert all(torch.equal(tensor, same[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_compressed_model_that_is_refused_stays_as_it_is(folder, tmp_path):
+    result = compress("phi3", method="svd", ignore=("gate_up_proj",), out=tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(result.out)
+    with pytest.raises(ModelError, match="already compressed"):
+        compress(model, split={"gate_up_proj": 2}, method="svd")
+    model.save_pretrained(tmp_path / "again")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_preview_names_parts_of_several_layers_apart(tmp_path):
+    random_model("gpt2").save_pretrained(tmp_path)
+    kinds = slimrank.preview(tmp_path, keep_ratio=0.6, method="svd", split={"c_attn": 3, "c_fc": 2})["kinds"]
+    names = [row["name"] for row in kinds]
+    assert {"c_attn.part_0", "c_attn.part_1", "part_2", "c_fc.part_0", "c_fc.part_1"} <= set(names)
+    assert len(set(names)) == len(names)

@@ -21,7 +21,8 @@ from slimrank.linalg.cost import COST_MODELS
 from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
 from slimrank.models.splitting import sizes_of_parts
-from slimrank.models.targets import Coverage, TargetSet, find_targets
+from slimrank.models.structure import short_names, without_numbers
+from slimrank.models.targets import Coverage, TargetSet, check_uncompressed, find_targets
 from slimrank.planning import (
     Unit,
     at_first,
@@ -33,6 +34,7 @@ from slimrank.planning import (
     new_biases,
     order_bytes,
     plan_of,
+    reads_text,
     units_of,
     workload,
 )
@@ -55,6 +57,7 @@ def preview(
     made = following_plan(Recipe.merged(recipe, options))
     device = resolve_device(made.device)
     bones = skeleton(model, progress)
+    check_uncompressed(bones)
     unfuse(bones)
     split_linears(bones, sizes_of_parts(bones, made.split))
     seq_len = window_length(bones, made.seq_len)
@@ -62,17 +65,17 @@ def preview(
     coverage = targets.coverage
     itemsize = stored_dtype(bones).itemsize if made.dtype == "auto" else getattr(torch, made.dtype).itemsize
     method = DECOMPOSERS.get(made.method).configured(made.method_options)
-    refines = configured_refiner(made, method) is not None
+    refiner = configured_refiner(made, method)
     check_corrections(made, method)
     allocator = ALLOCATORS.get(made.allocation).configured(made.allocation_options)
     plan = _plan(made, bones, targets, units_of(method, targets, made.stored_as), itemsize, allocator)
-    calibrates = method.gathering.calibrates or refines or made.corrections > 0
     work = workload(
         made,
         bones,
         targets,
         method,
-        calibration_tokens=made.samples * seq_len if calibrates else 0,
+        calibration_tokens=made.samples * seq_len if reads_text(made, method) else 0,
+        refined_tokens=made.samples * seq_len * (refiner.following.samples_factor if refiner else 0),
         evaluation_tokens=made.windows * seq_len if made.evaluation else 0,
         seq_len=seq_len,
     )
@@ -130,8 +133,9 @@ def _plan(
 def _kinds(plan: RankPlan) -> list[dict[str, Any]]:
     """One row per layer name and shape: how many, and the range of their ranks."""
     rows: dict[tuple[str, tuple[int, int]], dict[str, Any]] = {}
+    names = short_names(list(dict.fromkeys(map(without_numbers, plan.targets))))
     for path, target in plan.targets.items():
-        name = path.rpartition(".")[2]
+        name = names[without_numbers(path)]
         row = rows.setdefault(
             (name, target.shape),
             {"name": name, "shape": list(target.shape), "count": 0, "ranks": [], "parameters": 0},

@@ -41,6 +41,7 @@ class Workload:
         held_out: tokens that refined blocks are judged on.
         corrected: tokens of all rounds of correction.
         rounds: rounds of correction.
+        sums: numbers in the statistics of all layers.
         bases: numbers in one basis of every weight or stack of weights.
         blocks: decoder blocks of the model.
         samples: weight gradients held per weight (0 for a method that needs none).
@@ -61,6 +62,7 @@ class Workload:
     held_out: int = 0
     corrected: int = 0
     rounds: int = 0
+    sums: int = 0
     bases: int = 0
     blocks: int = 0
 
@@ -167,10 +169,10 @@ def run_bytes(
         width: hidden size.
         resident: the whole model is on the device at once.
         resumable: finished parts are kept, so that an interrupted run goes on.
-        keeps_statistics: statistics are kept, each of about the size of a basis, in float64.
+        keeps_statistics: statistics are kept, in float64.
     """
     numbers = work.bases * (2 if work.backward else 1)
-    numbers += 2 * numbers if keeps_statistics else 0
+    numbers += 2 * work.sums if keeps_statistics else 0
     copies = 1 if resumable else 0
     if work.backward and not resident:
         copies += 2 + work.blocks

@@ -44,6 +44,11 @@ class Texts:
         return 0 if self.calibration is None else self.calibration.numel()
 
     @property
+    def refinement_tokens(self) -> int:
+        """Tokens that factors are refined on."""
+        return self.calibration_tokens if self.refinement is None else self.refinement.numel()
+
+    @property
     def search_tokens(self) -> int:
         """Tokens that plans are measured on."""
         return 0 if self.search is None else self.search.numel()
@@ -123,22 +128,25 @@ class RawTexts:
             (search, correction), apart = draws.kept_apart()
             if not apart:
                 notes.append("the calibration text is too short for search windows of their own: they overlap")
-        refining = self.refining
-        if refining is not None and refining > draws.available:  # overlapping windows would tell nothing new
-            refining = max(recipe.samples, int(draws.available))
-            notes.append(
-                f"the calibration text holds {draws.available} windows: factors are refined on {refining}, "
-                f"not {self.refining}"
-            )
         return Texts(
             draws.calibration() if self.calibrates else None,
-            None if refining is None else draws.refinement(refining),
+            self._refinement(draws, notes),
             search,
             correction if recipe.corrections else None,
             evaluation,
             bos is not None,
             notes,
         )
+
+    def _refinement(self, draws: Draws, notes: list[str]) -> Tensor | None:
+        """Windows that factors are refined on; None for those of calibration, also where no more fit."""
+        if self.refining is None:
+            return None
+        windows = draws.refinement(self.refining)
+        count = max(len(windows), draws.samples)
+        if count < self.refining:
+            notes.append(f"the calibration text is short: factors are refined on {count} windows, not {self.refining}")
+        return windows if len(windows) == count else None
 
     def _draws(self, recipe: Recipe, model: Any, tokenizer: Any, bos: int | None, progress: Progress) -> Draws:
         def sampled(count: int, seq_len: int, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ from slimrank.allocate.registry import ALLOCATORS, ConfiguredAllocator
 from slimrank.allocate.shares import ranks_from_fractions
 from slimrank.decompose.registry import Configured, Member
 from slimrank.errors import PlanError, RecipeError
-from slimrank.estimate import Workload
+from slimrank.estimate import Workload, group_widths
 from slimrank.linalg.cost import COST_MODELS, FactorForm
 from slimrank.models.structure import find_blocks, parameters_of
 from slimrank.models.targets import Target, TargetSet, matches, role_of
@@ -69,19 +69,23 @@ def configured_refiner(recipe: Recipe, method: Configured) -> ConfiguredRefiner 
             "--refine update leaves them alone",
         )
     halves = refiner.following.ridge == "auto"
-    samples = refiner.following.samples_factor * recipe.samples
-    largest = min(recipe.batch_size, samples // 2) if halves else recipe.batch_size
+    largest = min(recipe.batch_size, recipe.samples // 2) if halves else recipe.batch_size
     if refiner.following.stack_of_batch > max(1, largest):
         raise RecipeError(
             f"stack_of_batch averages windows of one batch; a batch has {largest}.",
             f"--batch-size {refiner.following.stack_of_batch}, and twice as many --samples with ridge=auto",
         )
-    if halves and samples < 2:
+    if halves and recipe.samples < 2:
         raise RecipeError(
             "ridge=auto fits on one half of the windows what it tests on the other; there is one window.",
             "--samples 2 or more, or a number for the ridge",
         )
     return refiner
+
+
+def reads_text(recipe: Recipe, method: Configured) -> bool:
+    """Whether calibration text is needed."""
+    return method.gathering.calibrates or recipe.refine is not None or recipe.corrections > 0
 
 
 def check_corrections(recipe: Recipe, method: Configured) -> None:
@@ -277,17 +281,23 @@ def _search(recipe: Recipe, layers: int) -> float:
     return allocator.passes(layers, -(-recipe.search_samples // recipe.batch_size))
 
 
-def _refining(recipe: Recipe, method: Configured, calibration_tokens: int, seq_len: int) -> dict[str, int]:
-    """Tokens that refining reads, and those on which every refined block is judged.
+def _refining(recipe: Recipe, method: Configured, refined_tokens: int, seq_len: int) -> dict[str, int]:
+    """Tokens that refining reads, if anything is refined, and those on which every refined block is judged.
 
     The latter are judged twice, with half of the blocks on average to run.
     """
     refiner = configured_refiner(recipe, method)
     if refiner is None:
         return {}
-    following = refiner.following
-    judged = min(following.held_out, recipe.search_samples) * seq_len
-    return {"refined": following.samples_factor * calibration_tokens, "held_out": judged}
+    judged = min(refiner.following.held_out, recipe.search_samples) * seq_len
+    return {"refined": refined_tokens, "held_out": judged}
+
+
+def _sums(targets: TargetSet, method: Configured) -> int:
+    """Numbers in the statistics of all layers."""
+    if "gram" in method.gathering.needs:
+        return sum(n * n for n in group_widths(targets))
+    return sum(min(t.shape) ** 2 for t in targets) * (2 if method.gathering.backward else 1)
 
 
 def workload(
@@ -296,6 +306,7 @@ def workload(
     targets: TargetSet,
     method: Configured,
     calibration_tokens: int,
+    refined_tokens: int,
     evaluation_tokens: int,
     seq_len: int,
 ) -> Workload:
@@ -314,9 +325,10 @@ def workload(
         pivots=recipe.stored_as == "pivot",
         solves={"once": 1, "twice": 2, "per batch": 1 + batches}[method.method.solves],
         search=_search(recipe, len(targets)) * recipe.search_samples * seq_len,
-        **_refining(recipe, method, calibration_tokens, seq_len),
+        **_refining(recipe, method, refined_tokens, seq_len),
         corrected=recipe.corrections * recipe.correction_windows * seq_len,
         rounds=recipe.corrections,
+        sums=_sums(targets, method),
         bases=sum(min(unit.shape) ** 2 for unit in units_of(method, targets, recipe.stored_as)),
         blocks=len(find_blocks(model)[1]),
         samples=-(-recipe.samples // gathering.accumulate) if "gradients" in gathering.needs else 0,

@@ -278,5 +278,6 @@ def _filled(data: Mapping[str, Any]) -> dict[str, Any]:
     filled = {name: value for name, value in _balanced_options().items() if name not in settled} | dict(data)
     nested = {"method_options", "refine_options", "allocation_options"}
     for name in nested & _balanced_options().keys() & data.keys() - settled:
-        filled[name] = {**_balanced_options()[name], **data[name]}
+        if isinstance(data[name], Mapping):
+            filled[name] = {**_balanced_options()[name], **data[name]}
     return filled

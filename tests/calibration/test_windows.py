@@ -46,7 +46,7 @@ def test_leading_windows():
         draw_windows(TOKENS, 1, 101, seed=0)
 
 
-@pytest.mark.parametrize("count", [1, 7, 60, 200])
+@pytest.mark.parametrize("count", [1, 7, 60, 100])
 def test_windows_spread_evenly(count):
     """One in each of equal parts of the text; as many as it is long leave little of it out."""
     tokens = torch.arange(3000)
@@ -57,8 +57,6 @@ def test_windows_spread_evenly(count):
     assert ((windows[:, 0] >= edges[:-1].long()) & (windows[:, 0] <= edges[1:])).all()
     assert torch.equal(windows, windows[:, :1] + torch.arange(30))
     assert torch.equal(windows, draw_spread(tokens, count, [], 0, 30, seed=1))
-    if count == 200:
-        assert len(windows.unique()) > 0.95 * 3000
 
 
 def test_spread_windows_keep_off_those_of_other_uses():
@@ -66,7 +64,21 @@ def test_spread_windows_keep_off_those_of_other_uses():
     others, _ = draw_apart(tokens, [5, 3], 4, 30, seed=1)
     windows = draw_spread(tokens, 80, [5, 3], 4, 30, seed=1)
     assert not set(windows.flatten().tolist()) & {t for some in others for t in some.flatten().tolist()}
-    assert draw_spread(torch.arange(40), 9, [5, 3], 4, 30, seed=1, bos=7).shape == (9, 30)
+    assert draw_spread(torch.arange(40), 9, [5, 3], 4, 30, seed=1, bos=7).shape == (0, 30)
+
+
+def test_no_more_spread_windows_than_fit():
+    """Against a greedy count by hand."""
+    for counts, seed in (([], 0), ([5, 3], 1), ([20, 9], 2)):
+        free = torch.ones(3000, dtype=torch.bool)
+        for windows in draw_apart(torch.arange(3000), counts, 4, 30, seed)[0]:
+            free[windows.flatten()] = False
+        fit = start = 0
+        while start <= 2970:
+            room = bool(free[start : start + 30].all())
+            fit, start = fit + room, start + (30 if room else 1)
+        assert len(draw_spread(torch.arange(3000), 500, counts, 4, 30, seed)) == fit
+    assert len(draw_spread(torch.arange(3000), 500, [], 0, 30, seed=1).unique()) > 0.6 * 3000
 
 
 def test_bos_stands_before_every_window():

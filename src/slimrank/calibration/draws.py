@@ -5,11 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
 
 from torch import Tensor
 
-from slimrank.calibration.windows import count_windows, draw_apart, draw_spread, draw_windows
+from slimrank.calibration.windows import draw_apart, draw_spread, draw_windows
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,9 @@ class Draws(ABC):
     def kept_apart(self) -> tuple[list[Tensor], bool]:
         """Windows of each use in `apart`, and whether there was room for all."""
 
-    @property
-    @abstractmethod
-    def available(self) -> float:
-        """Windows that do not overlap."""
-
     @abstractmethod
     def refinement(self, count: int) -> Tensor:
-        """Windows that factors are refined on (count x seq_len); those kept apart are none of them."""
+        """Up to so many windows that factors are refined on (... x seq_len); those kept apart are none of them."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +46,6 @@ class FromText(Draws):
 
     tokens: Tensor
     bos: int | None
-
-    @property
-    def available(self) -> float:  # noqa: D102
-        return count_windows(self.tokens, self.seq_len, self.bos)
 
     def calibration(self) -> Tensor:  # noqa: D102
         return draw_windows(self.tokens, self.samples, self.seq_len, self.seed, self.bos)
@@ -72,10 +62,6 @@ class FromModel(Draws):
     """Windows that the model samples: `sampled(count, seq_len, seed)`."""
 
     sampled: Callable[[int, int, int], Tensor]
-
-    @property
-    def available(self) -> float:  # noqa: D102
-        return inf
 
     def calibration(self) -> Tensor:  # noqa: D102
         return self.sampled(self.samples, self.seq_len, self.seed)

@@ -11,6 +11,8 @@ from slimrank.errors import DataError, NonFiniteError
 from slimrank.models.mode import evaluating
 from slimrank.progress import Progress
 
+AT_ONCE = 64  # windows, whose keys and values are held
+
 
 def sample_windows(
     model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int, progress: Progress | None = None
@@ -28,17 +30,20 @@ def sample_windows(
     if first is None:
         raise DataError("the tokenizer has neither a BOS nor an EOS token to begin a text with.", "give a text file")
     progress = progress or Progress()
-    progress.stage("sample", seq_len)
-    device = next(model.parameters()).device
+    starts = torch.full((samples, 1), first, dtype=torch.long).split(AT_ONCE)
+    progress.stage("sample", seq_len * len(starts))
     generator = torch.Generator().manual_seed(seed)
-    windows = torch.full((samples, 1), first, dtype=torch.long)
-    cache = None
     with evaluating(model):
-        while windows.shape[1] < seq_len:
-            output = model(input_ids=windows[:, -1:].to(device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            windows = torch.cat([windows, _draw(output.logits[:, -1], generator)], dim=1)
-            progress.step()
+        return torch.cat([_continued(model, start, seq_len, generator, progress) for start in starts])
+
+
+def _continued(model: Any, windows: Tensor, seq_len: int, generator: torch.Generator, progress: Progress) -> Tensor:
+    device, cache = next(model.parameters()).device, None
+    while windows.shape[1] < seq_len:
+        output = model(input_ids=windows[:, -1:].to(device), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        windows = torch.cat([windows, _draw(output.logits[:, -1], generator)], dim=1)
+        progress.step()
     return windows
 
 

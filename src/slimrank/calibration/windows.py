@@ -61,8 +61,9 @@ def draw_spread(
 ) -> Tensor:
     """Windows spread evenly over the text: each at a random place of its own part, of as many equal parts.
 
-    They do not overlap those that `draw_apart` draws for `counts`, unless there is no room left, but may overlap the
-    `samples` of `draw_windows`. Drawn independently, as many windows as the text is long would leave a third of it out.
+    They do not overlap those that `draw_apart` draws for `counts`, but may overlap the `samples` of `draw_windows`.
+    There are no more of them than fit beside the former without overlap; none, where nothing does. Drawn
+    independently, as many windows as the text is long would leave a third of it out.
 
     Raises:
         DataError: fewer tokens than one window needs.
@@ -72,7 +73,8 @@ def draw_spread(
     free = torch.ones(places, dtype=torch.bool)
     for starts in _starts_apart(places, counts, samples, length, seed)[0]:
         _take(free, starts, length)
-    return _windows(tokens, _open(free)[_even_starts(len(_open(free)), count, seed)], length, bos)
+    found = free.nonzero().flatten()
+    return _windows(tokens, found[_even_starts(len(found), min(count, _fit(found, length)), seed)], length, bos)
 
 
 def leading_windows(tokens: Tensor, windows: int, seq_len: int, bos: int | None = None) -> Tensor:
@@ -126,9 +128,18 @@ def _open(free: Tensor) -> Tensor:
     return free.nonzero().flatten() if bool(free.any()) else torch.arange(len(free))
 
 
+def _fit(starts: Tensor, length: int) -> int:
+    """How many windows may begin at some of these places (ascending) without overlap."""
+    if len(starts) == 0:
+        return 0
+    ends = torch.cat([(starts.diff() > 1).nonzero().flatten(), torch.tensor([len(starts) - 1])])
+    stretches = ends.diff(prepend=torch.tensor([-1]))
+    return int(((stretches - 1) // length + 1).sum())
+
+
 def _even_starts(places: int, count: int, seed: int) -> Tensor:
     within = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return ((torch.arange(count) + within) * (places / count)).long().clamp(max=places - 1)
+    return ((torch.arange(count) + within) * (places / max(1, count))).long().clamp(max=places - 1)
 
 
 def _windows(tokens: Tensor, starts: Tensor, length: int, bos: int | None) -> Tensor:

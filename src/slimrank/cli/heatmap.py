@@ -19,7 +19,7 @@ TINY = 1e-9  # of the largest error: rounding
 
 def show_plan(plan: RankPlan, blocks_path: str) -> None:
     """Percent of its parameters that each layer keeps: a row for each block, a column for each kind of layer."""
-    from slimrank.models.structure import without_numbers
+    from slimrank.models.structure import short_names, without_numbers
 
     cells: dict[int, dict[str, list[PlannedTarget]]] = {}
     for path, target in plan.targets.items():
@@ -28,7 +28,7 @@ def show_plan(plan: RankPlan, blocks_path: str) -> None:
         cells.setdefault(block, {}).setdefault(without_numbers(inside), []).append(target)
     roles = list(dict.fromkeys(role for row in cells.values() for role in row))
     table = Table(title="percent kept, by block and layer (-- is dense)", title_justify="left", pad_edge=False)
-    for heading in ("block", *(role.rpartition(".")[2] for role in roles)):
+    for heading in ("block", *short_names(roles).values()):
         table.add_column(heading, justify="right")
     for block, row in sorted(cells.items()):
         table.add_row(str(block), *(_cell(row.get(role, []), plan.stored_as) for role in roles))

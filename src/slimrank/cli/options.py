@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -329,10 +329,20 @@ def recipe_options(
     from slimrank.recipe import BUDGETS, Recipe
 
     options = Recipe.preset(preset) if preset is not None else {}
-    options |= Recipe.read(recipe_file) if recipe_file is not None else {}
+    if recipe_file is not None:
+        options = _later(options, Recipe.read(recipe_file), BUDGETS)
     given = {name: value for name, value in flags.items() if value is not None and value is not False and value != []}
-    if any(name in given for name in BUDGETS):
-        options = {name: value for name, value in options.items() if name not in BUDGETS}
+    merged = _later(options, given, BUDGETS)
+    if no_eval:
+        merged["evaluation"] = None
+    return merged
+
+
+def _later(options: dict[str, Any], given: dict[str, Any], budgets: Sequence[str]) -> dict[str, Any]:
+    """Options with those given later: one budget for another; options of a method that stays are added to."""
+    if any(name in given for name in budgets):
+        options = {name: value for name, value in options.items() if name not in budgets}
+    given = dict(given)
     for which, extra in (
         ("method", "method_options"),
         ("refine", "refine_options"),
@@ -342,7 +352,4 @@ def recipe_options(
             given[extra] = {**options[extra], **given.get(extra, {})}
         elif extra in options:
             given.setdefault(extra, {})
-    merged = {**options, **given}
-    if no_eval:
-        merged["evaluation"] = None
-    return merged
+    return {**options, **given}

@@ -16,17 +16,20 @@ from typing import Any
 
 from slimrank import __version__
 from slimrank.comparison.cells import Cell
+from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.dry_run import preview
 from slimrank.errors import RecipeError
 from slimrank.evaluate.paired import compare_tasks
 from slimrank.evaluate.tasks import Metric, TaskRequest, TaskResult
 from slimrank.models.load import resolve
+from slimrank.planning import reads_text
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.report.comparison import write_comparison
 from slimrank.run import content_key
 
-CALIBRATION = ("calibration", "samples", "seq_len", "seed", "dtype", "targets", "ignore", "split")
+LAYERS = ("dtype", "targets", "ignore", "split")
+WINDOWS = ("calibration", "samples", "seq_len", "seed")
 WORKER = (sys.executable, "-m", "slimrank.comparison.worker")
 
 
@@ -154,11 +157,17 @@ def _run(name: str, asked: dict[str, Any], folder: Path, progress: Progress) -> 
 
 def _run_folder(asked: Mapping[str, Any], folder: Path) -> Path:
     """The run directory of cells that the same windows of the same text calibrate, for the same layers."""
-    options = asked["options"] or {}
-    recipe = Recipe.make(options).model_dump(mode="json") if options else {}
-    files = [_state(str(source)) for source in (asked["model"], recipe.get("calibration"))]
-    about = [{name: recipe.get(name) for name in CALIBRATION}, files]
-    return folder / "run" / content_key({"about": about})
+    if asked["options"] is None:
+        return folder / "run"
+    recipe = Recipe.make(asked["options"])
+    method = DECOMPOSERS.get(recipe.method).configured(recipe.method_options)
+    about = {name: getattr(recipe, name) for name in LAYERS}
+    sources = [asked["model"]]
+    if reads_text(recipe, method):
+        about |= {name: getattr(recipe, name) for name in WINDOWS}
+        sources.append(recipe.calibration)
+    files = [_state(str(source)) for source in sources]
+    return folder / "run" / content_key({"model": str(asked["model"]), **about, "files": files})
 
 
 def _sources(asked: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import cached_file
 
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+TEMPLATES = ("chat_template.json", "chat_template.jinja")  # where the tokenizer does not carry it
 
 
 def copy_processor(model: Any, origin: str, folder: Path) -> list[str]:
@@ -26,8 +27,9 @@ def copy_processor(model: Any, origin: str, folder: Path) -> list[str]:
     if type(model).__name__ not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
         return []
     found = [path for name in FILES if origin and (path := _file(origin, name)) is not None]
-    for path in found:
-        shutil.copyfile(path, folder / path.name)
+    for path in [*found, *(path for name in TEMPLATES if found and (path := _file(origin, name)) is not None)]:
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
     return [] if found else ["no processor of images was found beside the original: load it from where that has one"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -101,3 +101,17 @@ def _has_router(parent: nn.Module, count: int) -> bool:
 def without_numbers(path: str) -> str:
     """A module path with "*" for every number in it: equal for layers that do the same elsewhere (blocks, experts)."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def short_names(roles: Sequence[str]) -> dict[str, str]:
+    """As few of the last words of each dotted name as tell it from the others."""
+    return {role: next(name for name in _suffixes(role) if _only(name, role, roles)) for role in roles}
+
+
+def _suffixes(role: str) -> list[str]:
+    words = role.split(".")
+    return [".".join(words[-count:]) for count in range(1, len(words) + 1)]
+
+
+def _only(name: str, role: str, roles: Sequence[str]) -> bool:
+    return name == role or not any(other != role and name in _suffixes(other) for other in roles)

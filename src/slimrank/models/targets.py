@@ -111,8 +111,7 @@ def find_targets(
         RecipeError: a pattern that matches no layer.
     """
     blocks_path, blocks = find_blocks(model)
-    if compressed_layers(blocks):
-        raise ModelError("the model is already compressed by slimrank.", "start from the original model")
+    check_uncompressed(model)
     found: dict[int, Target] = {}
     reasons: dict[int, str] = {}
     layers = list(_linear_layers(blocks, blocks_path))
@@ -136,6 +135,16 @@ def find_targets(
         )
     coverage = _coverage(model, blocks, found, reasons)
     return TargetSet(tuple(found.values()), coverage, blocks_path)
+
+
+def check_uncompressed(model: nn.Module) -> None:
+    """Make sure that a model is none that slimrank has made.
+
+    Raises:
+        ModelError: it is.
+    """
+    if compressed_layers(model):
+        raise ModelError("the model is already compressed by slimrank.", "start from the original model")
 
 
 def role_of(target: Target, blocks_path: str) -> str:

@@ -271,6 +271,7 @@ class _FromKept(_Walk):
         missing = {index for index in range(blocks) if not self.stage.has(f"block-{index:04d}")}
         if missing and any(len(unit.blocks) > 1 for unit in job.units):
             missing = set(range(blocks))
+        self.waiting = [unit for unit in self.waiting if unit.blocks & missing]
         with job.timed("calibrate and decompose", blocks):
             for index in reversed(range(blocks)) if backwards else range(blocks):
                 if index in missing:

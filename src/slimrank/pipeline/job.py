@@ -34,7 +34,7 @@ from slimrank.models.paging import page_out
 from slimrank.models.placement import placed, resolve_device, solving_device
 from slimrank.models.splitting import sizes_of_parts
 from slimrank.models.structure import find_blocks
-from slimrank.models.targets import TargetSet, find_targets
+from slimrank.models.targets import TargetSet, check_uncompressed, find_targets
 from slimrank.planning import (
     Unit,
     at_first,
@@ -45,6 +45,7 @@ from slimrank.planning import (
     make_problem,
     order_bytes,
     plan_of,
+    reads_text,
     units_of,
     workload,
 )
@@ -103,6 +104,7 @@ class Job:
             raise RecipeError("a loaded model keeps its dtype.", "model.to(dtype) before, or give its name or folder")
         self.model, self.tokenizer = model, tokenizer
         find_blocks(model)
+        check_uncompressed(model)
         if unfuse(model):
             self.notes.append(
                 "experts are computed one by one, each as linear layers, also while the original is measured"
@@ -149,7 +151,7 @@ class Job:
     @property
     def calibrates(self) -> bool:
         """Whether calibration text is needed."""
-        return self.method.gathering.calibrates or self.refiner is not None or self.recipe.corrections > 0
+        return reads_text(self.recipe, self.method)
 
     def identity(self) -> dict[str, Any]:
         """What the run is about; a run directory made for anything else is refused."""
@@ -219,7 +221,7 @@ class Job:
         self.progress.plan(stage_seconds(self._work(), measure_machine(self.device)))
 
     def _work(self) -> Workload:
-        tokens = self.texts.calibration_tokens, self.texts.evaluation_tokens
+        tokens = self.texts.calibration_tokens, self.texts.refinement_tokens, self.texts.evaluation_tokens
         return workload(self.recipe, self.model, self.targets, self.method, *tokens, self.recipe.seq_len or 0)
 
     def batches(self) -> Sequence[Batch]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from slimrank.allocate.plan import RankPlan
+from slimrank.errors import RecipeError
 from slimrank.export.output import CARD, OutputFolder, need_space, write_manifest
 from slimrank.export.processor import copy_processor
 from slimrank.export.save import mark_model, save_model, weight_bytes
@@ -56,14 +57,18 @@ def compress(
             new calibration. By default `OUT.run`, removed at the end.
         overwrite: replace what slimrank wrote to `out` before.
         progress: told what happens.
-        keep_statistics: keep in `run_dir` what was gathered of the calibration text, too (about twice the disk), so
-            that another method, or the same with other options, finds it there and need not read the text again.
+        keep_statistics: keep in `run_dir` what was gathered of the calibration text, too (as much disk again, or
+            several times that for methods that need the whole gram of the inputs), so that another method, or the same
+            with other options, finds it there and need not read the text again. Nothing is gathered for spectra that
+            are there already.
         options: fields of `Recipe`.
 
     Raises:
         SlimrankError: see `slimrank.errors`; everything that can be checked beforehand is.
     """
     resumable = out is not None or run_dir is not None
+    if keep_statistics and run_dir is None:
+        raise RecipeError("statistics are kept in a run directory, and none is named.", "run_dir='run'")
     job = Job(Recipe.merged(recipe, options), progress or Progress(), resumable, keep_statistics)
     output = OutputFolder(Path(out), overwrite) if out is not None else None
     with _restored(model):
@@ -86,8 +91,8 @@ def _restored(model: Any) -> Iterator[None]:
         yield
     finally:
         if isinstance(model, nn.Module) and not hasattr(getattr(model, "config", None), "slimrank"):
+            join_linears(model)  # experts are fused only where their layers are whole
             fuse(model)
-            join_linears(model)
 
 
 def _compress(

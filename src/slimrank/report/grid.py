@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slimrank.models.structure import short_names
+
 Row = dict[str, Any]  # of a record's "targets"
 MOST = 8  # kinds of layers whose spectra are shown
 Cells = tuple[tuple[float | None, ...], ...]
@@ -61,20 +63,6 @@ def spectra(record: Row) -> dict[str, list[Curve]]:
     kinds = {kind: [row for row in rows if row["path"] in known] for kind, rows in _by_kind(record).items()}
     largest = sorted(kinds, key=lambda kind: -_total(kinds[kind], "parameters_before"))[:MOST]
     return {kind: [_curve(row, known[row["path"]]) for row in _three(kinds[kind])] for kind in kinds if kind in largest}
-
-
-def short_names(roles: Sequence[str]) -> dict[str, str]:
-    """As few of the last words of each dotted name as tell it from the others."""
-    return {role: next(name for name in _suffixes(role) if _only(name, role, roles)) for role in roles}
-
-
-def _suffixes(role: str) -> list[str]:
-    words = role.split(".")
-    return [".".join(words[-count:]) for count in range(1, len(words) + 1)]
-
-
-def _only(name: str, role: str, roles: Sequence[str]) -> bool:
-    return name == role or not any(other != role and name in _suffixes(other) for other in roles)
 
 
 def _by_kind(record: Row) -> dict[str, list[Row]]:
