@@ -178,7 +178,7 @@ def test_the_report_holds_the_resolved_recipe(text_file):
     provenance = result.report["provenance"]
     assert provenance["recipe"]["seq_len"] == 128
     assert provenance["recipe"]["samples"] == 4
-    assert set(provenance["inputs"]) == {"model", "calibration", "targets", "ignore"}
+    assert set(provenance["inputs"]) == {"model", "calibration", "targets", "ignore", "split"}
 
 
 def test_keeping_everything_changes_nothing(text_file):
