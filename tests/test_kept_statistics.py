@@ -7,7 +7,11 @@ import slimrank
 from architectures import random_model
 from helpers import byte_tokenizer, text
 from slimrank.layers.convert import compressed_layers, pair_of
+from slimrank.pipeline.kept import KeptStatistics
 from slimrank.progress import Progress
+from slimrank.run import Run
+from slimrank.statistics.layer import LayerStatistics
+from slimrank.statistics.needs import Gathering
 
 OPTIONS = {"keep_ratio": 0.6, "calibration": (text(400),), "samples": 4, "seq_len": 24, "evaluation": None}
 PASSES = ("embed", "step", "run")
@@ -156,6 +160,18 @@ def test_decomposing_from_kept_statistics_goes_on_where_it_was(then, tmp_path, m
     assert len(solved) == len(found.plan.targets) // 2  # one of two blocks
     monkeypatch.undo()
     assert_like(found, compress(**changed), **SAME)
+
+
+def test_notes_of_all_kinds_come_back(tmp_path):
+    """What was unusual about the inputs is not lost where the gradients were gathered by another method."""
+    with Run(tmp_path, {}) as run:
+        kept = KeptStatistics(run.stage({}), 1, torch.device("cpu"))
+        for need, notes in (("column", ("both", "inputs")), ("row", ("both", "gradients"))):
+            gathering = Gathering(needs=frozenset({need}))
+            kept.save(0, {"q": LayerStatistics((2, 3), gathering.needs, notes=notes)}, {}, gathering)
+        both = Gathering(needs=frozenset({"column", "row"}))
+        statistics, _ = kept.load(0, kept.sources(both), both, {})
+    assert statistics["q"].notes == ("both", "inputs", "gradients")
 
 
 def test_statistics_are_kept_somewhere():

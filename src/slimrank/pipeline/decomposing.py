@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -32,6 +32,7 @@ from slimrank.run import Stage
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.experts import UNREACHED, lean_on_each_other
 from slimrank.statistics.layer import LayerStatistics
+from slimrank.statistics.needs import Need
 
 
 def decompose(job: Job, stage: Stage, kept: KeptStatistics | None = None) -> None:
@@ -44,8 +45,9 @@ def decompose(job: Job, stage: Stage, kept: KeptStatistics | None = None) -> Non
             there the text is not read.
     """
     gathering = job.method.gathering
-    if kept is not None and kept.has(gathering):
-        _FromKept(job, stage, kept).walk()
+    sources = kept.sources(gathering) if kept is not None else None
+    if kept is not None and sources is not None:
+        _FromKept(job, stage, kept, sources).walk()
     elif not gathering.backward:
         _Forwards(job, stage, kept).walk()
     elif job.recipe.resident:
@@ -264,6 +266,10 @@ class _WholeModel(_Walk):
 class _FromKept(_Walk):
     """For methods whose statistics are there already: nothing is run."""
 
+    def __init__(self, job: Job, stage: Stage, kept: KeptStatistics, sources: Sequence[Need]) -> None:
+        super().__init__(job, stage, kept)
+        self.stored, self.sources = kept, sources
+
     def walk(self) -> None:
         """Every block whose spectra are not stored yet, in the order in which they would have been gathered."""
         job, blocks = self.job, len(self.runner)
@@ -279,8 +285,8 @@ class _FromKept(_Walk):
                 job.progress.step()
 
     def _block(self, index: int, backwards: bool) -> None:
-        assert self.kept is not None
-        statistics, leaders = self.kept.load(index, self.job.method.gathering, self.job.plan.factored())
+        method, ranks = self.job.method, self.job.plan.factored()
+        statistics, leaders = self.stored.load(index, self.sources, method.gathering, ranks)
         self.gathered |= statistics
         self.leaders |= leaders
         self.solve_ready(index, set(range(index, len(self.runner)) if backwards else range(index + 1)))

@@ -51,30 +51,29 @@ class KeptStatistics:
             about = {"layers": layers, "leaders": dict(leaders)}
             self.stage.save(_name(index, need, gathering), packed.tensors, about)
 
-    def has(self, gathering: Gathering) -> bool:
-        """Whether everything that a method gathers is there, for all blocks."""
-        return self._sources(gathering) is not None
-
     def load(
-        self, index: int, gathering: Gathering, ranks: Mapping[str, int]
+        self, index: int, sources: Sequence[Need], gathering: Gathering, ranks: Mapping[str, int]
     ) -> tuple[dict[str, LayerStatistics], dict[str, str]]:
-        """Statistics of the layers of a block, and who reads the same tensor as whom."""
+        """Statistics of the layers of a block, of the kinds that `sources` names, and who reads the same as whom."""
         found: dict[str, LayerStatistics] = {}
         leaders: dict[str, str] = {}
-        for source in self._sources(gathering) or []:
+        for source in sources:
             tensors, about = self.stage.load(_name(index, source, gathering), str(self.device))
             shared: dict[str, Any] = {}
             leaders |= about["leaders"]
             for path, mine in about["layers"].items():
                 fresh = LayerStatistics(tuple(mine["shape"]), gathering.needs, rank=ranks.get(path))
                 layer = found.setdefault(path, fresh)
-                layer.tokens, layer.notes = mine["tokens"], tuple(mine["notes"])
+                layer.tokens, layer.notes = mine["tokens"], tuple(dict.fromkeys((*layer.notes, *mine["notes"])))
                 for name, value in mine["values"].items():
                     setattr(layer, name, _unpacked(value, tensors, shared))
         return found, leaders
 
-    def _sources(self, gathering: Gathering) -> list[Need] | None:
-        """Kinds that hold what is needed; None if something is missing. The whole gram serves as a column's, too."""
+    def sources(self, gathering: Gathering) -> list[Need] | None:
+        """Kinds that hold, for all blocks, what a method gathers; None if something is missing.
+
+        The whole gram serves as a column's, too.
+        """
         wanted = {need for need in gathering.needs if NEEDS[need].takes != "none"}
         if not wanted or not wanted <= KINDS.keys():
             return None
