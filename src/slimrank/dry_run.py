@@ -15,14 +15,12 @@ from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.estimate import measure_machine, peak_bytes, run_bytes, stage_seconds
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
-from slimrank.layers.experts import unfuse
-from slimrank.layers.split import split_linears
 from slimrank.linalg.cost import COST_MODELS
 from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
-from slimrank.models.splitting import sizes_of_parts
+from slimrank.models.splitting import take_apart
 from slimrank.models.structure import short_names, without_numbers
-from slimrank.models.targets import Coverage, TargetSet, check_uncompressed, find_targets
+from slimrank.models.targets import Coverage, TargetSet, find_targets
 from slimrank.planning import (
     Unit,
     at_first,
@@ -57,9 +55,7 @@ def preview(
     made = following_plan(Recipe.merged(recipe, options))
     device = resolve_device(made.device)
     bones = skeleton(model, progress)
-    check_uncompressed(bones)
-    unfuse(bones)
-    split_linears(bones, sizes_of_parts(bones, made.split))
+    take_apart(bones, made.split)
     seq_len = window_length(bones, made.seq_len)
     targets = find_targets(bones, made.targets, made.ignore, COST_MODELS[made.factor_form])
     coverage = targets.coverage

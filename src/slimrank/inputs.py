@@ -129,13 +129,13 @@ class RawTexts:
             if not apart:
                 notes.append("the calibration text is too short for search windows of their own: they overlap")
         return Texts(
-            draws.calibration() if self.calibrates else None,
-            self._refinement(draws, notes),
-            search,
-            correction if recipe.corrections else None,
-            evaluation,
-            bos is not None,
-            notes,
+            calibration=draws.calibration() if self.calibrates else None,
+            refinement=self._refinement(draws, notes),
+            search=search,
+            correction=correction if recipe.corrections else None,
+            evaluation=evaluation,
+            bos=bos is not None,
+            notes=notes,
         )
 
     def _refinement(self, draws: Draws, notes: list[str]) -> Tensor | None:

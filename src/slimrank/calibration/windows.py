@@ -1,8 +1,8 @@
 """From text to windows of tokens.
 
-The text is tokenised whole; calibration windows are drawn uniformly over token positions, evaluation takes the
-first windows from its start. A model whose tokenizer puts a BOS in front of a text gets one in front of every
-window (Gemma's perplexity is half as high again without it).
+The text is tokenised whole; calibration windows are drawn uniformly over token positions, further ones to refine on are
+spread evenly over the text, and evaluation takes the first windows from its start. A model whose tokenizer puts a BOS
+in front of a text gets one in front of every window (Gemma's perplexity is half as high again without it).
 """
 
 from __future__ import annotations

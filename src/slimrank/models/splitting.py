@@ -1,4 +1,4 @@
-"""Which layers are to be split into several, and where: patterns of a recipe against a model."""
+"""Fused weights of a model as layers of their own, and back: experts, and what a recipe's patterns split."""
 
 from __future__ import annotations
 
@@ -11,10 +11,32 @@ from transformers.pytorch_utils import Conv1D
 
 from slimrank.errors import RecipeError
 from slimrank.layers.dense import weight_of
+from slimrank.layers.experts import fuse, unfuse
+from slimrank.layers.split import join_linears, split_linears
 from slimrank.models.structure import find_blocks
-from slimrank.models.targets import matches
+from slimrank.models.targets import check_uncompressed, matches
 
 Parts = int | Sequence[int] | Literal["qkv"]
+
+
+def take_apart(model: nn.Module, wanted: Mapping[str, Parts]) -> list[str]:
+    """Make every expert, and every part that `wanted` names, a linear layer of its own; the paths of the experts.
+
+    Raises:
+        ModelError: no decoder, or a model that slimrank has made: its parts stay as they are.
+        RecipeError: see `sizes_of_parts`.
+    """
+    find_blocks(model)
+    check_uncompressed(model)
+    experts = unfuse(model)
+    split_linears(model, sizes_of_parts(model, wanted))
+    return experts
+
+
+def put_together(model: nn.Module) -> None:
+    """Undo `take_apart`, wherever nothing was compressed in between."""
+    join_linears(model)  # experts are fused only where their layers are whole
+    fuse(model)
 
 
 def sizes_of_parts(model: nn.Module, wanted: Mapping[str, Parts]) -> dict[str, list[int]]:

@@ -24,17 +24,14 @@ from slimrank.evaluate.quality import measure_quality
 from slimrank.evaluate.speed import measure_speed
 from slimrank.export.save import check_loadable
 from slimrank.inputs import Texts, prepare_texts, window_length
-from slimrank.layers.experts import unfuse
-from slimrank.layers.split import split_linears
 from slimrank.linalg.cost import COST_MODELS
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import check_differentiable
 from slimrank.models.load import digest, load, stored_dtype
 from slimrank.models.paging import page_out
 from slimrank.models.placement import placed, resolve_device, solving_device
-from slimrank.models.splitting import sizes_of_parts
-from slimrank.models.structure import find_blocks
-from slimrank.models.targets import TargetSet, check_uncompressed, find_targets
+from slimrank.models.splitting import take_apart
+from slimrank.models.targets import TargetSet, find_targets
 from slimrank.planning import (
     Unit,
     at_first,
@@ -103,13 +100,10 @@ class Job:
         elif recipe.dtype != "auto":
             raise RecipeError("a loaded model keeps its dtype.", "model.to(dtype) before, or give its name or folder")
         self.model, self.tokenizer = model, tokenizer
-        find_blocks(model)
-        check_uncompressed(model)
-        if unfuse(model):
+        if take_apart(model, recipe.split):
             self.notes.append(
                 "experts are computed one by one, each as linear layers, also while the original is measured"
             )
-        split_linears(model, sizes_of_parts(model, recipe.split))
         self.recipe = recipe = recipe.model_copy(update={"seq_len": window_length(model, recipe.seq_len)})
         self.dtype = stored_dtype(model)
         differentiates = self.method.gathering.backward or recipe.corrections > 0

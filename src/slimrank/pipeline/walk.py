@@ -15,9 +15,8 @@ from slimrank.errors import RecipeError
 from slimrank.export.output import CARD, OutputFolder, need_space, write_manifest
 from slimrank.export.processor import copy_processor
 from slimrank.export.save import mark_model, save_model, weight_bytes
-from slimrank.layers.experts import fuse
-from slimrank.layers.split import join_linears
 from slimrank.models.origin import origin_of
+from slimrank.models.splitting import put_together
 from slimrank.models.structure import find_blocks
 from slimrank.pipeline.allocating import allocate
 from slimrank.pipeline.correcting import Correction
@@ -91,8 +90,7 @@ def _restored(model: Any) -> Iterator[None]:
         yield
     finally:
         if isinstance(model, nn.Module) and not hasattr(getattr(model, "config", None), "slimrank"):
-            join_linears(model)  # experts are fused only where their layers are whole
-            fuse(model)
+            put_together(model)
 
 
 def _compress(
