@@ -172,9 +172,10 @@ def test_a_model_that_was_not_cut_is_whole(tmp_path):
         ("phi3", {"gate_up_proj": 7}, "are not 7 equal parts"),
         ("phi3", {"gate_up_proj": [40, 40]}, r"40 \+ 40 = 80 outputs do not make up .*, which has 96"),
         ("phi3", {"gate_up_proj": "qkv"}, "do not make up"),
-        ("phi3", {"gate_up_proj": 1}, "split.gate_up_proj"),
-        ("phi3", {"gate_up_proj": [96]}, "split.gate_up_proj"),
-        ("phi3", {"gate_up_proj": "halves"}, "split.gate_up_proj"),
+        ("phi3", {"gate_up_proj": 1}, "split.gate_up_proj: neither so many equal parts"),
+        ("phi3", {"gate_up_proj": [96]}, "split.gate_up_proj: neither so many equal parts"),
+        ("phi3", {"gate_up_proj": "halves"}, "split.gate_up_proj: neither so many equal parts"),
+        ("phi3", {"gate_up_proj": [0, 96]}, "split.gate_up_proj: neither so many equal parts"),
         ("phi3", {"re:(": 2}, "no regular expression"),
     ],
 )

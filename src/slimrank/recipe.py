@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -23,8 +24,18 @@ from slimrank.allocate.plan import RankPlan
 from slimrank.errors import RecipeError, nearest
 
 PRESETS = Path(__file__).parent / "recipes"
-PartSize = Annotated[int, Field(ge=1)]
 BUDGETS = ("keep_ratio", "keep_total", "max_bytes", "plan")
+
+
+def _parts(value: Any) -> Any:
+    sizes = value if isinstance(value, (list, tuple)) else [value]
+    many = len(sizes) > 1 or (isinstance(value, int) and value > 1)
+    if value != "qkv" and not (many and all(type(size) is int and size > 0 for size in sizes)):
+        raise ValueError("neither so many equal parts (2 or more), nor the outputs of each ([64, 32]), nor qkv")
+    return value
+
+
+Parts = Annotated[int | list[int] | Literal["qkv"], BeforeValidator(_parts)]
 
 
 class Recipe(BaseModel):
@@ -86,11 +97,8 @@ class Recipe(BaseModel):
     rank_multiple: int = Field(1, ge=1, description="Ranks are multiples of this (8 or 16 suit GPUs).")
     targets: tuple[str, ...] = Field((), description="Compress only layers that match one of these patterns.")
     ignore: tuple[str, ...] = Field((), description="Leave layers alone that match one of these patterns.")
-    split: dict[str, Annotated[int, Field(ge=2)] | Annotated[list[PartSize], Field(min_length=2)] | Literal["qkv"]] = (
-        Field(
-            {},
-            description="Treat fused layers as several: pattern -> so many equal parts, the outputs of each, or qkv.",
-        )
+    split: dict[str, Parts] = Field(
+        {}, description="Treat fused layers as several: pattern -> so many equal parts, the outputs of each, or qkv."
     )
     calibration: str | tuple[str, ...] = Field(
         "demo",
@@ -213,7 +221,7 @@ class Recipe(BaseModel):
             field = ".".join(map(str, first["loc"]))
             message = first["msg"].removeprefix("Value error, ")
             got = f", got {first['input']!r}" if field else ""
-            about = cls.model_fields[field].description if field in cls.model_fields else "slimrank compress --help"
+            about = cls.model_fields[str(first["loc"][0])].description if field else "slimrank compress --help"
             raise RecipeError(f"{field + ': ' if field else ''}{message}{got}", about or "") from error
 
     @classmethod
