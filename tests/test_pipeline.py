@@ -24,6 +24,8 @@ from slimrank.errors import (
     RunError,
 )
 from slimrank.layers import LowRankLinear, PivotLinear
+from slimrank.pipeline import find_plan
+from slimrank.progress import Progress
 
 SMALL = {"method": "svd_llm", "samples": 4, "seq_len": 24, "batch_size": 2, "windows": 2}
 
@@ -410,6 +412,23 @@ def test_a_model_in_training_mode_samples_like_one_that_is_not(text_file):
         runs.append(slimrank.compress(model, byte_tokenizer(), **options(text_file, calibration="self")))
         assert model.training == training
     assert runs[0].report["provenance"]["inputs"] == runs[1].report["provenance"]["inputs"]
+
+
+def test_a_plan_samples_no_more_text_than_it_reads(text_file, tmp_path, monkeypatch):
+    """Windows to refine on are left to `compress`, which goes on in the same run directory."""
+    sampled, announced, progress = [], [], Progress()
+    sample = slimrank.inputs.sample_windows
+    monkeypatch.setattr("slimrank.inputs.sample_windows", lambda *a: sampled.append(a[2]) or sample(*a))
+    progress.plan = lambda costs: announced.append(list(costs))
+    refined = {"refine": "update", "refine_options": {"samples_factor": 4}, "allocation": "spectrum"}
+    more = {"progress": progress, "search_samples": 1, **refined}
+    chosen = options(text_file, calibration="self", run_dir=tmp_path / "run", **more)
+    plan, _ = find_plan(tiny_model(), byte_tokenizer(), **chosen)
+    assert sorted(sampled) == [1, 4]
+    assert announced == [["calibrate and decompose", "allocate"]]
+    result = slimrank.compress(tiny_model(), byte_tokenizer(), **chosen)
+    assert 16 in sampled
+    assert result.plan.factored() == plan.factored()
 
 
 def test_an_error_while_cutting_leaves_a_model_that_says_it_is_compressed(text_file, tmp_path, monkeypatch):

@@ -50,6 +50,8 @@ from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.run import Run
 
+BEFORE_CUTTING = ("calibrate and decompose", "allocate")
+
 
 @dataclass(frozen=True)
 class CompressionResult:
@@ -71,10 +73,20 @@ class CompressionResult:
 
 
 class Job:
-    """The state of one compression."""
+    """The state of one compression.
 
-    def __init__(self, recipe: Recipe, progress: Progress, resumable: bool, keeps: bool = False) -> None:
-        self.recipe, self.progress, self.resumable, self.keeps = recipe, progress, resumable, keeps
+    Args:
+        recipe: what to do.
+        progress: told what happens.
+        resumable: whether finished parts are stored.
+        keeps: whether statistics are, too.
+        cuts: whether the model will be; if not, the work ends with the plan.
+    """
+
+    def __init__(
+        self, recipe: Recipe, progress: Progress, resumable: bool, keeps: bool = False, cuts: bool = True
+    ) -> None:
+        self.recipe, self.progress, self.resumable, self.keeps, self.cuts = recipe, progress, resumable, keeps, cuts
         self.method: Configured = DECOMPOSERS.get(recipe.method).configured(recipe.method_options)
         self.refiner = configured_refiner(recipe, self.method)
         check_corrections(recipe, self.method)
@@ -92,7 +104,7 @@ class Job:
         recipe = following_plan(self.recipe)
         holds_out = self.refiner is not None and self.refiner.following.held_out > 0
         searches = (recipe.plan is None and self.allocator.measures) or holds_out or recipe.corrections > 0
-        factor = 1 if self.refiner is None else self.refiner.following.samples_factor
+        factor = self.refiner.following.samples_factor if self.refiner and self.cuts else 1
         texts = prepare_texts(recipe, self.calibrates, searches, factor * recipe.samples if factor > 1 else None)
         if isinstance(model, (str, Path)):
             self.progress.note(f"loading {model}")
@@ -212,7 +224,8 @@ class Job:
 
     def announce(self) -> None:
         """Tell the progress which stages are coming, and how long each may take."""
-        self.progress.plan(stage_seconds(self._work(), measure_machine(self.device)))
+        seconds = stage_seconds(self._work(), measure_machine(self.device))
+        self.progress.plan({name: s for name, s in seconds.items() if self.cuts or name in BEFORE_CUTTING})
 
     def _work(self) -> Workload:
         tokens = self.texts.calibration_tokens, self.texts.refinement_tokens, self.texts.evaluation_tokens

@@ -148,7 +148,7 @@ def find_plan(
         SlimrankError: see `slimrank.errors`.
     """
     made = Recipe.merged(recipe, options).model_copy(update={"evaluation": None})
-    job = Job(made, progress or Progress(), resumable=run_dir is not None)
+    job = Job(made, progress or Progress(), resumable=run_dir is not None, cuts=False)
     with _restored(model):
         job.load(model, tokenizer)
         with _run_folder(None, run_dir) as folder, Run(folder, job.identity()) as run:
