@@ -49,8 +49,8 @@ def compare(
     """Compress a model by each recipe and measure what comes of it, on the same texts and tasks.
 
     Statistics and spectra are kept in `OUT/run` and shared by all cells that need the same ones: the text is read once
-    for each kind of statistics, whatever the number of cells. Cells that are done
-    are not done again; a cell that fails is in the record with its error, and the others go on.
+    for each kind of statistics, whatever the number of cells. Cells that are done are not done again; a cell that
+    fails is in the record with its error, and the others go on.
 
     Args:
         model: hub id, local folder, GGUF file, or "demo".
