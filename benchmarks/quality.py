@@ -74,7 +74,7 @@ def measure(args, row, keep, tests):
         "perplexity": {name: slimrank.perplexity(result.model, windows).perplexity for name, windows in tests.items()},
         "dense_layers": sum(target.rank == "dense" for target in result.plan.targets.values()),
         "corrections": report["corrections"],
-        "undone_blocks": sum("undone" in note for note in report["notes"]),
+        "undone_blocks": len({row["block"] for row in report["targets"] if row.get("refined", {}).get("undone")}),
     }
 
 

@@ -155,8 +155,7 @@ def test_an_expert_that_no_token_reaches(options):
     ranks = [[row["rank"] for path, row in rows.items() if path.endswith(f".up.{e}")] for e in (3, 0)]
     assert options or max(ranks[0]) < min(ranks[1])
     routed = [note for note in notes if "refined towards the original weight on their own inputs" in note]
-    undone = [note for note in notes if note.endswith("undone")]
-    assert len(routed) == 2 or len(undone) == 2
+    assert len(routed) == 2 or any(note.startswith("refining was undone in 2 of 2 blocks") for note in notes)
 
 
 def test_a_model_that_was_not_cut_is_as_it_was(tmp_path):

@@ -29,7 +29,7 @@ from slimrank.statistics.streams import LayerSums, StreamCollector
 _MORE_OUTPUTS = "more outputs than inputs: it does not make up for the residual stream"
 UNSEEN = 1e-3  # ridge besides a chosen one, for what the text does not show
 _ROUTED = "experts are sent other tokens in either model: refined towards the original weight on their own inputs"
-_UNDONE = "refining brought the divergence on windows kept aside from {before:.4f} to {after:.4f}: undone"
+_UNDONE = "refining was undone in {count} of {blocks} blocks, no nearer to the original with it on windows kept aside "
 
 
 class Refinement:
@@ -47,6 +47,7 @@ class Refinement:
         self.runner = self.streams.runner
         count = job.refiner.following.held_out
         self.held_out = HeldOut(job, count, stage) if count else None
+        self.undone: dict[int, tuple[float, float]] = {}  # block -> divergence without and with what refining found
 
     def walk(self) -> None:
         """Cut and refine all blocks in order."""
@@ -62,6 +63,8 @@ class Refinement:
             for index in range(first, len(runner)):
                 self._block(index)
                 job.progress.step()
+        if self.undone:
+            self.cutter.done.notes.append(_of_undone(self.undone, len(runner)))
 
     def _take_up(self, first: int) -> None:
         streams, _ = self.stage.load("streams")
@@ -81,12 +84,14 @@ class Refinement:
                     self._put(target, found)
                 elif target.path not in about["errors"]:
                     self._not_refined(target)
-            self._told(about)
+            self._told(index, about)
             self._let_go(index)
             self.job.progress.step()
 
-    def _told(self, about: Mapping[str, Any]) -> None:
+    def _told(self, index: int, about: Mapping[str, Any]) -> None:
         """What there is to report of a block."""
+        if about["undone"]:
+            self.undone[index] = about["undone"]
         for path, errors in about["errors"].items():
             self.cutter.done.rows[path]["refined"] = errors
         self.cutter.done.notes += [note for note in about["notes"] if note not in self.cutter.done.notes]
@@ -111,7 +116,7 @@ class Refinement:
         originals = self._let_go(index)
         cut = {path: self._state(path) for path in targets}
         refined: dict[str, dict[str, Tensor]] = {}
-        about: dict[str, Any] = {"errors": {}, "notes": []}
+        about: dict[str, Any] = {"errors": {}, "notes": [], "undone": None}
         stages = self.streams.stages(index, list(targets))
         for number, paths in enumerate(stages, 1):
             gathered = self.streams.gather(index, originals, paths, last=number == len(stages))
@@ -126,7 +131,7 @@ class Refinement:
                 self._put(target, refined[target.path])
         if self.held_out is not None and refined and self._undone(index, targets, cut, refined, about):
             refined = {}
-        self._told(about)
+        self._told(index, about)
         self.streams.step(index)
         if self.held_out is not None:
             self.held_out.step(index)
@@ -150,7 +155,7 @@ class Refinement:
         before = self.held_out.divergence(index)
         if not after <= before:  # NaN is never nearer
             about["errors"] = {p: {**e, "after": e["before"], "undone": True} for p, e in about["errors"].items()}
-            about["notes"] = [f"block {index}: {_UNDONE.format(before=before, after=after)}"]
+            about["notes"], about["undone"] = [], (before, after)
             return True
         for path, state in refined.items():
             self._put(targets[path], state)
@@ -226,6 +231,11 @@ class Refinement:
             self.cutter.done.new_biases += bias.numel()
         for layer in layers:
             hold(layer, new)
+
+
+def _of_undone(undone: Mapping[int, tuple[float, float]], blocks: int) -> str:
+    each = "; ".join(f"{index}: {before:.4f}, {after:.4f}" for index, (before, after) in undone.items())
+    return f"{_UNDONE.format(count=len(undone), blocks=blocks)}(block: nats without, with): {each}"
 
 
 def _of_routed(gathered: list[StreamCollector]) -> list[str]:
