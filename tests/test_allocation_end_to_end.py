@@ -334,9 +334,11 @@ def test_plan_computes_what_the_allocation_needs_and_compress_goes_on_from_there
             kept = 100 * target.cost(plan.stored_as) / (target.shape[0] * target.shape[1])
             assert cell.strip() == ("--" if target.rank == "dense" else f"{kept:.0f}")
     assert "predicted error" in shown
-    assert "no plan of this size has an error less by more than" in shown
+    assert "no plan that it may choose is better by more than" in shown
+    (mine,) = re.findall(r"0\.60 +([\d.e-]+) .* <- this plan", shown)
     record = json.loads(run(capsys, "plan", *shared, "--json")[1])
     assert record["allocation"]["id"] == "lems"
+    assert float(mine) == pytest.approx(record["allocation"]["predicted"], rel=1e-3)
     assert len(record["allocation"]["additivity"]["measured"]) == 20
     assert record["plan"] == plan.model_dump(mode="json")
     monkeypatch.setattr("slimrank.pipeline.probe.ModelProbe._block", None)
@@ -379,6 +381,26 @@ def test_additivity_where_errors_do_add_up():
     assert found.spearman == pytest.approx(1.0)
     shuffled = [curve.scaled(float(1 + 50 * (i % 3 == 0))) for i, curve in enumerate(curves)]
     assert additivity(given, shuffled, 12).spearman < 0.99
+
+
+def test_plans_that_are_all_the_same_have_no_rank_correlation(recwarn):
+    given = problem(1.0)
+    found = additivity(given, ALLOCATORS.get("lems").configured({}).allocate(given).curves, 3)
+    assert found.spearman is None
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("dropped, bent", [(None, False), (5, False), (1000, True)])
+def test_more_positions_than_can_be_dropped_are_told(dropped, bent):
+    notes = allocated("lems", allocation_options={"dropped": dropped, "plans": 0}).report["notes"]
+    note = f"allocation: of a window only {SEQ_LEN - 2} positions can be dropped, not 1000"
+    assert (note in notes) == bent
+
+
+@pytest.mark.parametrize("gamma", [float("inf"), float("nan"), 1e7])
+def test_a_bias_without_bounds_is_refused(gamma):
+    with pytest.raises(RecipeError, match="gamma"):
+        allocated("lems", allocation_options={"gamma": gamma})
 
 
 # search windows --------------------------------------------------------------------------------------------------

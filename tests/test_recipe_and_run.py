@@ -28,6 +28,7 @@ def test_one_schema_for_yaml_and_python(tmp_path):
         ("samples: -1", "samples: Input should be greater"),
         ("dtype: float8", "dtype"),
         ("max_shard_size: big", "max_shard_size"),
+        ("ranks: {q_proj: 8..4}", "'8..4' for 'q_proj' leaves no rank: MIN is more than MAX"),
     ],
 )
 def test_bad_recipes(tmp_path, content, message):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import combinations
 from typing import Any
 
@@ -203,7 +202,7 @@ def _common(unit: Unit, limits: Mapping[str, Limits]) -> Limits:
                 f"'ranks' leave '{one}' and '{other}', which share a factor, no common rank.",
                 "bounds that overlap, or options of the method that share less",
             )
-    return reduce(lambda found, t: found.both(limits[t.path]) or found, unit.targets, Limits())
+    return Limits.all_of(limits[t.path] for t in unit.targets)
 
 
 def _budget(recipe: Recipe, model: Any, targets: TargetSet, itemsize: int) -> Budget:

@@ -168,6 +168,9 @@ class Recipe(BaseModel):
                 raise ValueError(f"'{limit}' for '{pattern}' is neither a rank, nor MIN..MAX, nor dense")
             if re.search(r"(?<!\d)0+(?!\d)", str(limit)):
                 raise ValueError(f"'{limit}' for '{pattern}': the smallest rank is 1")
+            least, _, most = str(limit).partition("..")
+            if least and most and int(least) > int(most):
+                raise ValueError(f"'{limit}' for '{pattern}' leaves no rank: MIN is more than MAX")
         return value
 
     @model_validator(mode="after")

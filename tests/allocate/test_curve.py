@@ -39,7 +39,7 @@ def test_pivots_store_less_up_to_the_full_rank():
     assert bool((np.diff(costs) > 0).all())
 
 
-@pytest.mark.parametrize("limits", [Limits(least=9, most=11), Limits(least=5, most=3), Limits(least=8, most=8)])
+@pytest.mark.parametrize("limits", [Limits(least=9, most=11), Limits(least=8, most=8)])
 def test_limits_that_leave_no_rank(limits):
     with pytest.raises(PlanError, match=r"no multiple of 1 is a rank of 'layer'.*\n?.*1\.\.7, or stay dense"):
         candidates("layer", SHAPE, 1, limits)
@@ -49,6 +49,14 @@ def test_limits_that_leave_no_rank(limits):
 def test_there_is_no_rank_zero(least, most):
     with pytest.raises(PlanError, match="the smallest rank is 1"):
         Limits(least, most)
+
+
+def test_bounds_with_nothing_between():
+    with pytest.raises(PlanError, match="ranks from 5 to 3 are asked for; there are none"):
+        Limits(5, 3)
+    assert Limits.all_of([Limits(2), Limits(3, 9), Limits(1, 5)]) == Limits(3, 5)
+    with pytest.raises(PlanError, match="must be equal"):
+        Limits.all_of([Limits(2, 4), Limits(5, 9)])
 
 
 @pytest.mark.parametrize("shape", [(10, 14), (14, 10)])

@@ -180,6 +180,10 @@ def test_asvd_stops_at_a_perplexity():
     assert np.exp(total(given, found.ranks)) <= rise
     size = sum(PAIR.of(*i.shape, found.ranks[i.path]) for i in given.items)
     assert size < given.budget
+    assert found.notes == ()
+    missed = allocate("asvd", given, max_rise=1 + 1e-9)
+    assert missed.ranks == full.ranks
+    assert missed.notes == ("the budget does not keep the perplexity within 1 times the original's",)
 
 
 def test_asvd_does_not_cut_where_nothing_was_measured():
@@ -260,6 +264,10 @@ def test_ada_cr():
         kept = [PAIR.of(*i.shape, ranks[i.path]) for i in given.items if i.role == role]
         assert kept == sorted(kept, reverse=True)
         assert kept[0] > kept[-1]
+    assert allocate("ada_cr", given, least=0.3).notes == ()
+    bent = allocate("ada_cr", given, least=0.9)
+    assert bent.ranks == neutral
+    assert bent.notes == ("least 0.9 is more than all blocks keep together, 0.600: uniform",)
     turned = allocate("ada_cr", given, least=0.3, importance="similarity").ranks
     assert turned["layers.0.mlp.up"] < turned["layers.4.mlp.up"]
 
@@ -328,6 +336,7 @@ def test_a_descent_is_no_worse_than_where_it_began(id, start, keep):
     begin = allocate("spectrum", given).ranks if start == "spectrum" else provisional(given).ranks
     assert total(given, found.ranks) <= total(given, begin)
     assert "divergences: descent" in found.notes[0]
+    assert [curve.path for curve in found.curves] == [i.path for i in given.items if id == "fermigrad"]
 
 
 def test_a_descent_leaves_dense_layers_dense(monkeypatch):

@@ -38,6 +38,9 @@ def ada_cr(problem: Problem, *, least: Least = None, importance: Importance = "c
     blocks = np.array([item.block for item in problem.items])
     weight = (cosines if importance == "similarity" else np.maximum(1 - cosines, 0.0))[blocks]
     mean = float((weight * problem.sizes).sum() / problem.sizes.sum())
+    notes: tuple[str, ...] = ()
+    if least is not None and least > problem.keep_ratio:
+        notes = (f"least {least:g} is more than all blocks keep together, {problem.keep_ratio:.3f}: uniform",)
     least = max(0.0, problem.keep_ratio - 0.1) if least is None else min(least, problem.keep_ratio)
     fractions = least + (weight / mean if mean > 0 else 1.0) * (problem.keep_ratio - least)
-    return Allocation(ranks_from_fractions(problem, np.broadcast_to(fractions, blocks.shape)))
+    return Allocation(ranks_from_fractions(problem, np.broadcast_to(fractions, blocks.shape)), notes=notes)

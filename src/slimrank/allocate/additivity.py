@@ -21,12 +21,13 @@ class Additivity:
     """Predicted and measured losses of random plans of one size.
 
     Attributes:
-        spearman: rank correlation of the two; 1 where predictions order plans as measurements do.
+        spearman: rank correlation of the two; 1 where predictions order plans as measurements do, None where either
+            is the same for all plans.
         predicted: sum of the single errors of each plan.
         measured: divergence of the whole model under it, in nats a token.
     """
 
-    spearman: float
+    spearman: float | None
     predicted: tuple[float, ...]
     measured: tuple[float, ...]
 
@@ -46,5 +47,6 @@ def additivity(problem: Problem, curves: Sequence[Curve], plans: int) -> Additiv
         ranks = solve([c.scaled(float(w)) for c, w in zip(curves, weights, strict=True)], problem.budget).ranks
         predicted.append(sum(float(c.errors[c.index(ranks[c.path])]) for c in curves))
         measured.append(effect_of(problem, ranks).kl)
-    correlation = float(spearmanr(predicted, measured).statistic)
-    return Additivity(correlation if np.isfinite(correlation) else 0.0, tuple(predicted), tuple(measured))
+    differ = np.ptp(predicted) > 0 and np.ptp(measured) > 0
+    correlation = float(spearmanr(predicted, measured).statistic) if differ else None
+    return Additivity(correlation, tuple(predicted), tuple(measured))

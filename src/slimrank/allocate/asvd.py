@@ -44,17 +44,18 @@ def asvd(
 ) -> Allocation:
     """Threshold search: each target takes its smallest rank whose rise of the loss is at most theta."""
     curves = interpolated_curves(problem, fractions)
-    return Allocation(ranks_of(problem, _threshold(problem, curves, max_rise)), tuple(curves))
+    picks, notes = _threshold(problem, curves, max_rise)
+    return Allocation(ranks_of(problem, picks), tuple(curves), notes=notes)
 
 
-def _threshold(problem: Problem, curves: Sequence[Curve], max_rise: float | None) -> Integers:
+def _threshold(problem: Problem, curves: Sequence[Curve], max_rise: float | None) -> tuple[Integers, tuple[str, ...]]:
     picks = least_maximum(curves, problem.budget)
     if max_rise is None:
-        return picks
+        return picks, ()
     allowed = effect_of(problem, {item.path: "dense" for item in problem.items}).nll + np.log(max_rise)
     low, high = sum(int(c.costs[0]) for c in curves), problem.budget
     if effect_of(problem, ranks_of(problem, picks)).nll > allowed:
-        return picks
+        return picks, (f"the budget does not keep the perplexity within {max_rise:g} times the original's",)
     for _ in range(BISECTIONS):
         middle = (low + high) // 2
         trial = least_maximum(curves, middle)
@@ -62,4 +63,4 @@ def _threshold(problem: Problem, curves: Sequence[Curve], max_rise: float | None
             picks, high = trial, middle
         else:
             low = middle
-    return picks
+    return picks, ()

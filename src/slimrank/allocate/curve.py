@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -92,7 +92,7 @@ class Limits:
         dense: the weight is to stay as it is.
 
     Raises:
-        PlanError: a bound below 1.
+        PlanError: a bound below 1, or no rank between them.
     """
 
     least: int = 1
@@ -102,6 +102,8 @@ class Limits:
     def __post_init__(self) -> None:
         if self.least < 1 or (self.most is not None and self.most < 1):
             raise PlanError(f"ranks from {self.least} to {self.most} are asked for; the smallest rank is 1.")
+        if self.most is not None and self.most < self.least:
+            raise PlanError(f"ranks from {self.least} to {self.most} are asked for; there are none.")
 
     def both(self, other: Limits) -> Limits | None:
         """What either allows; None where that is nothing."""
@@ -111,6 +113,20 @@ class Limits:
         least = max(self.least, other.least)
         most = min(m for m in (self.most, other.most) if m is not None) if bounded else None
         return None if most is not None and most < least else Limits(least, most)
+
+    @classmethod
+    def all_of(cls, several: Iterable[Limits]) -> Limits:
+        """What all of several allow.
+
+        Raises:
+            PlanError: nothing.
+        """
+        found: Limits | None = cls()
+        for limits in several:
+            found = found.both(limits) if found is not None else None
+        if found is None:
+            raise PlanError("bounds of ranks that must be equal leave none.", "bounds that overlap")
+        return found
 
 
 def candidates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -68,7 +69,8 @@ def fermigrad(
     ranks = descend(first, top, steps, rate, objective)
     slopes = solve(problem.curves(worths(masks, ranks)), problem.budget).ranks
     rounded = ranks_from_fractions(problem, kept_fractions(problem, ranks))
-    return best_of(problem, {"descent": rounded, "slopes": slopes, "start": begin})
+    best = best_of(problem, {"descent": rounded, "slopes": slopes, "start": begin})
+    return replace(best, curves=tuple(spectral_curves(problem)))
 
 
 def _plan(problem: Problem, start: str) -> Mapping[str, Rank]:

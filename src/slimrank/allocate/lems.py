@@ -21,7 +21,7 @@ Anchors = Annotated[
     Field(min_length=1, max_length=3, description="Where divergence is measured, as fractions of the largest rank."),
 ]
 Alpha = Annotated[float, Field(ge=0, le=10, description="How fast the bias falls with depth; 0 is a straight line.")]
-Gamma = Annotated[float, Field(ge=0, description="Bias of the first block over the last; 0 is none.")]
+Gamma = Annotated[float, Field(ge=0, le=1e6, description="Bias of the first block over the last; 0 is none.")]
 Search = Annotated[bool, Field(description="Measure plans of several alphas and gammas, gamma = 0 too; keep the best.")]
 GRID = (0.0, 1.0, 2.5), (0.0, 1.5, 5.0)  # of alpha, of gamma
 

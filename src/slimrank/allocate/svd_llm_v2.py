@@ -12,6 +12,7 @@ from slimrank.allocate.curve import Floats
 from slimrank.allocate.problem import Allocation, Problem
 from slimrank.allocate.registry import allocator
 from slimrank.allocate.shares import bounds, project, ranks_from_fractions
+from slimrank.allocate.spectrum import spectral_curves
 
 Variant = Annotated[
     Literal["relative", "literal"],
@@ -46,7 +47,7 @@ def svd_llm_v2(problem: Problem, *, variant: Variant = "relative") -> Allocation
         sizes = problem.sizes[members]
         kept = 1 - (1 - problem.keep_ratio) * _relative(_shares(losses[members], variant), sizes)
         fractions[members] = project(kept, sizes, low[members], high[members], problem.keep_ratio * sizes.sum())
-    return Allocation(ranks_from_fractions(problem, fractions))
+    return Allocation(ranks_from_fractions(problem, fractions), tuple(spectral_curves(problem)))
 
 
 def _relative(shares: Floats, sizes: Floats) -> Floats:

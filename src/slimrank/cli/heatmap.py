@@ -46,8 +46,8 @@ def _cell(targets: list[PlannedTarget], form: FactorForm) -> Text:
     return Text(f"{100 * kept:.0f}", style=style)
 
 
-def show_trade_off(allocation: dict[str, Any]) -> None:
-    """Predicted error at several sizes, as bars of its logarithm; nothing where there is no prediction."""
+def show_trade_off(allocation: dict[str, Any], keep_ratio: float) -> None:
+    """Predicted error at several sizes, and of the plan itself, as bars of its logarithm."""
     from math import log10
 
     from slimrank.cli.console import print_text
@@ -55,14 +55,18 @@ def show_trade_off(allocation: dict[str, Any]) -> None:
     points = allocation.get("trade_off", [])
     points = [p for p in points if p["error"] > TINY * points[0]["error"]]
     if len(points) < 2:
+        print_text("\nno error is predicted for this plan")
         return
+    points.append({"keep_ratio": keep_ratio, "error": max(allocation["predicted"], points[-1]["error"]), "mark": True})
+    points.sort(key=lambda point: point["keep_ratio"])
     logs = [log10(p["error"]) for p in points]
     span = max(logs) - min(logs) or 1.0
     print_text("\npredicted error (sum over layers, logarithmic) against the fraction of the linears that is kept")
     for point, value in zip(points, logs, strict=True):
         bar = "#" * max(1, round(BAR * (value - min(logs)) / span))
-        print_text(f"{point['keep_ratio']:5.2f}  {point['error']:10.4g}  {bar}")
+        print_text(f"{point['keep_ratio']:5.2f}  {point['error']:10.4g}  {bar}{' <- this plan' * ('mark' in point)}")
     if allocation.get("gap") is not None:
-        print_text(f"no plan of this size has an error less by more than {100 * allocation['gap']:.3f} %")
-    if "additivity" in allocation:
+        gap = f"{100 * allocation['gap']:.3f} %"
+        print_text(f"by the errors that it weighs, no plan that it may choose is better by more than {gap}")
+    if allocation.get("additivity", {}).get("spearman") is not None:
         print_text(f"rank correlation of predicted and measured divergence: {allocation['additivity']['spearman']:.2f}")

@@ -54,7 +54,7 @@ def plan(
             print_text(f"ranks are uniform ones: '{allocation['id']}' finds its own, with --run-dir DIR here and now")
             return
         show_plan(made, record["blocks_path"])
-        show_trade_off(allocation)
+        show_trade_off(allocation, made.keep_ratio)
 
 
 def _foretold(chosen: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -42,15 +42,23 @@ def allocate(job: Job, run: Run, stage: Stage) -> dict[str, Any]:
         about = _about(job, problem, found)
         job.progress.step()
     job.plan = job.plan_of(found)
-    job.notes += [f"allocation: {note}" for note in found.notes]
+    job.notes += [f"allocation: {note}" for note in (*found.notes, *_bent(job))]
     return about
+
+
+def _bent(job: Job) -> list[str]:
+    """Options of measuring that the windows do not allow."""
+    wanted = job.allocator.measuring.dropped
+    if not job.allocator.measures or wanted is None or job.texts.search is None:
+        return []
+    found = job.allocator.measuring.positions(int(job.texts.search.shape[1]))
+    return [f"of a window only {found} positions can be dropped, not {wanted}"] if found < wanted else []
 
 
 def _about(job: Job, problem: Problem, found: Allocation) -> dict[str, Any]:
     about = {**job.allocator.described(), "gap": found.gap}
     if found.curves:
         about["trade_off"] = _sketch(trade_off(found.curves), float(problem.sizes.sum()))
-    if found.divergence:
         about["predicted"] = sum(float(c.errors[c.index(found.ranks[c.path])]) for c in found.curves)
     if found.divergence and job.allocator.measuring.plans > 1:
         about["additivity"] = asdict(additivity(problem, found.curves, job.allocator.measuring.plans))
