@@ -93,6 +93,18 @@ def test_the_exact_solver_is_no_worse_and_says_how_near_it_came(kept):
     assert stopped.gap > 0
 
 
+@pytest.mark.parametrize("solver", [solve_constrained, solve_constrained_exactly])
+@pytest.mark.parametrize("kept", [{"cap": 0.75}, {"monotone": True}, {"floor": 0.5}], ids=str)
+def test_what_no_error_has_a_use_for_is_spent_within_the_constraints(kept, solver):
+    curves = [Curve(c.path, c.ranks, c.costs, np.where(np.arange(len(c)) < 4, c.errors, 0.0)) for c in spectral()]
+    budget = int(0.7 * whole(curves))
+    solution = solver(curves, budget, constraints(curves, **kept))
+    found = fractions(solution, curves)
+    assert found == sorted(found, reverse=True) if kept.get("monotone") else max(found) <= kept.get("cap", 1)
+    smallest = max(int(np.diff(c.costs[:-1]).max()) for c in curves)
+    assert 0 <= budget - solution.cost < smallest
+
+
 def nearest(curves, budget, solver, **kept):
     """The value that the error of an impossible wish names."""
     with pytest.raises(BudgetError) as raised:

@@ -174,11 +174,14 @@ def test_a_layer_that_matters_more_gets_no_lower_rank(seed):
     assert sizes == sorted(sizes)
 
 
-def test_dominated_candidates_are_never_chosen():
+def test_dominated_candidates_only_take_what_nothing_else_can():
+    """From 35 to 39 there is room for the step to 20, and for none that saves an error."""
     useless = Curve("a", np.array([1, 2, 3]), np.array([10, 20, 30]), np.array([5.0, 5.0, 1.0]))
     other = Curve("b", np.array([1, 2]), np.array([10, 15]), np.array([3.0, 2.0]))
     for budget in range(20, 46):
-        assert solve_exactly([useless, other], budget).ranks["a"] != 2
+        solution = solve_exactly([useless, other], budget)
+        assert (solution.ranks["a"] == 2) == (35 <= budget < 40)
+        assert solution.error == best([useless, other], budget)
 
 
 def test_the_hull_is_the_lower_hull():

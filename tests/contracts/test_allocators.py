@@ -15,6 +15,7 @@ from slimrank.linalg.cost import PIVOT
 IDS = list(ALLOCATORS.all())
 QUICK = {"fermigrad": {"steps": 4}, "dobi": {"steps": 2}, "atp": {"trials": 3}, "asvd": {"fractions": [0.3, 0.6, 0.9]}}
 EXACT = [id for id in IDS if id not in ("fermigrad", "dobi")]
+SOLVING = [id for id in IDS if "solver" in ALLOCATORS.get(id).options.model_fields]
 KEEPS = [0.4, 0.5, 0.8, 0.95]
 ADDITIVE = ["spectrum", "lems"]  # they minimise the very sum that `problem` is made of, or one of its parts
 
@@ -81,6 +82,23 @@ def test_the_budget_is_kept_and_spent(id, keep, multiple, options):
     for item in given.items:
         assert ranks[item.path] == "dense" or ranks[item.path] % multiple == 0
         assert ranks[item.path] == "dense" or 1 <= ranks[item.path] < min(item.shape)
+
+
+def flat(given, least):
+    """Spectra that are zero from some index on: beyond it nothing is gained."""
+    values = {path: np.where(np.arange(len(v)) < least, v, 0.0) for path, v in given.probe.values.items()}
+    probe = KnownModel(given.items, values, given.probe.importance)
+    return replace(given, spectra={path: (v, 0.0) for path, v in values.items()}, probe=probe)
+
+
+@pytest.mark.parametrize("least", [4, 48])
+@pytest.mark.parametrize("solver", ["lagrange", "exact"])
+@pytest.mark.parametrize("id", SOLVING)
+def test_every_solver_spends_the_budget_on_flat_spectra_too(id, solver, least, options):
+    for given in (flat(problem(0.6), least), flat(problem(0.6, cost=PIVOT), least)):
+        ranks = allocate(id, given, options, solver=solver).ranks
+        assert cost(given, ranks) <= given.budget
+        slack_is_spent(id, given, ranks)
 
 
 @pytest.mark.parametrize("id", IDS)

@@ -16,7 +16,7 @@ from slimrank.allocate.constraints import Block, Constraints, down, reachable_bl
 from slimrank.allocate.curve import Curve, Integers
 from slimrank.allocate.exact import one_each
 from slimrank.allocate.hull import Table, hull_steps
-from slimrank.allocate.knapsack import Solution, check_feasible, fill, solve
+from slimrank.allocate.knapsack import Solution, check_feasible, fill, planned, solve
 from slimrank.errors import BudgetError
 
 LEVELS = 48  # sizes at which a block is solved
@@ -40,7 +40,7 @@ def solve_constrained(
     picks = _choose(plans, whole, budget, constraints, seconds)
     ranks = {path: rank for plan, pick in zip(plans, picks, strict=True) for path, rank in plan[pick].ranks.items()}
     ordered = [curve for block in blocks for curve in block.curves]
-    return _filled(ordered, np.array([c.index(ranks[c.path]) for c in ordered]), whole, budget, constraints, bound)
+    return filled(ordered, np.array([c.index(ranks[c.path]) for c in ordered]), whole, budget, constraints, bound)
 
 
 def _plans(block: Block, constraints: Constraints) -> list[Solution]:
@@ -92,7 +92,8 @@ def _choose(
 def _bound(blocks: Sequence[Block], budget: int, constraints: Constraints) -> float:
     """Optimum of the linear relaxation: no plan that keeps the constraints has less error.
 
-    Since they only look at costs, the candidates on the lower hulls are enough.
+    Since they only look at costs, the candidates on the lower hulls are enough, and the largest, which a floor may need
+    although it saves nothing.
     """
     hulls = [[_on_hull(curve) for curve in block.curves] for block in blocks]
     whole = np.array([block.whole for block in blocks])
@@ -117,10 +118,11 @@ def _on_hull(curve: Curve) -> Curve:
     kept = np.zeros(len(curve), dtype=bool)
     kept[steps.start] = True
     kept[steps.pick] = True
+    kept[-1] = True
     return curve.choose(kept)
 
 
-def _filled(
+def filled(
     curves: Sequence[Curve], picks: Integers, whole: Integers, budget: int, constraints: Constraints, bound: float
 ) -> Solution:
     """Spend what is left, as far as the constraints let it be spent."""
@@ -135,9 +137,7 @@ def _filled(
         return np.floor(most * whole * (1 + 1e-12) - kept).astype(np.int64)[block]
 
     fill(table, picks, budget, room)
-    cost, error = table.total(picks)
-    ranks = {curve.path: curve.rank(int(pick)) for curve, pick in zip(curves, picks, strict=True)}
-    return Solution(ranks, cost, error, min(bound, error))
+    return planned(curves, picks, bound)
 
 
 def infeasible(constraints: Constraints) -> BudgetError:

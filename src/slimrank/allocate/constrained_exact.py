@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import Bounds, milp
 
-from slimrank.allocate.constrained import infeasible, solve_constrained
+from slimrank.allocate.constrained import filled, infeasible, solve_constrained
 from slimrank.allocate.constraints import Constraints, keeps, reachable_blocks, rows
 from slimrank.allocate.curve import Curve
 from slimrank.allocate.exact import SECONDS, TOLERANCE, one_each, solution_of
@@ -20,6 +20,8 @@ def solve_constrained_exactly(
 ) -> Solution:
     """As `constrained.solve_constrained`, over all candidates of all curves at once (HiGHS).
 
+    What the best plan has no use for is spent as there: as far as the budget and the constraints let a target grow.
+
     Raises:
         BudgetError: no plan meets all constraints, or none was found in so many seconds.
     """
@@ -29,7 +31,8 @@ def solve_constrained_exactly(
     ordered = [curve for block in blocks for curve in block.curves]
     errors = np.concatenate([c.errors for c in ordered])
     scale = (known.error if known else float(errors.max())) or 1.0
-    sides = rows([b.curves for b in blocks], np.array([b.whole for b in blocks]), budget, constraints)
+    whole = np.array([b.whole for b in blocks])
+    sides = rows([b.curves for b in blocks], whole, budget, constraints)
     found = milp(
         errors / scale,
         integrality=np.ones(len(errors)),
@@ -40,7 +43,8 @@ def solve_constrained_exactly(
     if found.x is not None:
         best = solution_of(ordered, found.x, max(float(found.mip_dual_bound) * scale, known.bound if known else 0.0))
         if best.cost <= budget and keeps(blocks, best.ranks, constraints) and not (known and known.error < best.error):
-            return best
+            picks = np.array([curve.index(best.ranks[curve.path]) for curve in ordered])
+            return filled(ordered, picks, whole, budget, constraints, best.bound)
     if known is None:
         raise infeasible(constraints)
     return known

@@ -10,7 +10,7 @@ from scipy.sparse import csr_array
 
 from slimrank.allocate.curve import Curve, Floats
 from slimrank.allocate.hull import Table, hull_steps
-from slimrank.allocate.knapsack import Solution, possible, relaxed, solve
+from slimrank.allocate.knapsack import Solution, fill, planned, possible, relaxed, solve
 
 SECONDS = 120.0
 TOLERANCE = 1e-9  # relative gap at which HiGHS stops
@@ -19,7 +19,8 @@ TOLERANCE = 1e-9  # relative gap at which HiGHS stops
 def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = SECONDS) -> Solution:
     """As `knapsack.solve`, to the optimum, or as near to it as can be told in so many seconds (see the gap).
 
-    Candidates that no optimum can hold, by their reduced cost in the relaxation, are left out beforehand.
+    Candidates that no optimum can hold, by their reduced cost in the relaxation, are left out beforehand. What the best
+    plan has no use for is spent all the same, as far as a target can grow by it.
 
     Raises:
         BudgetError: the smallest candidates store more than the budget.
@@ -44,7 +45,11 @@ def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = SECONDS
     if found.x is None:
         return known
     solution = solution_of(core, found.x, float(found.mip_dual_bound) * scale)
-    return known if known.error < solution.error or solution.cost > budget else solution
+    if known.error < solution.error or solution.cost > budget:
+        return known
+    picks = np.array([curve.index(solution.ranks[curve.path]) for curve in ordered])
+    fill(table, picks, budget)
+    return planned(ordered, picks, solution.bound)
 
 
 def one_each(curves: Sequence[Curve]) -> LinearConstraint:
@@ -58,7 +63,5 @@ def one_each(curves: Sequence[Curve]) -> LinearConstraint:
 def solution_of(curves: Sequence[Curve], x: Floats, bound: float) -> Solution:
     """The plan that a solver's variables say."""
     ends = np.cumsum([len(c) for c in curves])
-    chosen = [(curve, int(np.argmax(part))) for curve, part in zip(curves, np.split(x, ends[:-1]), strict=True)]
-    error = sum(float(curve.errors[pick]) for curve, pick in chosen)
-    cost = sum(int(curve.costs[pick]) for curve, pick in chosen)
-    return Solution({curve.path: curve.rank(pick) for curve, pick in chosen}, cost, error, min(bound, error))
+    picks = np.array([int(np.argmax(part)) for part in np.split(x, ends[:-1])])
+    return planned(curves, picks, bound)

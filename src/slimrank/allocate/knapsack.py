@@ -7,7 +7,7 @@ improved by exchanges. Its dual bound is a certificate: no plan within the budge
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -81,9 +81,15 @@ def solve(curves: Sequence[Curve], budget: int) -> Solution:
         better = _best_start(core, budget, bound)
         picks = np.array([c.index(core[i].rank(p)) for i, (c, p) in enumerate(zip(ordered, better, strict=True))])
         fill(table, picks, budget)
-    cost, error = table.total(picks)
-    ranks = {curve.path: curve.rank(int(pick)) for curve, pick in zip(ordered, picks, strict=True)}
-    return Solution({curve.path: ranks[curve.path] for curve in curves}, cost, error, min(bound, error))
+    found = planned(ordered, picks, bound)
+    return replace(found, ranks={curve.path: found.ranks[curve.path] for curve in curves})
+
+
+def planned(curves: Sequence[Curve], picks: Integers, bound: float) -> Solution:
+    """The plan of one candidate for each curve."""
+    cost, error = Table.of(curves).total(picks)
+    ranks = {curve.path: curve.rank(int(pick)) for curve, pick in zip(curves, picks, strict=True)}
+    return Solution(ranks, cost, error, min(bound, error))
 
 
 def possible(curves: Sequence[Curve], bound: float, error: float, price: float) -> list[Curve]:
