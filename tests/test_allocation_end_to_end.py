@@ -271,6 +271,16 @@ def test_limits_of_layers_that_share_a_factor_must_overlap(second):
         ({"allocation_options": {"anchros": [0.5]}}, RecipeError, "did you mean 'anchors'"),
         ({"allocation": "lmes"}, RecipeError, "did you mean 'lems'"),
         ({"allocation": "from_plan", "allocation_options": {"file": "none.json"}}, PlanError, "cannot be read"),
+        (
+            {"allocation": "shared", "allocation_options": {"monotone": True}},
+            RecipeError,
+            "do not go with ranks shared",
+        ),
+        (
+            {"allocation": "shared", "ranks": {"layers.0.*.q_proj": 3, "layers.1.*.q_proj": 5}},
+            PlanError,
+            "no rank is allowed for all of",
+        ),
         ({"keep_ratio": 0.001}, BudgetError, "keep_ratio of at least"),
         ({"allocation_options": {"block_floor": 0.8, "block_cap": 0.5}}, BudgetError, "block_floor of at most 0.5"),
         ({"allocation_options": {"block_cap": 0.01}}, BudgetError, "block 0 keeps at least"),

@@ -18,7 +18,7 @@ from slimrank.allocate.problem import Allocation, Item, Problem
 from slimrank.allocate.registry import ALLOCATORS
 from slimrank.allocate.shares import project
 from slimrank.allocate.threshold import least_maximum
-from slimrank.errors import NonFiniteError, PlanError, RecipeError
+from slimrank.errors import BudgetError, NonFiniteError, PlanError, RecipeError
 from slimrank.linalg.cost import PAIR, PIVOT
 from slimrank.planning import provisional
 
@@ -291,11 +291,16 @@ def test_shared_ranks():
         assert len({ranks[f"layers.{3 * half + b}.{role}"] for b in range(3)}) == 1
     assert allocate("shared", given, layers=1).ranks == allocate("spectrum", given).ranks
     with pytest.raises(RecipeError, match="do not go with ranks shared"):
-        allocate("shared", given, monotone=True)
+        ALLOCATORS.get("shared").configured({"monotone": True}).check(replace(given, spectra={}))
     bounded = {"layers.0.mlp.up": Limits(3, 3), "layers.1.mlp.up": Limits(5, 5)}
     items = tuple(replace(i, limits=bounded.get(i.path, i.limits)) for i in given.items)
     with pytest.raises(PlanError, match=r"no rank is allowed for all of layers\.0\.mlp\.up, layers\.1\.mlp\.up"):
-        allocate("shared", replace(given, items=items))
+        ALLOCATORS.get("shared").configured({}).check(replace(given, items=items, spectra={}))
+    bounded = {"layers.0.mlp.up": Limits(1, 9), "layers.1.mlp.up": Limits(9, None)}
+    items = tuple(replace(i, limits=bounded.get(i.path, i.limits)) for i in given.items)
+    tight = replace(given, items=items, spectra={}, budget=sum(int(costs[0]) for _, costs in given.choices) + 8 * 144)
+    with pytest.raises(BudgetError, match=r"'layers\.0\.mlp\.up' alone takes 2,592 at rank 9"):
+        ALLOCATORS.get("shared").configured({}).check(tight)
 
 
 def test_side_constraints_through_an_allocator():

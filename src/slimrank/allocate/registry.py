@@ -18,6 +18,7 @@ from slimrank.registry import Registry
 
 Allocate = Callable[..., Allocation]
 Passes = Callable[[Mapping[str, Any], int, int], float]
+Check = Callable[[Problem, Mapping[str, Any]], None]
 Need = Literal["spectra", "divergence", "influence", "gradient"]
 NEEDS: dict[Need, str] = {
     "spectra": "singular values of every weight in the metric of the method",
@@ -45,6 +46,7 @@ class Allocator:
         allocate: (Problem, **options) -> Allocation.
         passes: (options, layers, batches of search text) -> forward passes over the search text, about.
         options: their names, types, ranges and defaults.
+        check: (Problem without spectra, options) -> None; raises where they do not go together.
     """
 
     id: str
@@ -54,6 +56,7 @@ class Allocator:
     allocate: Allocate
     passes: Passes
     options: type[BaseModel]
+    check: Check
 
     @property
     def cost(self) -> str:
@@ -98,9 +101,11 @@ class ConfiguredAllocator:
         Raises:
             BudgetError: the smallest ranks store more than the budget, or a block cannot keep what is asked of it.
             PlanError: limits leave a target no rank.
+            RecipeError: options that do not go together.
         """
         if self.needs:  # without any it is a certain plan, and says itself what that takes
             problem.check()
+        self.allocator.check(problem, self.options)
         if self.options.keys() >= Solving.model_fields.keys():
             check_constraints(problem, self.options)
 
@@ -135,6 +140,7 @@ def allocator(
     needs: Iterable[Need] = (),
     solves: bool = False,
     passes: Passes = lambda options, layers, batches: 0.0,
+    check: Check = lambda problem, options: None,
 ) -> Callable[[Allocate], Allocate]:
     """Register the decorated function as the allocator `id`; its keyword-only parameters are its options.
 
@@ -145,6 +151,7 @@ def allocator(
         needs: what it asks for, see `NEEDS`.
         solves: it takes the options of the budget solver, as `solving`.
         passes: for the forecast of time, see `Allocator`.
+        check: what it refuses before any work, see `Allocator`.
     """
     asked = frozenset(needs)
     unknown = asked - NEEDS.keys()
@@ -154,7 +161,7 @@ def allocator(
     def register(allocate: Allocate) -> Allocate:
         solving = Solving.model_fields if solves else {}
         options = options_of(allocate, {**solving, **_measuring(asked)})
-        ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, passes, options))
+        ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, passes, options, check))
         return allocate
 
     return register

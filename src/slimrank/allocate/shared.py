@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,32 +19,49 @@ from slimrank.errors import PlanError, RecipeError
 Layers = Annotated[int, Field(ge=1, description="Consecutive blocks whose layers of the same role get one rank.")]
 
 
+def check_groups(problem: Problem, options: Mapping[str, Any]) -> None:
+    """Make sure that every group has ranks in common, which fit, and that nothing is asked of single blocks.
+
+    Raises:
+        BudgetError: the smallest ranks that groups have in common store more than the budget.
+        PlanError: bounds of ranks leave a group none.
+        RecipeError: side constraints by block with groups over several blocks.
+    """
+    if options["layers"] == 1:
+        return
+    if options["monotone"] or options["block_floor"] > 0 or options["block_cap"] < 1:
+        raise RecipeError("side constraints by block do not go with ranks shared between blocks.", "layers=1")
+    curves = {curve.path: curve for curve in problem.flat_curves()}
+    problem.check([_sum([curves[item.path] for item in members]) for members in _groups(problem, options["layers"])])
+
+
 @allocator(
     id="shared",
     title="Least sum of squared errors, one rank for the same layer of consecutive blocks",
     paper="Basis Sharing, arXiv 2410.03765, and LEMS-shared: groups of equal rank",
     needs=["spectra"],
     solves=True,
+    check=check_groups,
 )
 def shared(problem: Problem, *, layers: Layers = 2, scale: Scale = "auto", **solving: Any) -> Allocation:
     """As `spectrum`; the curves of a group are added up, so that it is one item of the knapsack.
 
     With `basis_sharing` what shares a factor is one item already.
-
-    Raises:
-        PlanError: bounds of ranks leave a group none.
-        RecipeError: side constraints by block with groups over several blocks.
     """
-    if layers > 1 and (solving["monotone"] or solving["block_floor"] > 0 or solving["block_cap"] < 1):
-        raise RecipeError("side constraints by block do not go with ranks shared between blocks.", "layers=1")
     curves = {curve.path: curve for curve in spectral_curves(problem, scale)}
+    groups = _groups(problem, layers)
+    merged = [_sum([curves[item.path] for item in members]) for members in groups]
+    found = least_error(problem, merged, solving)
+    ranks = {item.path: found.ranks[members[0].path] for members in groups for item in members}
+    return Allocation({item.path: ranks[item.path] for item in problem.items}, tuple(curves.values()), gap=found.gap)
+
+
+def _groups(problem: Problem, layers: int) -> list[list[Item]]:
+    """What is to have one rank."""
     groups: defaultdict[tuple[str, tuple[int, int], int], list[Item]] = defaultdict(list)
     for item in problem.items:
         groups[item.role, item.shape, item.block // layers].append(item)
-    merged = [_sum([curves[item.path] for item in members]) for members in groups.values()]
-    found = least_error(problem, merged, solving)
-    ranks = {item.path: found.ranks[members[0].path] for members in groups.values() for item in members}
-    return Allocation({item.path: ranks[item.path] for item in problem.items}, tuple(curves.values()), gap=found.gap)
+    return list(groups.values())
 
 
 def _sum(curves: Sequence[Curve]) -> Curve:
