@@ -263,6 +263,19 @@ def test_forms_that_contradict_a_plan_are_refused(tmp_path):
         slimrank.preview(tmp_path / "model", plan=pair, factor_form="pivot")
 
 
+@pytest.mark.parametrize("form, other", [("pair", "pivot"), ("pivot", "pair")])
+def test_ranks_of_a_file_that_were_chosen_for_the_other_form_are_refused(form, other, tmp_path):
+    """Also where each would fit: as pairs they store more than they were chosen for."""
+    file = tmp_path / "plan.json"
+    plan = compress(factor_form=form, keep_ratio=0.4).plan
+    plan.model_copy(update={"budget": None}).save(file)
+    options = {"allocation": "from_plan", "allocation_options": {"file": str(file)}, "keep_ratio": 0.9}
+    with pytest.raises(PlanError, match=f"chosen for factor form {form}, not {other}") as raised:
+        compress(factor_form=other, **options)
+    assert raised.value.hint == f"--factor-form {form}; or --plan {file}, which follows the form"
+    assert compress(factor_form=form, **options).plan.targets == plan.targets
+
+
 @pytest.mark.parametrize("change", [{"cost_model": "other"}, {"cost_model": "pivot", "secondary": "pivot"}])
 def test_plan_files_that_make_no_sense(change, tmp_path):
     content = {**compress().plan.model_dump(), **change}

@@ -29,8 +29,8 @@ def options(tmp_path):
             return {**QUICK.get(id, {}), **more}
         shapes = {item.path: item.shape for item in given.items}
         ranks = ALLOCATORS.get("uniform").configured({}).allocate(given).ranks
-        plan = RankPlan.build(ranks, shapes, "uniform", given.budget).model_copy(update={"budget": None})
-        plan.save(tmp_path / "plan.json")
+        plan = RankPlan.build(ranks, shapes, "uniform", given.budget, cost_model=given.cost.name)
+        plan.model_copy(update={"budget": None}).save(tmp_path / "plan.json")
         return {"file": str(tmp_path / "plan.json"), **more}
 
     return chosen

@@ -22,13 +22,15 @@ File = Annotated[str, Field(description="JSON, as 'slimrank plan --save' and eve
     paper="any plan, made by hand or by another run",
 )
 def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
-    """The ranks of a file, which must name every target and keep within the budget.
+    """The ranks of a file, which must name every target, be chosen for this form, and keep within the budget.
 
     Raises:
-        PlanError: no such file, not a plan, other targets, shapes or shared factors, or ranks that are no candidates.
+        PlanError: no such file, not a plan, ranks for another form of factors, other targets, shapes or shared factors,
+            or ranks that are no candidates.
         BudgetError: it stores more than the budget.
     """
     plan = RankPlan.load(file)
+    _check_form(plan, problem, file)
     targets = [(path, shape, item.path) for item in problem.items for path, shape in item.targets.items()]
     shares = {path: first for path, _, first in targets if path != first}
     plan.check({path: shape for path, shape, _ in targets}, shares)
@@ -47,3 +49,12 @@ def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
             f"{problem.needed(cost)}; or --plan {file}, which is its own budget",
         )
     return Allocation(ranks)
+
+
+def _check_form(plan: RankPlan, problem: Problem, file: str) -> None:
+    """The same ranks cost other parameters in another form: as pairs those of pivot layers may exceed the weight."""
+    if plan.cost_model != problem.cost.name:
+        raise PlanError(
+            f"the ranks of the plan '{file}' were chosen for factor form {plan.cost_model}, not {problem.cost.name}.",
+            f"--factor-form {plan.cost_model}; or --plan {file}, which follows the form",
+        )
