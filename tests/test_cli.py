@@ -209,6 +209,24 @@ def test_progress_tells_the_time_left(monkeypatch):
     assert progress.fraction() == pytest.approx(0.25)
     progress.step(3)
     assert progress.fraction() == 1.0
+    progress.plan({"one": 10.0, "two": 30.0})  # another job, as in a comparison
+    progress.stage("one", 2)
+    assert progress.fraction() == 0.0
+
+
+def test_steps_that_are_declared_again_lose_and_skip_nothing():
+    from slimrank.cli.console import ConsoleProgress
+
+    progress = ConsoleProgress()
+    progress.plan({"one": 10.0, "two": 30.0})
+    fractions = []
+    progress.stage("one", 2)
+    for stage, steps in (("one", 4), ("one", 2), ("two", 1)):
+        progress.step(1)
+        fractions.append(progress.fraction())
+        progress.stage(stage, steps)
+        fractions.append(progress.fraction())
+    assert fractions == pytest.approx([0.125, 0.125, 0.15625, 0.15625, 0.203125, 0.25])
 
 
 def test_a_model_with_bos_is_evaluated_with_bos(capsys, tmp_path, text_file):

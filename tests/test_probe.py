@@ -1,7 +1,10 @@
 """Measuring a model: what is not finite says where, and memory is bounded."""
 
+from itertools import pairwise
+
 import pytest
 
+from slimrank.cli.console import ConsoleProgress
 from slimrank.errors import NonFiniteError
 from slimrank.pipeline import probe
 from slimrank.run import Stage
@@ -52,3 +55,46 @@ def test_measurements_are_compared_and_stored_a_few_at_a_time(tmp_path, monkeypa
     assert allocated("lems").plan == whole.plan
     assert groups == [2, 2, 2, 1] * 3
     assert saved.count("effects") == len(groups)
+
+
+class Watched(ConsoleProgress):
+    """Keeps what fraction was done after every event of the stage that allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def stage(self, name, steps):
+        super().stage(name, steps)
+        self._see()
+
+    def step(self, done=1):
+        super().step(done)
+        self._see()
+
+    def _see(self):
+        if self.current == "allocate":
+            self.seen.append((self.fraction() * sum(self.costs.values()) - self.done_cost) / self.costs["allocate"])
+
+
+@pytest.mark.parametrize(
+    "id, options, most",
+    [
+        ("lems", {"search": True, "plans": 12}, 0.05),
+        ("atp", {}, 0.1),
+        ("ada_cr", {}, 0.5),
+        ("fermigrad", {"steps": 12}, 0.1),
+        ("dobi", {"steps": 12}, 0.1),
+    ],
+)
+def test_the_time_left_follows_what_is_measured(id, options, most):
+    """From nothing at the beginning, by small steps, to the end and not before."""
+    progress = Watched()
+    allocated(id, allocation_options=options, progress=progress)
+    seen = progress.seen
+    assert seen[0] == pytest.approx(0)
+    assert seen[-1] == pytest.approx(1)
+    steps = [after - before for before, after in pairwise(seen)]
+    assert min(steps) >= 0
+    assert steps[-1] > 0
+    assert max(steps) < most + 1e-6

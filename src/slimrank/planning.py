@@ -272,8 +272,8 @@ def _limit(text: str) -> Limits:
     return Limits(int(least or 1), int(most) if most else None)
 
 
-def _search(recipe: Recipe, layers: int) -> float:
-    """Forward passes over the search text."""
+def search_passes(recipe: Recipe, layers: int) -> float:
+    """Forward passes over the search text, about."""
     if recipe.plan is not None:
         return 0.0
     allocator = ALLOCATORS.get(recipe.allocation).configured(recipe.allocation_options)
@@ -323,7 +323,7 @@ def workload(
         backward=gathering.backward,
         pivots=recipe.stored_as == "pivot",
         solves={"once": 1, "twice": 2, "per batch": 1 + batches}[method.method.solves],
-        search=_search(recipe, len(targets)) * recipe.search_samples * seq_len,
+        search=search_passes(recipe, len(targets)) * recipe.search_samples * seq_len,
         **_refining(recipe, method, refined_tokens, seq_len),
         corrected=recipe.corrections * recipe.correction_windows * seq_len,
         rounds=recipe.corrections,

@@ -13,10 +13,40 @@ class Progress:
         """Announce all stages and their predicted cost in seconds (only the proportions matter)."""
 
     def stage(self, name: str, steps: int) -> None:
-        """Begin a stage of so many steps; the one before it is over."""
+        """Begin a stage of so many steps; the one before it is over.
+
+        The name of the current stage again: what is left of it has so many steps.
+        """
 
     def step(self, done: int = 1) -> None:
         """Some steps of the current stage are done."""
 
     def note(self, message: str) -> None:
         """Something the user should read now."""
+
+
+class Forecast:
+    """Moves a stage whose number of steps is only a forecast: its last step is done when it ends, not before.
+
+    Args:
+        progress: told of whole steps.
+        expected: steps that the work will take, about.
+    """
+
+    def __init__(self, progress: Progress, expected: float) -> None:
+        self.progress, self.steps = progress, 1 + round(expected)
+        self._done, self._told = 0.0, 0
+
+    def did(self, steps: float) -> None:
+        """So much more is done, in parts of a step too."""
+        self._done += steps
+        self._tell(min(int(self._done), self.steps - 1))
+
+    def end(self) -> None:
+        """All is done, however many steps it took."""
+        self._tell(self.steps)
+
+    def _tell(self, done: int) -> None:
+        if done > self._told:
+            self.progress.step(done - self._told)
+            self._told = done

@@ -18,6 +18,7 @@ Steps = Annotated[int, Field(ge=1, description="Steps of the descent, each on on
 Rate = Annotated[float, Field(gt=0, le=1, description="Size of a step, as a fraction of the full rank.")]
 Penalty = Annotated[float, Field(gt=0, description="Weight of the relative distance from the budget.")]
 Sharpness = Annotated[float, Field(gt=0, description="beta of the soft step 1/2 tanh(beta (g - i)) + 1/2.")]
+PASSES = 15.0  # as long as a loss and its gradient, with the singular values of all outputs, take
 BLUR = 1e-3  # of the largest singular value: gaps below it do not make gradients any larger
 
 
@@ -26,7 +27,8 @@ BLUR = 1e-3  # of the largest singular value: gaps below it do not make gradient
     title="Gradient descent through softly truncated activations",
     paper="Dobi-SVD, arXiv 2502.02723",
     needs=["gradient"],
-    passes=lambda options, layers, batches: 15.0 * options["steps"] / batches + 3,
+    passes=lambda options, layers, batches: PASSES * options["steps"] / batches + 3,
+    gradient_passes=PASSES,
 )
 def dobi(
     problem: Problem, *, steps: Steps = 20, rate: Rate = 0.0025, penalty: Penalty = 200.0, sharpness: Sharpness = 10.0

@@ -32,6 +32,7 @@ Steps = Annotated[int, Field(ge=1, description="Steps of the descent, each on on
 Rate = Annotated[float, Field(gt=0, le=1, description="Size of a step, as a fraction of the full rank.")]
 Penalty = Annotated[float, Field(gt=0, description="Weight of the squared relative distance from the budget.")]
 Start = Annotated[Literal["spectrum", "uniform"], Field(description="Begin at the plan of that allocation.")]
+PASSES = 7.0  # as long as a loss and its gradient take
 WARM, COLD = 1 / 64, 1 / 640  # temperatures, as fractions of the full rank
 LEAST = 1e-2  # of the median weight of all layers: what is less, or negative, is noise of the batches
 
@@ -41,7 +42,8 @@ LEAST = 1e-2  # of the median weight of all layers: what is less, or negative, i
     title="Gradient descent on soft ranks under a penalty on the size",
     paper="FermiGrad, arXiv 2512.03062",
     needs=["spectra", "gradient"],
-    passes=lambda options, layers, batches: 7.0 * (options["steps"] + batches) / batches + 4,
+    passes=lambda options, layers, batches: PASSES * (options["steps"] + batches) / batches + 4,
+    gradient_passes=PASSES,
 )
 def fermigrad(
     problem: Problem, *, steps: Steps = 60, rate: Rate = 0.005, penalty: Penalty = 100.0, start: Start = "spectrum"

@@ -47,6 +47,7 @@ class Allocator:
         passes: (options, layers, batches of search text) -> forward passes over the search text, about.
         options: their names, types, ranges and defaults.
         check: (Problem without spectra, options) -> None; raises where they do not go together.
+        gradient_passes: forward passes over as much text that a loss and its gradient take, about.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Allocator:
     passes: Passes
     options: type[BaseModel]
     check: Check
+    gradient_passes: float
 
     @property
     def cost(self) -> str:
@@ -119,6 +121,11 @@ class ConfiguredAllocator:
         """Whether it needs search tokens."""
         return bool(self.needs - {"spectra"})
 
+    @property
+    def gradient_passes(self) -> float:
+        """Forward passes over as much text that a loss and its gradient take, about."""
+        return self.allocator.gradient_passes
+
     def passes(self, layers: int, batches: int) -> float:
         """About how many forward passes over the search text it takes."""
         plans = self.measuring.plans if self.allocator.needs >= {"spectra", "divergence"} else 0
@@ -141,6 +148,7 @@ def allocator(
     solves: bool = False,
     passes: Passes = lambda options, layers, batches: 0.0,
     check: Check = lambda problem, options: None,
+    gradient_passes: float = 7.0,
 ) -> Callable[[Allocate], Allocate]:
     """Register the decorated function as the allocator `id`; its keyword-only parameters are its options.
 
@@ -152,6 +160,7 @@ def allocator(
         solves: it takes the options of the budget solver, as `solving`.
         passes: for the forecast of time, see `Allocator`.
         check: what it refuses before any work, see `Allocator`.
+        gradient_passes: for the time left, see `Allocator`.
     """
     asked = frozenset(needs)
     unknown = asked - NEEDS.keys()
@@ -161,7 +170,7 @@ def allocator(
     def register(allocate: Allocate) -> Allocate:
         solving = Solving.model_fields if solves else {}
         options = options_of(allocate, {**solving, **_measuring(asked)})
-        ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, passes, options, check))
+        ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, passes, options, check, gradient_passes))
         return allocate
 
     return register

@@ -36,6 +36,7 @@ class ConsoleProgress(LibraryProgress):
         self.costs: dict[str, float] = {}
         self.done_cost = 0.0
         self.current, self.steps, self.done = "", 1, 0
+        self.begun = 0.0  # how much of the current stage was done when its steps were last declared
         self.start = self.last_line = time.monotonic()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -50,6 +51,7 @@ class ConsoleProgress(LibraryProgress):
     def plan(self, costs: dict[str, float]) -> None:
         """See `slimrank.progress`."""
         self.costs, self.start = costs, time.monotonic()
+        self.current, self.done_cost = "", 0.0
         self.note(f"this will take about {duration(sum(costs.values()))}")
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
@@ -59,7 +61,9 @@ class ConsoleProgress(LibraryProgress):
 
     def stage(self, name: str, steps: int) -> None:
         """See `slimrank.progress`."""
-        self._leave_stage()
+        self.begun = self._part() if name == self.current else 0.0
+        if name != self.current:
+            self._leave_stage()
         self.current, self.steps, self.done = name, max(1, steps), 0
         self._show(force=True)
 
@@ -83,7 +87,11 @@ class ConsoleProgress(LibraryProgress):
         if not total:
             return self.done / self.steps
         here = self.costs.get(self.current, 0.0)
-        return min(1.0, (self.done_cost + here * self.done / self.steps) / total)
+        return min(1.0, (self.done_cost + here * self._part()) / total)
+
+    def _part(self) -> float:
+        """How much of the current stage is done."""
+        return self.begun + (1 - self.begun) * self.done / self.steps
 
     def _left(self) -> str:
         fraction, elapsed = self.fraction(), time.monotonic() - self.start

@@ -14,6 +14,8 @@ from slimrank.allocate.problem import Allocation, Problem
 from slimrank.pipeline.job import Job
 from slimrank.pipeline.probe import ModelProbe
 from slimrank.pipeline.spectra import Spectra
+from slimrank.planning import search_passes
+from slimrank.progress import Forecast
 from slimrank.run import Run, Stage
 
 
@@ -33,14 +35,15 @@ def allocate(job: Job, run: Run, stage: Stage) -> dict[str, Any]:
     assert job.problem is not None
     spectra = Spectra(job, stage)
     key = {**job.allocation_key(), "measuring": job.allocator.measuring.model_dump(exclude={"plans"})}
-    with job.timed("allocate", 1), ExitStack() as stack:
+    forecast = Forecast(job.progress, search_passes(job.recipe, len(job.units)))
+    with job.timed("allocate", forecast.steps), ExitStack() as stack:
         problem = with_spectra(job.problem, spectra, job)
         if job.allocator.measures:
-            probe = ModelProbe(job, spectra, run.stage(key), job.allocator.measuring)
+            probe = ModelProbe(job, spectra, run.stage(key), job.allocator.measuring, forecast)
             problem = replace(problem, probe=stack.enter_context(probe))
         found = job.allocator.allocate(problem)
         about = _about(job, problem, found)
-        job.progress.step()
+        forecast.end()
     job.plan = job.plan_of(found)
     job.notes += [f"allocation: {note}" for note in (*found.notes, *_bent(job))]
     return about

@@ -21,6 +21,7 @@ from slimrank.models.swap import swapped
 from slimrank.pipeline.job import Job
 from slimrank.pipeline.spectra import Spectra
 from slimrank.planning import Unit
+from slimrank.progress import Forecast
 from slimrank.run import Stage
 
 HELD = 2**30  # bytes of final hidden states, of cuts that are compared at a time
@@ -38,11 +39,12 @@ class ModelProbe:
         spectra: what factors are cut from.
         stage: where measurements are kept.
         measuring: temperature and dropped positions.
+        forecast: told of every forward pass, or part of one.
     """
 
-    def __init__(self, job: Job, spectra: Spectra, stage: Stage, measuring: Measuring) -> None:
+    def __init__(self, job: Job, spectra: Spectra, stage: Stage, measuring: Measuring, forecast: Forecast) -> None:
         assert job.texts.search is not None
-        self.job, self.spectra, self.stage = job, spectra, stage
+        self.job, self.spectra, self.stage, self.forecast = job, spectra, stage, forecast
         self.units = {unit.path: unit for unit in job.units}
         self.runner = job.runner(job.recipe.resident)
         self._batches = [Batch(ids) for ids in job.texts.search.split(job.recipe.batch_size)]
@@ -63,8 +65,7 @@ class ModelProbe:
         """Effects of each target alone at some ranks."""
         known = self._known()
         missing = {p: [r for r in found if str(r) not in known.get(p, {})] for p, found in ranks.items()}
-        self.job.progress.stage("allocate", sum(map(len, ranks.values())))
-        self.job.progress.step(sum(map(len, ranks.values())) - sum(map(len, missing.values())))
+        self.forecast.did(sum(self._share(p) * (len(found) - len(missing[p])) for p, found in ranks.items()))
         if any(missing.values()):
             self._embed()
             hidden = list(self._embedded)
@@ -76,6 +77,10 @@ class ModelProbe:
                     self.stage.save("effects", {}, known)
                 hidden = self.runner.through(hidden, index, index + 1)
         return {p: [Effect(*known[p][str(r)]) for r in found] for p, found in ranks.items()}
+
+    def _share(self, path: str) -> float:
+        """The part of a forward pass that a cut of this target takes: from its own block on."""
+        return 1 - min(self.units[path].blocks) / len(self.runner)
 
     def _groups(self, cuts: Sequence[Cut]) -> list[Sequence[Cut]]:
         """As many cuts at a time as their final hidden states may be held of."""
@@ -92,7 +97,7 @@ class ModelProbe:
             layers = self.spectra.layers(self.units[path], rank)
             with _measuring(f"'{path}' cut to rank {rank}"), swapped(self.job.model, layers):
                 finals.append(self._scorer.kept(self.runner.through(hidden, index, len(self.runner))))
-            self.job.progress.step()
+            self.forecast.did(self._share(path))
         found: dict[str, dict[str, tuple[float, float]]] = {}
         for (path, rank), effect in zip(cuts, self._scorer.score(finals), strict=True):
             if not torch.isfinite(torch.tensor(effect)).all():
@@ -108,6 +113,7 @@ class ModelProbe:
             layers |= self.spectra.layers(self.units[path], rank) if rank != "dense" else {}
         with _measuring("a plan of the allocation"), swapped(self.job.model, layers):
             final = self._scorer.kept(self.runner.through(self._embedded, 0, len(self.runner)))
+        self.forecast.did(1)
         return Effect(*self._scorer.score([final])[0])
 
     def _known(self) -> dict[str, dict[str, tuple[float, float]]]:
@@ -133,6 +139,7 @@ class ModelProbe:
             cosines = [cosine_similarity(a.double(), b.double(), dim=-1).flatten() for a, b in pairs]
             found.append(float(torch.cat(cosines).mean()))
             hidden = after
+            self.forecast.did(1 / len(self.runner))
         return found
 
     # gradients ----------------------------------------------------------------------------------------------
@@ -152,6 +159,7 @@ class ModelProbe:
         ids = self._batches[batch].input_ids
         with self._whole(), _transformed(self.job.model, self.units, transforms), torch.enable_grad():
             logits = logits_of(self.job.model, Batch(ids), self.job.device)
+            self.forecast.did(self.job.allocator.gradient_passes / self.batches())
             return next_token_loss(logits, Batch(ids)) / ids[:, 1:].numel()
 
     @contextmanager
