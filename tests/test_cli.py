@@ -1,6 +1,7 @@
 """The commands as a user types them, in this process (fast) and once as a real one."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -89,6 +90,25 @@ def test_plan_shows_and_saves(capsys, tiny_folder, tmp_path):
     record = json.loads(shown)
     assert record["plan"] == json.loads((tmp_path / "p.json").read_text())
     assert record["size"]["keep_ratio"] <= 0.5
+
+
+@pytest.mark.parametrize(
+    "place, reason",
+    [
+        ("none/p.json", "No such file or directory"),
+        ("", "Is a directory"),
+        ("file/p.json", "Not a directory"),
+        ("locked.json", "Permission denied"),
+    ],
+)
+def test_plan_finds_out_before_any_work_that_it_cannot_save(capsys, tiny_folder, tmp_path, monkeypatch, place, reason):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr("slimrank.pipeline.find_plan", None)
+    asked = "plan", tiny_folder, "--keep", 0.5, "--allocation", "lems", "--save", tmp_path / place
+    code, _, error = run(capsys, *asked)
+    assert code == 1
+    assert f"cannot be written: {reason}" in " ".join(error.split())
 
 
 def test_flags_win_over_the_recipe_file_and_that_over_the_preset(capsys, tiny_folder, text_file, tmp_path):

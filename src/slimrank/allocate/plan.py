@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -149,7 +151,7 @@ class RankPlan(BaseModel):
         try:
             path.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise PlanError(f"the plan '{path}' cannot be written: {error.strerror}.", "another place") from error
+            raise _unwritable(path, error.strerror) from error
 
     @classmethod
     def load(cls, path: str | Path) -> RankPlan:
@@ -170,6 +172,25 @@ class RankPlan(BaseModel):
             raise PlanError(
                 f"'{path}' is no rank plan: {where}: {first['msg']}.", "slimrank plan MODEL --save FILE"
             ) from error
+
+
+def check_place(path: Path) -> None:
+    """Make sure, before any work, that a plan can be written there.
+
+    Raises:
+        PlanError: it cannot.
+    """
+    folder = path.absolute().parent
+    if os.path.isdir(path):
+        raise _unwritable(path, os.strerror(errno.EISDIR))
+    if not os.path.isdir(folder):
+        raise _unwritable(path, os.strerror(errno.ENOTDIR if os.path.exists(folder) else errno.ENOENT))
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise _unwritable(path, os.strerror(errno.EACCES))
+
+
+def _unwritable(path: Path, reason: str | None) -> PlanError:
+    return PlanError(f"the plan '{path}' cannot be written: {reason}.", "another place")
 
 
 _SAME = "give all targets that share a factor one rank"

@@ -32,11 +32,14 @@ def plan(
 
     Example: slimrank plan demo --keep 0.8 --method kfac_svd --allocation spectrum --save plan.json --run-dir run
     """
+    from slimrank.allocate.plan import check_place
     from slimrank.dry_run import preview
     from slimrank.export.output import OutputFolder
 
     if out is not None:
         OutputFolder(out, overwrite)
+    if save is not None:
+        check_place(save)
     say_quietly()
     with ConsoleProgress() as progress:
         wanted = run_dir is not None or save is not None
