@@ -227,6 +227,33 @@ def test_interrupted_measurements_go_on(tmp_path, monkeypatch):
     assert {path.split(".")[2] for path, _ in measured} == {"2"}
 
 
+@pytest.mark.parametrize(
+    "id, options, plans", [("lems", {"search": True, "plans": 6}, 7 + 6), ("atp", {"trials": 5}, 5)]
+)
+def test_plans_that_were_measured_before_an_interruption_are_not_again(id, options, plans, tmp_path, monkeypatch):
+    from slimrank.pipeline.probe import ModelProbe
+
+    whole = allocated(id, allocation_options=options)
+    real, measured = ModelProbe._joint, []
+
+    def interrupted(self, ranks):
+        if len(measured) == plans - 2:
+            measured.append("interruption")
+            raise KeyboardInterrupt
+        measured.append(dict(ranks))
+        return real(self, ranks)
+
+    monkeypatch.setattr(ModelProbe, "_joint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        allocated(id, allocation_options=options, run_dir=tmp_path / "run")
+    resumed = allocated(id, allocation_options=options, run_dir=tmp_path / "run")
+    measured.remove("interruption")
+    assert all(measured.count(plan) == 1 for plan in measured)
+    assert len(measured) <= plans
+    assert resumed.plan == whole.plan
+    assert resumed.report["allocation"] == whole.report["allocation"]
+
+
 def test_limits_in_a_recipe():
     ranks = {"*.mlp.*": "3..5", "layers.0.self_attn.q_proj": 7, "layers.1.self_attn.o_proj": "dense"}
     plan = allocated("spectrum", ranks=ranks).plan.targets

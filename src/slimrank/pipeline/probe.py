@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from slimrank.pipeline.job import Job
 from slimrank.pipeline.spectra import Spectra
 from slimrank.planning import Unit
 from slimrank.progress import Forecast
-from slimrank.run import Stage
+from slimrank.run import Stage, content_key
 
 HELD = 2**30  # bytes of final hidden states, of cuts that are compared at a time
 Cut = tuple[str, int]  # path and rank
@@ -32,7 +33,8 @@ class ModelProbe:
     """Effects of cutting targets, on search windows.
 
     A change in block b leaves everything before b as it was: the original's hidden states go through the blocks once,
-    and for each target only the blocks from its own on are run. What was measured is stored at least after every block.
+    and for each target only the blocks from its own on are run. What was measured is stored at least after every block,
+    and after every plan of all targets.
 
     Args:
         job: knows the model and the search windows.
@@ -63,7 +65,7 @@ class ModelProbe:
 
     def single(self, ranks: Mapping[str, Sequence[int]]) -> dict[str, list[Effect]]:
         """Effects of each target alone at some ranks."""
-        known = self._known()
+        known = self._known("effects")
         missing = {p: [r for r in found if str(r) not in known.get(p, {})] for p, found in ranks.items()}
         self.forecast.did(sum(self._share(p) * (len(found) - len(missing[p])) for p, found in ranks.items()))
         if any(missing.values()):
@@ -107,17 +109,27 @@ class ModelProbe:
 
     def joint(self, ranks: Mapping[str, Rank]) -> Effect:
         """Effect of all targets at these ranks."""
+        known = self._known("plans")
+        name = content_key({path: str(rank) for path, rank in ranks.items() if rank != "dense"})
+        if name not in known:
+            known[name] = self._joint(ranks)
+            if all(map(isfinite, known[name])):
+                self.stage.save("plans", {}, known)
+        self.forecast.did(1)
+        return Effect(*known[name])
+
+    def _joint(self, ranks: Mapping[str, Rank]) -> tuple[float, float]:
         self._embed()
         layers: dict[str, nn.Module] = {}
         for path, rank in ranks.items():
             layers |= self.spectra.layers(self.units[path], rank) if rank != "dense" else {}
         with _measuring("a plan of the allocation"), swapped(self.job.model, layers):
             final = self._scorer.kept(self.runner.through(self._embedded, 0, len(self.runner)))
-        self.forecast.did(1)
-        return Effect(*self._scorer.score([final])[0])
+        return self._scorer.score([final])[0]
 
-    def _known(self) -> dict[str, dict[str, tuple[float, float]]]:
-        return self.stage.load("effects")[1] if self.stage.has("effects") else {}
+    def _known(self, name: str) -> dict[str, Any]:
+        """What was measured before: effects by path and rank, or those of plans by a digest of their ranks."""
+        return self.stage.load(name)[1] if self.stage.has(name) else {}
 
     def _embed(self) -> None:
         """The windows' embeddings, and the original's final hidden states; once."""
