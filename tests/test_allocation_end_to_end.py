@@ -254,6 +254,38 @@ def test_plans_that_were_measured_before_an_interruption_are_not_again(id, optio
     assert resumed.report["allocation"] == whole.report["allocation"]
 
 
+@pytest.mark.parametrize("id", ["lems", "ada_cr", "fermigrad", "dobi"])
+def test_an_allocation_that_was_found_is_not_sought_again(id, tmp_path, monkeypatch):
+    first = allocated(id, run_dir=tmp_path / "run")
+    for name in ("_block", "_joint", "influence", "loss"):
+        monkeypatch.setattr(f"slimrank.pipeline.probe.ModelProbe.{name}", None)
+    again = allocated(id, run_dir=tmp_path / "run")
+    assert again.plan == first.plan
+    for part in ("allocation", "notes"):
+        assert again.report[part] == first.report[part]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keep_ratio": 0.7},
+        {"allocation_options": {"steps": 3}},
+        {"allocation": "dobi", "allocation_options": {"steps": 2}},
+        {"ranks": {"q_proj": "3..5"}},
+        {"rank_multiple": 2},
+        {"factor_form": "pivot"},
+        {"search_samples": SEARCH - 1},
+        {"method": "asvd"},
+    ],
+)
+def test_an_allocation_that_was_found_serves_no_other_request(changes, tmp_path):
+    allocated("fermigrad", run_dir=tmp_path / "run")
+    kept = allocated("fermigrad", run_dir=tmp_path / "run", **changes)
+    fresh = allocated("fermigrad", **changes)
+    assert kept.plan == fresh.plan
+    assert kept.report["allocation"] == fresh.report["allocation"]
+
+
 def test_limits_in_a_recipe():
     ranks = {"*.mlp.*": "3..5", "layers.0.self_attn.q_proj": 7, "layers.1.self_attn.o_proj": "dense"}
     plan = allocated("spectrum", ranks=ranks).plan.targets

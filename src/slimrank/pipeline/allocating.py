@@ -24,7 +24,7 @@ def allocate(job: Job, run: Run, stage: Stage) -> dict[str, Any]:
 
     Args:
         job: its spectra are in `stage`.
-        run: keeps measurements, so that they are not made twice.
+        run: keeps measurements, and the allocation when it is found, so that neither is made twice.
         stage: of the spectra.
 
     Returns:
@@ -33,20 +33,42 @@ def allocate(job: Job, run: Run, stage: Stage) -> dict[str, Any]:
     if not job.allocates:
         return {"id": job.plan.allocation}
     assert job.problem is not None
-    spectra = Spectra(job, stage)
-    key = {**job.allocation_key(), "measuring": job.allocator.measuring.model_dump(exclude={"plans"})}
+    kept = run.stage(_key(job, job.problem))
     forecast = Forecast(job.progress, search_passes(job.recipe, len(job.units)))
-    with job.timed("allocate", forecast.steps), ExitStack() as stack:
-        problem = with_spectra(job.problem, spectra, job)
+    with job.timed("allocate", forecast.steps):
+        if not kept.has("allocation"):
+            kept.save("allocation", {}, _found(job, job.problem, run, Spectra(job, stage), forecast))
+        found = kept.load("allocation")[1]
+        forecast.end()
+    job.plan = job.plan_of(Allocation(found["ranks"]))
+    job.notes += [f"allocation: {note}" for note in (*found["notes"], *_bent(job))]
+    about: dict[str, Any] = found["about"]
+    return about
+
+
+def _key(job: Job, problem: Problem) -> dict[str, Any]:
+    """Everything that the allocation depends on."""
+    return {
+        **job.allocation_key(),
+        "allocation": job.allocator.described(),
+        "items": [asdict(item) for item in problem.items],
+        "budget": problem.budget,
+        "multiple": problem.multiple,
+        "cost": problem.cost.name,
+    }
+
+
+def _found(job: Job, problem: Problem, run: Run, spectra: Spectra, forecast: Forecast) -> dict[str, Any]:
+    """The ranks, and what there is to tell of them, as they are kept."""
+    with ExitStack() as stack:
+        problem = with_spectra(problem, spectra, job)
         if job.allocator.measures:
-            probe = ModelProbe(job, spectra, run.stage(key), job.allocator.measuring, forecast)
+            measuring = job.allocator.measuring
+            key = {**job.allocation_key(), "measuring": measuring.model_dump(exclude={"plans"})}
+            probe = ModelProbe(job, spectra, run.stage(key), measuring, forecast)
             problem = replace(problem, probe=stack.enter_context(probe))
         found = job.allocator.allocate(problem)
-        about = _about(job, problem, found)
-        forecast.end()
-    job.plan = job.plan_of(found)
-    job.notes += [f"allocation: {note}" for note in (*found.notes, *_bent(job))]
-    return about
+        return {"ranks": dict(found.ranks), "notes": found.notes, "about": _about(job, problem, found)}
 
 
 def _bent(job: Job) -> list[str]:
