@@ -185,6 +185,19 @@ def test_errors_say_what_and_what_to_try(capsys, tiny_folder, tmp_path, argument
     assert message in record["message"] + record["hint"]
 
 
+@pytest.mark.parametrize("windows, message", [([], "2 window(s) of 24"), (["--windows", "1"], "at least two windows")])
+def test_one_window_to_compare_on_is_refused_before_a_model_is_run(
+    capsys, tiny_folder, tmp_path, monkeypatch, windows, message
+):
+    monkeypatch.setattr("slimrank.evaluation.compare", lambda *_: pytest.fail("a model was run"))
+    short = tmp_path / "short.txt"
+    short.write_text("a" * 30)
+    options = ["--text", short, "--seq-len", 24, *windows]
+    code, _, error = run(capsys, "evaluate", tiny_folder, "--against", tiny_folder, *options)
+    assert code == 1
+    assert message in error
+
+
 def test_wrong_usage_ends_with_2(capsys):
     assert run(capsys, "compress")[0] == 2
     code, _, error = run(capsys, "compres")
@@ -282,6 +295,8 @@ def test_evaluate_tasks_against_the_original(capsys, tiny_folder, text_file, tmp
     alone = json.loads(run(capsys, *arguments[:8], "--json")[1])
     assert (alone["perplexity"], alone["texts"]) == (record["perplexity"], record["texts"])
     assert (alone["tasks"], alone["task_settings"], alone["against"]) == ({}, None, None)
+    shown = run(capsys, *arguments[:-1], 1)[1]
+    assert "sums (acc) is not compared" in shown
     other_tokens = save_tiny(tmp_path / "bos", bos=True)
     code, _, error = run(capsys, *arguments[:8], "--against", other_tokens)
     assert code == 1

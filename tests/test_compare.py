@@ -5,6 +5,7 @@ import shutil
 import sys
 import textwrap
 
+import lm_eval.tasks
 import pytest
 
 import slimrank
@@ -12,9 +13,11 @@ from helpers import save_tiny, text
 from slimrank import comparison
 from slimrank.cli import main
 from slimrank.comparison import Cell, running, worker
-from slimrank.errors import BudgetError, RecipeError
+from slimrank.errors import BudgetError, DataError, RecipeError
+from slimrank.evaluate.tasks import TaskRequest
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
+from task_folder import write_tasks
 
 STAND_IN = """
 import json, os, signal, sys
@@ -28,7 +31,10 @@ if options.get("method") == "asvd":
 size = options.get("keep_ratio", 1.0)
 perplexity = {"svd": 30, "svd_llm": 20}.get(options.get("method"), 10) / size
 texts = {t: {"perplexity": perplexity} for t in asked["texts"]}
-measured = {"texts": texts, "tasks": {}, "parameters": size, "bytes": 10}
+one = {"metrics": {"acc": {"value": 1.0, "stderr": None}}, "count": 1, "available": 8, "shots": 0, "version": 2.0,
+    "questions": {"acc": [1.0]}}
+tasks = {t: one for t in (asked["tasks"] or {"names": []})["names"]}
+measured = {"texts": texts, "tasks": tasks, "parameters": size, "bytes": 10}
 against = {"ratio": 1.5, "ratio_low": 1.25, "ratio_high": 1.75, "kl": 0.5, "top1": 90.0}
 print(json.dumps(["stage", "pretending", 1]))
 json.dump({"request": asked["key"], "error": None, **measured, "keep_ratio": size, "keep_total": size,
@@ -53,6 +59,15 @@ def stand_in(monkeypatch, tmp_path):
     monkeypatch.setenv("SEEN", str(seen))
     monkeypatch.setattr(running, "WORKER", (sys.executable, "-c", textwrap.dedent(STAND_IN)))
     return lambda: [json.loads(line) for line in seen.read_text().splitlines()]
+
+
+@pytest.fixture
+def few_tasks(monkeypatch, tmp_path):
+    """A folder of tasks; lm-evaluation-harness's own, which take it ten seconds to list, are not there."""
+    manager = lm_eval.tasks.TaskManager
+    own = {"include_defaults": False}
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path=None: manager(None, include_path, **own))
+    return write_tasks(tmp_path / "tasks")
 
 
 def cells(*methods, keeps=(0.8, 0.6)):
@@ -124,6 +139,22 @@ def test_a_cell_that_is_killed_does_not_stop_the_others(model, tmp_path, stand_i
     assert "<svg" in page
     assert page.count("<h1") == 1
     assert "asvd uniform 0.8 failed." in page
+
+
+def test_a_task_of_one_question_is_left_out_of_the_differences(model, tmp_path, stand_in, few_tasks):
+    told, progress = [], Progress()
+    progress.note = told.append
+    request = TaskRequest(("sums",), few_tasks, limit=1)
+    record = comparison.compare(model, cells("svd", keeps=(0.8,)), tmp_path, tasks=request, progress=progress)
+    assert record["cells"]["svd uniform 0.8"]["task_differences"] == {"sums": {}}
+    assert record["too_few"] == {"sums": ["acc"]}
+    assert "sums has fewer than two questions: no interval of a difference of acc" in told
+
+
+def test_one_window_is_refused(model, tmp_path, stand_in):
+    with pytest.raises(DataError, match="at least two windows"):
+        comparison.compare(model, cells("svd"), tmp_path / "out", windows=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_done_is_not_done_again_and_what_failed_is(model, tmp_path, stand_in):

@@ -15,6 +15,7 @@ from slimrank.calibration.windows import bos_of, count_windows, leading_windows,
 from slimrank.errors import DataError, ModelError
 from slimrank.evaluate.material import Material, compare, measure
 from slimrank.evaluate.memory import peak_memory
+from slimrank.evaluate.paired import LEAST, check_windows
 from slimrank.evaluate.sample import sample
 from slimrank.evaluate.speed import measure_speed, measure_speeds
 from slimrank.evaluate.tasks import TaskRequest, Tasks
@@ -55,9 +56,12 @@ def evaluate(
         asked, "against" the comparison (see `evaluate.material`); the last two are None where not wanted.
 
     Raises:
-        SlimrankError: an unreadable text, an unknown model or task, models of different tokens, non-finite logits.
+        SlimrankError: an unreadable text, an unknown model or task, models of different tokens, one window to compare
+            models on, non-finite logits.
     """
     progress = progress or Progress()
+    if against is not None:
+        check_windows(windows)
     place = resolve_device(device)
     if "self" in texts:
         raise DataError("a model is not evaluated on text that it sampled itself.", "--text FILE")
@@ -66,7 +70,8 @@ def evaluate(
     loaded, tokenizer = load(model, dtype, progress)
     length = window_length(loaded, seq_len)
     bos = bos_of(tokenizer)
-    cut = {source: windows_of(source, text, tokenizer, windows, length, bos) for source, text in sources.items()}
+    least = 1 if against is None else LEAST
+    cut = {source: windows_of(source, text, tokenizer, windows, length, bos, least) for source, text in sources.items()}
     dense = None if against is None else _load_dense(against, dtype, progress, sources, cut)
     material = Material(cut, bos is not None, suite)
     with placed([loaded] if dense is None else [loaded, dense], place, upcast=False):
@@ -157,14 +162,16 @@ def benchmark(
     }
 
 
-def windows_of(source: str, text: str, tokenizer: Any, windows: int | None, seq_len: int, bos: int | None) -> Any:
-    """The first windows of a text (windows x seq_len).
+def windows_of(
+    source: str, text: str, tokenizer: Any, windows: int | None, seq_len: int, bos: int | None, least: int = 1
+) -> Tensor:
+    """The first windows of a text (windows x seq_len); without a number all, and at least `least`.
 
     Raises:
         DataError: the text, named by its source, is too short.
     """
     tokens = tokenise(text, tokenizer)
     try:
-        return leading_windows(tokens, windows or max(1, count_windows(tokens, seq_len, bos)), seq_len, bos)
+        return leading_windows(tokens, windows or max(least, count_windows(tokens, seq_len, bos)), seq_len, bos)
     except DataError as error:
         raise DataError(f"'{source}': {error.message}", error.hint) from error

@@ -8,7 +8,7 @@ from helpers import tiny_model
 from slimrank.errors import DataError
 from slimrank.evaluate import paired as module
 from slimrank.evaluate.agreement import agreement
-from slimrank.evaluate.paired import compare_tasks, compare_texts, paired, resampled_means
+from slimrank.evaluate.paired import compare_tasks, compare_texts, paired, resampled_means, too_few
 from slimrank.evaluate.tasks import Metric, TaskResult
 
 
@@ -121,3 +121,12 @@ def test_values_between_right_and_wrong_have_no_flips():
 def test_metrics_that_are_no_mean_of_questions_are_left_out():
     odd = TaskResult({"perplexity": Metric(7.0, None)}, 2, 2, 0, 1.0, {"perplexity": (1.0, 2.0)})
     assert compare_tasks({"t": odd}, {"t": odd}) == {"t": {}}
+    assert too_few({"t": odd}) == {}
+
+
+def test_a_metric_of_one_question_is_left_out_and_named():
+    one = {"few": result(acc=[1.0], f1=[0.5]), "many": result(acc=[1.0, 0.0])}
+    found = compare_tasks(one, one)
+    assert found["few"] == {}
+    assert found["many"]["acc"]["difference"] == 0
+    assert too_few(one) == {"few": ["acc", "f1"]}

@@ -135,6 +135,8 @@ def _show_differences(against: dict[str, Any]) -> None:
     if tasks:
         shown = ("task", "metric", "its value", "difference (95 %)", "significant", "lost", "gained")
         print_table(f"against {against['model']}", shown, tasks)
+    for task, metrics in against["too_few"].items():
+        print_text(f"{task} ({', '.join(metrics)}) is not compared: it has fewer than two questions")
 
 
 def _sure(difference: dict[str, Any]) -> str:

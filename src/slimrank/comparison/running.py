@@ -19,7 +19,7 @@ from slimrank.comparison.cells import Cell
 from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.dry_run import preview
 from slimrank.errors import RecipeError
-from slimrank.evaluate.paired import compare_tasks
+from slimrank.evaluate.paired import check_windows, compare_tasks, too_few
 from slimrank.evaluate.tasks import Metric, TaskRequest, TaskResult
 from slimrank.models.load import resolve
 from slimrank.planning import reads_text
@@ -65,34 +65,46 @@ def compare(
         progress: told what happens.
 
     Returns:
-        The record: "model", "texts", "dense" (what the original makes of texts and tasks), "cells" (by name; see
-        `worker.cell_record`, or "error") and "pareto" (names of the cells that none of fewer parameters is better than,
-        by the perplexity of the first text).
+        The record: "model", "texts", "dense" (what the original makes of texts and tasks), "too_few" (metrics of tasks
+        that cells are not compared by, see `evaluate.paired`), "cells" (by name; see `worker.cell_record`, or "error")
+        and "pareto" (names of the cells that none of fewer parameters is better than, by the perplexity of the first
+        text).
 
     Raises:
         RecipeError: no cell, two of the same name, or a recipe that cannot work, before anything is computed.
+        DataError: windows are fewer than two.
         SlimrankError: the model or a text cannot be read.
     """
     folder, progress = Path(out), progress or Progress()
+    check_windows(windows)
     _check(model, cells, device, dtype)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     common = {
         "model": resolve(model, progress), "texts": list(texts), "windows": windows, "seq_len": seq_len,
         "device": device, "dtype": dtype, "tasks": None if tasks is None else _plain(tasks),
     }  # fmt: skip
-    dense = _run("dense", {**common, "options": None}, folder, progress)
-    if dense["error"] is not None:
-        raise RecipeError(f"the original cannot be measured: {dense['error']['message']}", dense["error"]["hint"])
+    dense = _dense(common, folder, progress)
     made: dict[str, Any] = {}
     for number, cell in enumerate(cells, 1):
         progress.note(f"{cell.name} ({number} of {len(cells)})")
         made[cell.name] = _cell(cell, common, dense, folder, progress)
     record = {
         "slimrank": __version__, "model": str(model), "texts": list(texts), "windows": windows, "seq_len": seq_len,
-        "tasks": common["tasks"], "dense": dense, "cells": made, "pareto": pareto(made, texts[0]),
+        "tasks": common["tasks"], "too_few": too_few(_answers(dense)), "dense": dense, "cells": made,
+        "pareto": pareto(made, texts[0]),
     }  # fmt: skip
     write_comparison(record, folder)
     return record
+
+
+def _dense(common: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+    """The record of the original; tells which of its answers no cell's can be compared with."""
+    dense = _run("dense", {**common, "options": None}, folder, progress)
+    if dense["error"] is not None:
+        raise RecipeError(f"the original cannot be measured: {dense['error']['message']}", dense["error"]["hint"])
+    for task, metrics in too_few(_answers(dense)).items():
+        progress.note(f"{task} has fewer than two questions: no interval of a difference of {', '.join(metrics)}")
+    return dense
 
 
 def _cell(

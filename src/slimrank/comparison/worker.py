@@ -18,6 +18,7 @@ from slimrank.calibration.windows import bos_of
 from slimrank.errors import SlimrankError
 from slimrank.evaluate.material import Material, compare, measure
 from slimrank.evaluate.memory import peak_memory
+from slimrank.evaluate.paired import LEAST
 from slimrank.evaluate.speed import measure_speeds
 from slimrank.evaluate.tasks import TaskRequest, Tasks
 from slimrank.evaluation import windows_of
@@ -73,7 +74,7 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
 def _material(asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progress) -> Material:
     length, bos = window_length(model, asked["seq_len"]), bos_of(tokenizer)
     texts = {
-        source: windows_of(source, read_source(source, "evaluation"), tokenizer, asked["windows"], length, bos)
+        source: windows_of(source, read_source(source, "evaluation"), tokenizer, asked["windows"], length, bos, LEAST)
         for source in asked["texts"]
     }
     if asked["tasks"] is None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from slimrank.evaluate.agreement import agreement
-from slimrank.evaluate.paired import compare_tasks, compare_texts
+from slimrank.evaluate.paired import compare_tasks, compare_texts, too_few
 from slimrank.evaluate.perplexity import perplexity
 from slimrank.evaluate.tasks import TaskResult, Tasks
 from slimrank.progress import Progress
@@ -54,7 +54,7 @@ def compare(
 
     Returns:
         What `measure` returns for the model; and of the other, "texts": what `compare_texts` returns by text,
-        "tasks": what `compare_tasks` returns.
+        "tasks": what `compare_tasks` returns, "too_few": what `too_few` returns.
 
     Raises:
         SlimrankError: see `agreement`, `Tasks.run` and `paired`.
@@ -67,7 +67,8 @@ def compare(
         texts[source], against[source] = asdict(both.model), compare_texts(both)
     answers = _answers(model, tokenizer, material)
     differences = compare_tasks(answers, _answers(dense, tokenizer, material))
-    return {"texts": texts, "tasks": _records(answers)}, {"texts": against, "tasks": differences}
+    other = {"texts": against, "tasks": differences, "too_few": too_few(answers)}
+    return {"texts": texts, "tasks": _records(answers)}, other
 
 
 def _answers(model: Any, tokenizer: Any, material: Material) -> dict[str, TaskResult]:

@@ -21,6 +21,7 @@ from slimrank.evaluate.tasks import TaskResult
 RESAMPLES = 10_000
 TAILS = (0.025, 0.975)
 DRAWN_AT_ONCE = 2**22  # indices
+LEAST = 2  # items that a spread can be told from
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,20 @@ def paired(model: Sequence[float], dense: Sequence[float], seed: int = 0) -> Pai
         DataError: fewer than two items, from which no spread can be told.
     """
     differences = np.subtract(model, dense, dtype=np.float64)
-    if len(differences) < 2:
-        raise DataError(
-            "an interval of a difference needs at least two windows of each text and two questions of each task.",
-            "more --windows, a longer text, or a larger --limit",
-        )
+    if len(differences) < LEAST:
+        raise _too_few_windows()
     low, high = np.quantile(resampled_means(differences, seed), TAILS)
     return Paired(math.fsum(differences) / len(differences), float(low), float(high), bool(low > 0 or high < 0))
+
+
+def check_windows(windows: int | None) -> None:
+    """Whether so many windows of each text (None: all of them) can be enough to compare models on.
+
+    Raises:
+        DataError: fewer than two.
+    """
+    if windows is not None and windows < LEAST:
+        raise _too_few_windows()
 
 
 def resampled_means(values: NDArray[np.float64], seed: int, resamples: int = RESAMPLES) -> NDArray[np.float64]:
@@ -90,7 +98,8 @@ def compare_tasks(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """The records of two models on the same questions, by task and metric.
 
-    Only metrics that are the mean of one number a question are compared (not, say, a perplexity over all of them).
+    Only metrics that are the mean of one number a question are compared (not, say, a perplexity over all of them), and
+    none of fewer than two questions (see `too_few`).
 
     Returns:
         For each, "value" of the dense model, "difference", "low", "high", "significant"; where a question is either
@@ -100,10 +109,25 @@ def compare_tasks(
         task: {
             metric: {"value": dense[task].metrics[metric].value, **_compare_questions(values, dense[task], metric)}
             for metric, values in result.questions.items()
-            if _is_mean(result, metric) and _is_mean(dense[task], metric)
+            if len(values) >= LEAST and _is_mean(result, metric) and _is_mean(dense[task], metric)
         }
         for task, result in model.items()
     }
+
+
+def too_few(answers: Mapping[str, TaskResult]) -> dict[str, list[str]]:
+    """Metrics of so few questions that no spread can be told from them, by task: `compare_tasks` leaves these out."""
+    found = {
+        task: [metric for metric, values in result.questions.items() if len(values) < LEAST]
+        for task, result in answers.items()
+    }
+    return {task: metrics for task, metrics in found.items() if metrics}
+
+
+def _too_few_windows() -> DataError:
+    return DataError(
+        "an interval of a difference needs at least two windows of each text.", "more --windows, or a longer text"
+    )
 
 
 def _compare_questions(model: Sequence[float], dense: TaskResult, metric: str) -> dict[str, Any]:
