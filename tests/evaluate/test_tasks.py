@@ -163,6 +163,15 @@ def test_prompts_that_the_context_does_not_hold(folder):
     assert progress.notes[0].startswith("4 prompts")
 
 
+def test_an_answer_that_the_context_does_not_hold(tmp_path):
+    long = "include: sums.yaml\ntask: long\ndoc_to_choice: \"{{['a', 'b' * 29, 'c']}}\"\n"
+    folder = write_tasks(tmp_path / "tasks", long=long)
+    asked(folder, "long", model=tiny_model(max_position_embeddings=30))
+    with pytest.raises(DataError, match="an answer of 30 tokens is longer than the model's context of 29") as raised:
+        asked(folder, "long", model=tiny_model(max_position_embeddings=29))
+    assert "longer context" in raised.value.hint
+
+
 def test_shots_of_a_task_that_is_defined_with_none(folder):
     progress = Notes()
     assert asked(folder, "words", shots=2, progress=progress)["words"].shots == 0

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slimrank.errors import NonFiniteError
+from slimrank.errors import DataError, NonFiniteError
 from slimrank.progress import Progress
 
 BATCH_SIZE = 8  # prompts at a time
@@ -80,6 +80,7 @@ def language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
             return super().generate_until(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = True, **options: Any) -> Any:
+            _check_lengths([len(answer) for _, _, answer in requests], self.max_length)
             self.cut += sum(len(prompt) + len(answer) > self.max_length + 1 for _, prompt, answer in requests)
             answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
             if any(math.isnan(score) for score, _ in answers):
@@ -100,3 +101,12 @@ def language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
             return super()._model_generate(context, *args, **options)
 
     return Watched(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=BATCH_SIZE)
+
+
+def _check_lengths(answers: Sequence[int], context: int) -> None:
+    """Prompts may lose their beginnings; an answer must be there as a whole."""
+    if max(answers, default=0) > context:
+        raise DataError(
+            f"an answer of {max(answers)} tokens is longer than the model's context of {context} tokens.",
+            "leave out the task of such answers, or take a model of a longer context",
+        )

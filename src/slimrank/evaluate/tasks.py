@@ -110,6 +110,7 @@ class Tasks:
         The figures are those of the command `lm_eval` with the same batch size and dtype.
 
         Raises:
+            DataError: an answer to choose from is longer than the model's context.
             NonFiniteError: NaN in the likelihood of an answer.
         """
         from lm_eval.evaluator import evaluate
