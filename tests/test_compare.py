@@ -13,7 +13,7 @@ from helpers import save_tiny, text
 from slimrank import comparison
 from slimrank.cli import main
 from slimrank.comparison import Cell, running, worker
-from slimrank.errors import BudgetError, DataError, RecipeError
+from slimrank.errors import BudgetError, DataError, RecipeError, SlimrankError
 from slimrank.evaluate.tasks import TaskRequest
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
@@ -116,6 +116,32 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(made, error, me
     assert message in str(refused.value)
     assert stand_in() == []
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, measured, message",
+    [
+        ({}, {"tasks": TaskRequest(("smus", "wrods"))}, "no task 'smus', 'wrods'"),
+        ({}, {"tasks": TaskRequest(("sums",), "/no/tasks")}, "'/no/tasks' does not exist"),
+        ({}, {"texts": ["demo", "/no/text.txt"]}, "'/no/text.txt' does not exist"),
+        ({}, {"texts": ["self"]}, "sampled itself"),
+        ({"method": "svd_llm", "calibration": "/no/words.txt"}, {}, "'/no/words.txt' does not exist"),
+        ({"allocation": "ada_cr", "calibration": "/no/words.txt"}, {}, "'/no/words.txt' does not exist"),
+    ],
+)
+def test_what_is_missing_is_told_before_anything_is_computed(
+    options, measured, message, model, tmp_path, stand_in, few_tasks
+):
+    plain = {"method": "svd", "keep_ratio": 0.8}
+    with pytest.raises(SlimrankError, match=message):
+        comparison.compare(model, [Cell("a", plain), Cell("b", plain | options)], tmp_path / "out", **measured)
+    assert stand_in() == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_text_that_no_cell_reads_may_be_missing(model, tmp_path, stand_in):
+    made = [Cell("a", {"method": "svd", "keep_ratio": 0.8, "calibration": "/no/words.txt"})]
+    assert comparison.compare(model, made, tmp_path)["cells"]["a"]["error"] is None
 
 
 def test_methods_without_a_size():

@@ -63,8 +63,6 @@ def evaluate(
     if against is not None:
         check_windows(windows)
     place = resolve_device(device)
-    if "self" in texts:
-        raise DataError("a model is not evaluated on text that it sampled itself.", "--text FILE")
     sources = {source: read_source(source, "evaluation") for source in texts}
     suite = None if tasks is None else Tasks(tasks, progress)
     loaded, tokenizer = load(model, dtype, progress)

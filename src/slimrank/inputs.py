@@ -17,7 +17,7 @@ from slimrank.calibration.windows import (
     tokenise,
     tokens_digest,
 )
-from slimrank.errors import DataError, RecipeError
+from slimrank.errors import RecipeError
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.structure import context_of
 from slimrank.progress import Progress
@@ -175,8 +175,6 @@ def prepare_texts(recipe: Recipe, calibrates: bool, searches: bool = False, refi
     Raises:
         DataError: a missing, unreadable or empty source.
     """
-    if recipe.evaluation == "self":
-        raise DataError("a model is not evaluated on text that it sampled itself.", "--eval-text FILE")
     own = recipe.calibration == "self" or not (calibrates or searches)
     return RawTexts(
         calibrates,

@@ -189,6 +189,12 @@ def test_nan(folder):
     "names, options, error, message",
     [
         (["smus"], {}, RecipeError, "no task 'smus'.\n  try: did you mean 'sums'"),
+        (
+            ["smus", "sums", "wrods"],
+            {},
+            RecipeError,
+            "no task 'smus', 'wrods'.\n  try: did you mean 'sums'? did",
+        ),
         (["local_arc_eazy"], {}, RecipeError, "'local_arc_easy'"),
         (["sums", "both"], {}, RecipeError, "'sums' of 'both' is asked for twice"),
         (["sums", "sums"], {}, RecipeError, "twice"),

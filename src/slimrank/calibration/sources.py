@@ -27,9 +27,11 @@ def read_source(source: str | Path | Sequence[str], part: Literal["calibration",
         part: which of the two disjoint parts of the `demo` text is wanted.
 
     Raises:
-        DataError: a missing, unreadable or empty source.
+        DataError: a missing, unreadable or empty source, or `self` for evaluation.
         MissingExtraError: a parquet file or hub data set without the extra `data`.
     """
+    if source == "self" and part == "evaluation":
+        raise DataError("a model is not evaluated on text that it sampled itself.", "a text of its own, or demo")
     text = "\n\n".join(_documents(source, part))
     if not text.strip():
         raise DataError(f"the text source {_name(source)} is empty.", "give text with at least a few thousand words")

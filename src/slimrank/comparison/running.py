@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from slimrank import __version__
+from slimrank.allocate.registry import ALLOCATORS
+from slimrank.calibration.sources import read_source
 from slimrank.comparison.cells import Cell
 from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.dry_run import preview
 from slimrank.errors import RecipeError
 from slimrank.evaluate.paired import check_windows, compare_tasks, too_few
-from slimrank.evaluate.tasks import Metric, TaskRequest, TaskResult
+from slimrank.evaluate.tasks import Metric, TaskRequest, TaskResult, Tasks
 from slimrank.models.load import resolve
 from slimrank.planning import reads_text
 from slimrank.progress import Progress
@@ -72,12 +74,13 @@ def compare(
 
     Raises:
         RecipeError: no cell, two of the same name, or a recipe that cannot work, before anything is computed.
-        DataError: windows are fewer than two.
-        SlimrankError: the model or a text cannot be read.
+        DataError: fewer than two windows, or a text, a calibration source or a task that cannot be read, likewise.
+        SlimrankError: the model cannot be read.
     """
     folder, progress = Path(out), progress or Progress()
     check_windows(windows)
     _check(model, cells, device, dtype)
+    _check_sources(cells, texts, tasks)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     common = {
         "model": resolve(model, progress), "texts": list(texts), "windows": windows, "seq_len": seq_len,
@@ -145,6 +148,24 @@ def _check(model: str | Path, cells: Sequence[Cell], device: str, dtype: str) ->
         raise RecipeError(f"two cells are called '{twice[0]}'.", "name the files otherwise, or leave one out")
     for cell in cells:
         preview(model, cell.recipe().model_copy(update={"device": device, "dtype": dtype}))
+
+
+def _check_sources(cells: Sequence[Cell], texts: Sequence[str], tasks: TaskRequest | None) -> None:
+    """Everything besides the model that can be missing: read here once, before a cell has computed for hours."""
+    for source in texts:
+        read_source(source, "evaluation")
+    recipes = [cell.recipe() for cell in cells]
+    for calibration in {recipe.calibration for recipe in recipes if _calibrates(recipe)} - {"self"}:
+        read_source(calibration, "calibration")
+    if tasks is not None:
+        Tasks(tasks)
+
+
+def _calibrates(recipe: Recipe) -> bool:
+    """Whether its method, its refiner or its allocation looks at text."""
+    allocator = ALLOCATORS.get(recipe.allocation).configured(recipe.allocation_options)
+    searches = recipe.plan is None and allocator.measures
+    return searches or reads_text(recipe, DECOMPOSERS.get(recipe.method).configured(recipe.method_options))
 
 
 def _run(name: str, asked: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def load_tasks(names: Sequence[str], folder: Path | None, shots: int | None, pro
     """
     manager = task_manager(folder)
     own = {} if folder is None else _names_in(folder, manager)
-    found = LoadedTasks(tuple(_resolved(name, own, manager.all_tasks, progress) for name in names))
+    _check_known(names, own, manager.all_tasks)
+    found = LoadedTasks(tuple(_resolved(name, own, progress) for name in names))
     for name in found.names:
         _add(found, name, _load(manager, name))
     for name, task in found.tasks.items():
@@ -123,15 +124,21 @@ def _names_in(folder: Path, manager: Any) -> dict[str, Path]:
     return {name: path for name, path in files.items() if path.resolve().is_relative_to(folder.resolve())}
 
 
-def _resolved(name: str, own: dict[str, Path], known: Sequence[str], progress: Progress) -> str:
+def _check_known(names: Sequence[str], own: dict[str, Path], known: Sequence[str]) -> None:
+    unknown = [name for name in names if LOCAL + name not in own and name not in known]
+    if unknown:
+        listed = ", ".join(f"'{name}'" for name in unknown)
+        hints = dict.fromkeys(nearest(name, known) for name in unknown)
+        raise RecipeError(f"there is no task {listed}.", " ".join(hints))
+
+
+def _resolved(name: str, own: dict[str, Path], progress: Progress) -> str:
     """The task that a name means; says so where it is another one than it seems."""
     if name in own:
         return name
     if LOCAL + name in own:
         progress.note(f"the task '{name}' is '{LOCAL + name}' of the task folder")
         return LOCAL + name
-    if name not in known:
-        raise RecipeError(f"there is no task '{name}'.", nearest(name, known))
     if own:
         progress.note(f"the task folder has no '{name}': it is lm-evaluation-harness's own")
     return name
