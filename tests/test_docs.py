@@ -113,6 +113,16 @@ def links():
                 yield page, link
 
 
+def test_messages_in_troubleshooting_are_those_of_the_code():
+    """Between numbers and dots, each quoted part of a heading stands in a source; peft and transformers have theirs."""
+    code = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    headings = re.findall(r"^## (?!LoRA)(.*)$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [message for heading in headings for message in re.findall(r'"([^"]+)"', heading)]
+    parts = [part.strip() for message in quoted for part in re.split(r"\.\.\.|\b\d+\b", message)]
+    assert len(parts) > 20
+    assert [part for part in parts if part not in code] == ["contains custom code"]
+
+
 def test_every_relative_link_leads_to_a_file():
     """On GitHub; `make docs` holds the site to the same, anchors and all."""
     broken = [(str(page), link) for page, link in links() if not (page.parent / link.partition("#")[0]).exists()]
