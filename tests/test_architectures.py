@@ -2,9 +2,11 @@
 
 import functools
 import json
+import re
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -252,6 +254,14 @@ def test_the_processor_of_a_model_that_reads_images_goes_along(tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     assert (type(processor), processor.patch_size) == (LlavaProcessor, 8)
     assert not any("processor" in note for note in result.report["notes"])
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert card.data.pipeline_tag == "image-text-to-text"
+    for block in re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL):
+        space = {}
+        exec(block.replace("this-folder-or-its-hub-id", str(tmp_path / "out")), space)
+        assert type(space["model"]).__name__ == "LlavaForConditionalGeneration"
+        assert type(space["processor"]) is LlavaProcessor
+    assert "AutoModelForImageTextToText" in card.text
     without = slimrank.compress(random_model("llava"), byte_tokenizer(), out=tmp_path / "other", **options)
     assert any("no processor of images" in note for note in without.report["notes"])
     text_only = slimrank.compress(random_model("llama"), byte_tokenizer(), out=tmp_path / "text", **options)

@@ -27,7 +27,7 @@ def test_what_is_written_is_the_card_of_the_record(run):
     written = (run.out / "README.md").read_text()
     assert written == model_card(run.report)
     data = ModelCard(written).data
-    assert data.library_name == "transformers"
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     assert data.tags == ["slimrank", "low-rank", "svd", "compressed"]
     assert (data.base_model, data.license, data.datasets) == (None, None, None)
     assert "No licence is stated" in written

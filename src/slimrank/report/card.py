@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from slimrank.report.render import render
 
@@ -14,7 +15,7 @@ TAGS = ["slimrank", "low-rank", "svd", "compressed"]
 
 def model_card(record: dict[str, Any]) -> str:
     """The card of the model that a record is about. It states nothing that differs from run to run, such as speeds."""
-    body = render("card.md.j2", r=record, recipe=_recipe(record))
+    body = render("card.md.j2", r=record, recipe=_recipe(record), reads_images=_reads_images(record))
     return str(ModelCard(f"---\n{_metadata(record).to_yaml()}\n---\n\n{body}"))
 
 
@@ -24,10 +25,14 @@ def _metadata(record: dict[str, Any]) -> ModelCardData:
         base_model=record["model"]["hub_id"],
         **record["model"]["license"],
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if _reads_images(record) else "text-generation",
         tags=TAGS,
         datasets=[calibration.split(":")[1]] if calibration.startswith("hub:") else None,
     )
+
+
+def _reads_images(record: dict[str, Any]) -> bool:
+    return record["model"]["class"] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
 
 
 def _recipe(record: dict[str, Any]) -> str:
