@@ -419,15 +419,16 @@ def test_a_plan_samples_no_more_text_than_it_reads(text_file, tmp_path, monkeypa
     sampled, announced, progress = [], [], Progress()
     sample = slimrank.inputs.sample_windows
     monkeypatch.setattr("slimrank.inputs.sample_windows", lambda *a: sampled.append(a[2]) or sample(*a))
-    progress.plan = lambda costs: announced.append(list(costs))
+    progress.plan = announced.append
     refined = {"refine": "update", "refine_options": {"samples_factor": 4}, "allocation": "spectrum"}
     more = {"progress": progress, "search_samples": 1, **refined}
     chosen = options(text_file, calibration="self", run_dir=tmp_path / "run", **more)
     plan, _ = find_plan(tiny_model(), byte_tokenizer(), **chosen)
     assert sorted(sampled) == [1, 4]
-    assert announced == [["calibrate and decompose", "allocate"]]
+    assert [list(costs) for costs in announced] == [["calibrate and decompose", "allocate"]]
     result = slimrank.compress(tiny_model(), byte_tokenizer(), **chosen)
     assert 16 in sampled
+    assert [costs["calibrate and decompose"] > 0 for costs in announced] == [True, False]
     assert result.plan.factored() == plan.factored()
 
 

@@ -24,6 +24,7 @@ from slimrank.linalg.lowrank import Spectrum
 from slimrank.models.blocks import BlockRunner
 from slimrank.models.gradients import loss_gradients, step_back, whole_model_gradients
 from slimrank.models.paging import page_out
+from slimrank.models.structure import find_blocks
 from slimrank.models.targets import Target
 from slimrank.pipeline.job import Job, hidden_states, named
 from slimrank.pipeline.kept import KeptStatistics
@@ -33,6 +34,11 @@ from slimrank.statistics.collector import Collector
 from slimrank.statistics.experts import UNREACHED, lean_on_each_other
 from slimrank.statistics.layer import LayerStatistics
 from slimrank.statistics.needs import Need
+
+
+def is_decomposed(job: Job, stage: Stage) -> bool:
+    """Whether the spectra of all targets are in the store."""
+    return all(stage.has(f"block-{index:04d}") for index in range(len(find_blocks(job.model)[1])))
 
 
 def decompose(job: Job, stage: Stage, kept: KeptStatistics | None = None) -> None:

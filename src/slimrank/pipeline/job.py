@@ -222,9 +222,14 @@ class Job:
             self._work(), self.plan.stored_parameters, width, self.recipe.resident, self.resumable, self.keeps
         )
 
-    def announce(self) -> None:
-        """Tell the progress which stages are coming, and how long each may take."""
+    def announce(self, decomposed: bool) -> None:
+        """Tell the progress which stages are coming, and how long each may take.
+
+        Args:
+            decomposed: whether spectra are there, from another budget or an interrupted run.
+        """
         seconds = stage_seconds(self._work(), measure_machine(self.device))
+        seconds |= {"calibrate and decompose": 0.0} if decomposed else {}
         self.progress.plan({name: s for name, s in seconds.items() if self.cuts or name in BEFORE_CUTTING})
 
     def _work(self) -> Workload:

@@ -21,7 +21,7 @@ from slimrank.models.structure import find_blocks
 from slimrank.pipeline.allocating import allocate
 from slimrank.pipeline.correcting import Correction
 from slimrank.pipeline.cutting import Cut, Cutter
-from slimrank.pipeline.decomposing import decompose
+from slimrank.pipeline.decomposing import decompose, is_decomposed
 from slimrank.pipeline.job import CompressionResult, Job
 from slimrank.pipeline.kept import KeptStatistics
 from slimrank.pipeline.refining import Refinement
@@ -98,12 +98,12 @@ def _compress(
 ) -> CompressionResult:
     job.load(model, tokenizer)
     with _run_folder(output.path if output else None, run_dir) as folder, Run(folder, job.identity()) as run:
-        job.announce()
+        stage = run.stage(job.spectra_key())
+        job.announce(is_decomposed(job, stage))
         need_space(folder, job.stored_bytes())
         if output is not None:
             need_space(output.path, job.predicted_bytes() + (0 if run_dir else job.stored_bytes()))
         before = job.measure_original(run)
-        stage = run.stage(job.spectra_key())
         decompose(job, stage, _kept(job, run))
         allocation = allocate(job, run, stage)
         correction = Correction(job, run.stage(job.correction_key())) if job.recipe.corrections else None
@@ -152,9 +152,9 @@ def find_plan(
     with _restored(model):
         job.load(model, tokenizer)
         with _run_folder(None, run_dir) as folder, Run(folder, job.identity()) as run:
-            job.announce()
-            need_space(folder, job.stored_bytes())
             stage = run.stage(job.spectra_key())
+            job.announce(is_decomposed(job, stage))
+            need_space(folder, job.stored_bytes())
             if job.allocates:
                 decompose(job, stage)
             about = allocate(job, run, stage)
