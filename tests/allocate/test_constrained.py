@@ -1,5 +1,6 @@
 """Side constraints by block: kept, against brute force, and refused where they cannot be met."""
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from slimrank.allocate.constrained_exact import solve_constrained_exactly
 from slimrank.allocate.constraints import Constraints
 from slimrank.allocate.curve import Curve
 from slimrank.allocate.exact import solve_exactly
+from slimrank.allocate.knapsack import Solution
 from slimrank.errors import BudgetError
 
 
@@ -154,3 +156,43 @@ def test_a_block_without_ranks_between_its_bounds_is_named():
     with pytest.raises(BudgetError, match=r"no ranks of block 0 keep 0\.4 to 0\.6 .* the nearest keep 0\.1000"):
         solve_constrained(curves, 150, limits)
     assert solve_constrained(curves, 150, replace(limits, floor=0.1)).cost == 20
+
+
+def sparse(seed):
+    """Blocks of few candidates, most of whose sizes no plan has, an order or a floor, and a budget."""
+    rng = np.random.default_rng(seed)
+    curves = [
+        Curve(f"{b}.{i}", np.arange(n), np.cumsum(rng.integers(1, 40, n)), np.sort(rng.random(n))[::-1].copy())
+        for b, i, n in [(b, i, int(rng.integers(2, 7))) for b in range(3) for i in range(2)]
+    ]
+    budget = int(rng.uniform(0.5, 0.95) * whole(curves))
+    floor = round(rng.uniform(0.3, 1.0) * budget / whole(curves), 3)
+    cap = round(rng.uniform(floor, 1.0), 3) if seed % 3 == 0 else 1.0
+    return curves, budget, {"floor": floor, "cap": cap, "monotone": seed % 2 == 0}
+
+
+def in_bounds(curves, picks, floor, cap, monotone):
+    kept = fractions(Solution({c.path: c.rank(p) for c, p in zip(curves, picks, strict=True)}, 0, 0.0, 0.0), curves)
+    falls = not monotone or kept == sorted(kept, reverse=True)
+    return falls and min(kept) >= floor and max(kept) <= cap
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_plan_is_found_if_there_is_any_and_else_the_nearest_bound_that_has_one(seed):
+    curves, budget, kept = sparse(seed)
+    every = list(itertools.product(*(range(len(c)) for c in curves)))
+    fitting = [p for p in every if sum(int(c.costs[i]) for c, i in zip(curves, p, strict=True)) <= budget]
+    if not any(in_bounds(curves, picks, **kept) for picks in fitting):
+        text, hint = nearest(curves, budget, solve_constrained, **kept)
+        kept = {**kept, "cap": 1.0} if "no block_cap, and" in text else kept
+        if hint is None:
+            assert "a larger budget" in text
+            assert not any(in_bounds(curves, picks, 0.0, 1.0, kept["monotone"]) for picks in fitting)
+            return
+        (name, value), step = next(iter(hint.items())), {"floor": 1e-4, "cap": -1e-4}
+        beyond = {**kept, name: value + step[name]}
+        assert not any(in_bounds(curves, picks, **beyond) for picks in fitting)
+        kept = {**kept, **hint}
+    solution = solve_constrained(curves, budget, constraints(curves, **kept))
+    assert solution.cost <= budget
+    assert in_bounds(curves, [c.index(solution.ranks[c.path]) for c in curves], **kept)

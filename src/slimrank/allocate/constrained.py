@@ -12,12 +12,11 @@ import numpy as np
 from scipy.optimize import Bounds, linprog, milp
 from scipy.sparse import vstack
 
-from slimrank.allocate.constraints import Block, Constraints, down, reachable_blocks, rows
+from slimrank.allocate.constraints import Block, Constraints, keeps, reachable_blocks, rows, smallest_plan
 from slimrank.allocate.curve import Curve, Integers
 from slimrank.allocate.exact import one_each
 from slimrank.allocate.hull import Table, hull_steps
 from slimrank.allocate.knapsack import Solution, check_feasible, fill, planned, solve
-from slimrank.errors import BudgetError
 
 LEVELS = 48  # sizes at which a block is solved
 SECONDS = 20.0
@@ -29,44 +28,43 @@ def solve_constrained(
 ) -> Solution:
     """Ranks of little total error within the budget that keep side constraints; the gap says how little.
 
+    The smallest plan that keeps them is among those that are looked at, so that one is found if there is any.
+
     Raises:
-        BudgetError: no plan meets all constraints, or none was found in so many seconds.
+        BudgetError: no plan meets all constraints.
     """
     check_feasible(curves, budget)
     blocks = reachable_blocks(curves, budget, constraints)
+    smallest = smallest_plan(blocks, constraints)
+    assert smallest is not None
     bound = _bound(blocks, budget, constraints)
-    plans = [_plans(block, constraints) for block in blocks]
+    plans = [_plans(block, picks, constraints) for block, picks in zip(blocks, smallest, strict=True)]
     whole = np.array([block.whole for block in blocks])
     picks = _choose(plans, whole, budget, constraints, seconds)
-    ranks = {path: rank for plan, pick in zip(plans, picks, strict=True) for path, rank in plan[pick].ranks.items()}
+    chosen = [plan[pick] for plan, pick in zip(plans, picks, strict=True)]
+    ranks = {path: rank for plan in chosen for path, rank in plan.ranks.items()}
+    if sum(plan.cost for plan in chosen) > budget or not keeps(blocks, ranks, constraints):
+        ranks = {path: rank for plan in plans for path, rank in plan[0].ranks.items()}
     ordered = [curve for block in blocks for curve in block.curves]
     return filled(ordered, np.array([c.index(ranks[c.path]) for c in ordered]), whole, budget, constraints, bound)
 
 
-def _plans(block: Block, constraints: Constraints) -> list[Solution]:
-    """Plans of a block at a number of sizes between floor and cap, smallest first, none worse than a smaller one."""
-    least, most = (round(fraction * block.whole) for fraction in (block.least, block.most))
-    low = max(least, int(np.ceil(constraints.floor * block.whole)))
-    high = max(least, min(most, int(constraints.cap * block.whole)))
-    plans: list[Solution] = []
-    for size in np.unique(np.linspace(low, max(low, high), LEVELS).astype(np.int64)):
-        plan = solve(block.curves, int(min(size, high)))
-        if plan.cost >= constraints.floor * block.whole and (not plans or plan.cost > plans[-1].cost):
-            plans.append(plan)
-    if not plans:
-        nearest = solve(block.curves, high).cost / block.whole
-        raise BudgetError(
-            f"no ranks of block {block.number} keep {constraints.floor:g} to {constraints.cap:g} of its parameters; "
-            f"the nearest keep {nearest:.4f}.",
-            f"a block_floor of at most {down(nearest):.4f}",
-        )
-    return plans
+def _plans(block: Block, smallest: Integers, constraints: Constraints) -> list[Solution]:
+    """Plans of a block at a number of sizes, from the smallest that may be to the cap."""
+    first = planned(block.curves, smallest, 0.0)
+    found = {first.cost: first}
+    high = min(sum(int(c.costs[-1]) for c in block.curves), int(constraints.cap * block.whole))
+    for size in np.unique(np.linspace(first.cost, max(first.cost, high), LEVELS).astype(np.int64)):
+        plan = solve(block.curves, int(size))
+        if plan.cost >= first.cost and plan.error <= found.get(plan.cost, plan).error:
+            found[plan.cost] = plan
+    return [found[cost] for cost in sorted(found)]
 
 
 def _choose(
     plans: Sequence[Sequence[Solution]], whole: Integers, budget: int, constraints: Constraints, seconds: float
 ) -> list[int]:
-    """One plan for each block."""
+    """One plan for each block: the smallest of each where the solver, in so many seconds, finds none."""
     blocks = [
         Curve(
             f"block {b}",
@@ -85,7 +83,7 @@ def _choose(
         options={"time_limit": seconds, "mip_rel_gap": NEAR},
     )
     if found.x is None:
-        raise infeasible(constraints)
+        return [0] * len(blocks)
     return [int(np.argmax(part)) for part in np.split(found.x, np.cumsum([len(b) for b in blocks])[:-1])]
 
 
@@ -108,9 +106,7 @@ def _bound(blocks: Sequence[Block], budget: int, constraints: Constraints) -> fl
     found = linprog(
         errors / scale, vstack([m for m, _ in sides]), ends, one.A, np.ones(len(flat)), bounds=(0, None), method="highs"
     )  # fmt: skip
-    if found.x is None:
-        raise infeasible(constraints)
-    return max(0.0, float(found.fun) * scale)
+    return max(0.0, float(found.fun) * scale) if found.x is not None else 0.0
 
 
 def _on_hull(curve: Curve) -> Curve:
@@ -138,13 +134,3 @@ def filled(
 
     fill(table, picks, budget, room)
     return planned(curves, picks, bound)
-
-
-def infeasible(constraints: Constraints) -> BudgetError:
-    """Each block could keep its bounds, and no plan was found in which all do."""
-    depth = ", falling with depth" if constraints.monotone else ""
-    return BudgetError(
-        f"no plan within the budget was found that keeps {constraints.floor:g} to {constraints.cap:g} of every "
-        f"block{depth}.",
-        "a lower block_floor, a higher block_cap, or a larger budget",
-    )

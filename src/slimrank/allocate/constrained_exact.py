@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import Bounds, milp
 
-from slimrank.allocate.constrained import filled, infeasible, solve_constrained
+from slimrank.allocate.constrained import filled, solve_constrained
 from slimrank.allocate.constraints import Constraints, keeps, reachable_blocks, rows
 from slimrank.allocate.curve import Curve
 from slimrank.allocate.exact import SECONDS, TOLERANCE, one_each, solution_of
-from slimrank.allocate.knapsack import Solution, check_feasible
-from slimrank.errors import BudgetError
+from slimrank.allocate.knapsack import Solution
 
 
 def solve_constrained_exactly(
@@ -23,14 +22,13 @@ def solve_constrained_exactly(
     What the best plan has no use for is spent as there: as far as the budget and the constraints let a target grow.
 
     Raises:
-        BudgetError: no plan meets all constraints, or none was found in so many seconds.
+        BudgetError: no plan meets all constraints.
     """
-    check_feasible(curves, budget)
+    known = solve_constrained(curves, budget, constraints)
     blocks = reachable_blocks(curves, budget, constraints)
-    known = _near(curves, budget, constraints)
     ordered = [curve for block in blocks for curve in block.curves]
     errors = np.concatenate([c.errors for c in ordered])
-    scale = (known.error if known else float(errors.max())) or 1.0
+    scale = known.error or 1.0
     whole = np.array([b.whole for b in blocks])
     sides = rows([b.curves for b in blocks], whole, budget, constraints)
     found = milp(
@@ -40,19 +38,10 @@ def solve_constrained_exactly(
         constraints=[one_each(ordered), *sides],
         options={"time_limit": seconds, "mip_rel_gap": TOLERANCE},
     )
-    if found.x is not None:
-        best = solution_of(ordered, found.x, max(float(found.mip_dual_bound) * scale, known.bound if known else 0.0))
-        if best.cost <= budget and keeps(blocks, best.ranks, constraints) and not (known and known.error < best.error):
-            picks = np.array([curve.index(best.ranks[curve.path]) for curve in ordered])
-            return filled(ordered, picks, whole, budget, constraints, best.bound)
-    if known is None:
-        raise infeasible(constraints)
-    return known
-
-
-def _near(curves: Sequence[Curve], budget: int, constraints: Constraints) -> Solution | None:
-    """The plan of the sizes that are tried, or none: these may miss the only ones that go together."""
-    try:
-        return solve_constrained(curves, budget, constraints)
-    except BudgetError:
-        return None
+    if found.x is None:
+        return known
+    best = solution_of(ordered, found.x, max(float(found.mip_dual_bound) * scale, known.bound))
+    if best.cost > budget or not keeps(blocks, best.ranks, constraints) or known.error < best.error:
+        return known
+    picks = np.array([curve.index(best.ranks[curve.path]) for curve in ordered])
+    return filled(ordered, picks, whole, budget, constraints, best.bound)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import ceil, floor
+from typing import Any
 
 import numpy as np
 from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_array
 
 from slimrank.allocate.curve import Curve, Integers
+from slimrank.allocate.sums import Sums
 from slimrank.errors import BudgetError
 from slimrank.linalg.cost import Rank
 
 ROUNDING = 1e-9  # of a block
+EXACT = 1e-12  # of a block: rounding of single products
 DIGITS = 10**4  # of a fraction in a hint
 
 
@@ -45,11 +49,12 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Block:
-    """The curves of a decoder block, by path, and the parameters of its dense weights."""
+    """The curves of a decoder block, by path, what they can add up to, and the parameters of its dense weights."""
 
     number: int
     curves: Sequence[Curve]
     whole: int
+    sums: Sums
 
     @property
     def least(self) -> float:
@@ -64,83 +69,119 @@ class Block:
 
 def _blocks_of(curves: Sequence[Curve], constraints: Constraints) -> list[Block]:
     ordered = sorted(curves, key=lambda curve: (constraints.blocks[curve.path], curve.path))
-    found = []
+    found, known = [], dict[tuple[bytes, ...], Sums]()
     for number, group in groupby(ordered, key=lambda curve: constraints.blocks[curve.path]):
         members = list(group)
-        found.append(Block(number, members, sum(constraints.whole[c.path] for c in members)))
+        costs = [c.costs for c in members]
+        alike = tuple(c.tobytes() for c in costs)
+        known[alike] = known.get(alike) or Sums.of(costs)
+        found.append(Block(number, members, sum(constraints.whole[c.path] for c in members), known[alike]))
     return found
 
 
 def reachable_blocks(curves: Sequence[Curve], budget: int, constraints: Constraints) -> list[Block]:
-    """The blocks in order, each of which can keep what it must, and all of them together within the budget.
+    """The blocks in order, which together have a plan that keeps the constraints within the budget.
 
     Raises:
-        BudgetError: they cannot.
+        BudgetError: they have none.
     """
     blocks = _blocks_of(curves, constraints)
-    _check_reachable(blocks, budget, constraints)
+    plan = smallest_plan(blocks, constraints)
+    if plan is None or _stored(blocks, plan) > budget:
+        raise BudgetError(_reason(blocks, budget, constraints, plan), _remedy(blocks, budget, constraints))
     return blocks
 
 
-def _check_reachable(blocks: Sequence[Block], budget: int, constraints: Constraints) -> None:
-    if constraints.floor > constraints.cap:
-        raise BudgetError(
-            f"the block_floor {constraints.floor:g} is above the block_cap {constraints.cap:g}.",
-            f"a block_floor of at most {constraints.cap:g}",
+def smallest_plan(blocks: Sequence[Block], constraints: Constraints) -> list[Integers] | None:
+    """The candidates of each block that store least of all that keep the constraints; None where none do.
+
+    From the last block up: what a block must keep for those after it, it must in every plan that falls with depth.
+    """
+    found: list[Integers] = []
+    least = (0, 1)
+    for block in reversed(blocks):
+        size = max(ceil(constraints.floor * block.whole * (1 - EXACT)), -(-least[0] * block.whole // least[1]))
+        picks = block.sums.at_least(size)
+        if picks is None or block.sums.total(picks) > constraints.cap * block.whole * (1 + EXACT):
+            return None
+        found.append(picks)
+        least = (block.sums.total(picks), block.whole) if constraints.monotone else least
+    return found[::-1]
+
+
+def _stored(blocks: Sequence[Block], plan: Sequence[Integers]) -> int:
+    return sum(block.sums.total(picks) for block, picks in zip(blocks, plan, strict=True))
+
+
+def _reason(blocks: Sequence[Block], budget: int, constraints: Constraints, plan: Sequence[Integers] | None) -> str:
+    """Why no plan within the budget keeps the constraints, the smallest that keeps them being given."""
+    low, cap = constraints.floor, constraints.cap
+    if low > cap:
+        return f"the block_floor {low:g} is above the block_cap {cap:g}."
+    depth = " and falls with depth" if constraints.monotone else ""
+    if plan is not None:
+        sizes = [block.sums.total(picks) for block, picks in zip(blocks, plan, strict=True)]
+        largest = int(np.argmax(sizes))
+        return (
+            f"where every block keeps at least {low:g}{depth}, they store {sum(sizes):,} parameters, block "
+            f"{blocks[largest].number} alone {sizes[largest]:,}; the budget is {budget:,}."
         )
-    for block in blocks:
-        if block.most < constraints.floor - ROUNDING:
-            raise BudgetError(
-                f"block {block.number} keeps at most {block.most:.4f} of its parameters, at its largest ranks; "
-                f"block_floor asks for {constraints.floor:g}.",
-                f"a block_floor of at most {down(block.most):.4f}",
-            )
-        if block.least > constraints.cap + ROUNDING:
-            raise BudgetError(
-                f"block {block.number} keeps at least {block.least:.4f} of its parameters, at its smallest ranks; "
-                f"block_cap asks for {constraints.cap:g}.",
-                f"a block_cap of at least {ceil(block.least * DIGITS) / DIGITS:.4f}",
-            )
-    if constraints.monotone:
-        _check_order(blocks)
-    _check_sum(blocks, budget, constraints)
+    alone = next((b for b in blocks if smallest_plan([b], constraints) is None), None)
+    if alone is not None:
+        return _reason_of(alone, constraints)
+    return _disorder(blocks) or f"no ranks keep {low:g} to {cap:g} of every block{depth}."
 
 
-def down(fraction: float) -> float:
-    """Rounded down to four digits."""
-    return floor(fraction * DIGITS + ROUNDING) / DIGITS
+def _reason_of(block: Block, constraints: Constraints) -> str:
+    """Why a block cannot keep its bounds."""
+    if block.most < constraints.floor:
+        return (
+            f"block {block.number} keeps at most {block.most:.4f} of its parameters, at its largest ranks; "
+            f"block_floor asks for {constraints.floor:g}."
+        )
+    if block.least > constraints.cap:
+        return (
+            f"block {block.number} keeps at least {block.least:.4f} of its parameters, at its smallest ranks; "
+            f"block_cap asks for {constraints.cap:g}."
+        )
+    return (
+        f"no ranks of block {block.number} keep {constraints.floor:g} to {constraints.cap:g} of its parameters; "
+        f"the nearest keep {block.sums.at_most(floor(constraints.cap * block.whole)) / block.whole:.4f}."
+    )
 
 
-def _check_order(blocks: Sequence[Block]) -> None:
+def _disorder(blocks: Sequence[Block]) -> str | None:
+    """Blocks that fall with depth at no ranks."""
     tightest = blocks[0]
     for block in blocks:
-        if block.least > tightest.most + ROUNDING:
-            raise BudgetError(
+        if block.least > tightest.most:
+            return (
                 f"block {block.number} keeps at least {block.least:.4f} of its parameters and block "
-                f"{tightest.number}, before it, at most {tightest.most:.4f}: they cannot fall with depth.",
-                "bounds of ranks that leave them room, or monotone=false",
+                f"{tightest.number}, before it, at most {tightest.most:.4f}: they cannot fall with depth."
             )
         tightest = min(tightest, block, key=lambda b: b.most)
+    return None
 
 
-def _check_sum(blocks: Sequence[Block], budget: int, constraints: Constraints) -> None:
-    def needed(least: float) -> float:
-        fractions = np.maximum([b.least for b in blocks], least)
-        if constraints.monotone:
-            fractions = np.maximum.accumulate(fractions[::-1])[::-1]
-        return float((fractions * [b.whole for b in blocks]).sum())
+def _remedy(blocks: Sequence[Block], budget: int, constraints: Constraints) -> str:
+    """The nearest block_floor that a plan within the budget keeps, or else the nearest block_cap, or else both."""
 
-    if needed(constraints.floor) <= budget + ROUNDING * budget:
-        return
-    depth = " and falls with depth" if constraints.monotone else ""
-    largest = max(blocks, key=lambda b: b.whole)
-    fitting = [f for f in np.arange(DIGITS) / DIGITS if needed(f) <= budget]
-    raise BudgetError(
-        f"where every block keeps at least {constraints.floor:g}{depth}, they store {needed(constraints.floor):,.0f} "
-        f"parameters, block {largest.number} alone {max(largest.least, constraints.floor) * largest.whole:,.0f}; the "
-        f"budget is {budget:,}.",
-        f"a block_floor of at most {max(fitting):.4f}" if fitting else "a larger budget, or monotone=false",
-    )
+    def kept(**changes: Any) -> bool:
+        plan = smallest_plan(blocks, replace(constraints, **changes))
+        return plan is not None and _stored(blocks, plan) <= budget
+
+    if constraints.floor > 0 and kept(floor=0.0):
+        tried = range(floor(min(constraints.floor, constraints.cap) * DIGITS + ROUNDING) + 1)
+        refused = bisect_left(tried, True, key=lambda f: not kept(floor=f / DIGITS))
+        return f"a block_floor of at most {(refused - 1) / DIGITS:.4f}"
+    if constraints.cap < 1 and kept(cap=1.0):
+        first = bisect_left(range(DIGITS), True, key=lambda c: kept(cap=c / DIGITS))
+        return f"a block_cap of at least {first / DIGITS:.4f}"
+    if constraints.floor > 0 and kept(floor=0.0, cap=1.0):
+        return f"no block_cap, and {_remedy(blocks, budget, replace(constraints, cap=1.0))}"
+    if not constraints.monotone:
+        return "a larger budget, or bounds of ranks that leave the blocks room"
+    return "bounds of ranks that leave them room, a larger budget, or monotone=false"
 
 
 def rows(
