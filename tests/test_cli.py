@@ -1,5 +1,6 @@
 """The commands as a user types them, in this process (fast) and once as a real one."""
 
+import io
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from helpers import save_tiny
 from slimrank.cli import main
@@ -260,6 +262,24 @@ def test_steps_that_are_declared_again_lose_and_skip_nothing():
         progress.stage(stage, steps)
         fractions.append(progress.fraction())
     assert fractions == pytest.approx([0.125, 0.125, 0.15625, 0.15625, 0.203125, 0.25])
+
+
+def test_a_second_plan_is_that_of_another_job():
+    from slimrank.cli.console import ConsoleProgress
+
+    written, progress = sys.stdout, ConsoleProgress()
+    progress.console = Console(file=io.StringIO(), force_terminal=True)
+    with progress:
+        progress.plan({"one": 10.0, "two": 30.0})
+        first = progress._bar
+        progress.stage("two", 2)
+        progress.step(2)
+        progress.plan({"one": 10.0, "two": 30.0})
+        assert not first.live.is_started
+        assert progress._bar.live.is_started
+        progress.stage("one", 2)
+        assert progress.fraction() == 0.0
+    assert sys.stdout is written
 
 
 def test_a_model_with_bos_is_evaluated_with_bos(capsys, tmp_path, text_file):

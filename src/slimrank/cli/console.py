@@ -45,13 +45,17 @@ class ConsoleProgress(LibraryProgress):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop_bar()
+
+    def _stop_bar(self) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def plan(self, costs: dict[str, float]) -> None:
-        """See `slimrank.progress`."""
+        """See `slimrank.progress`. Each further plan is that of another job, with a bar of its own."""
+        self._stop_bar()
         self.costs, self.start = costs, time.monotonic()
-        self.current, self.done_cost = "", 0.0
+        self.done_cost, self.current, self.steps, self.done = 0.0, "", 1, 0
         self.note(f"this will take about {duration(sum(costs.values()))}")
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
