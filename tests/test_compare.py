@@ -12,6 +12,7 @@ import slimrank
 from helpers import save_tiny, text
 from slimrank import comparison
 from slimrank.cli import main
+from slimrank.cli.compare import _show
 from slimrank.comparison import Cell, running, worker
 from slimrank.errors import BudgetError, DataError, RecipeError, SlimrankError
 from slimrank.evaluate.tasks import TaskRequest
@@ -328,3 +329,26 @@ def test_a_failed_cell_shows_and_ends_with_1(model, tmp_path, capsys, stand_in):
     shown = capsys.readouterr().out
     assert "asvd uniform 0.8 failed" in shown
     assert "svd uniform 0.8 *" in shown
+
+
+def a_record(perplexity):
+    against = {"ratio": perplexity / 10, "ratio_low": perplexity / 11, "ratio_high": perplexity / 9, "kl": 12.5}
+    cell = {"error": None, "keep_ratio": 0.8, "texts": {"t": {"perplexity": perplexity}}, "against": {"t": against}}
+    cell |= {"speed_ratio": {"decode": 1.25}, "seconds": 12345}
+    names = ["svd_llm_v2 svd_llm_v2 0.8", "kfac_svd constrained_exact 0.8"]
+    dense = {"texts": {"t": {"perplexity": 10.0}}}
+    return {"texts": ["t"], "dense": dense, "cells": dict.fromkeys(names, cell), "pareto": names[:1]}
+
+
+@pytest.mark.parametrize("perplexity", [12.34, 283456789.12])
+def test_numbers_are_whole_at_80_columns(perplexity, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _show(a_record(perplexity), tmp_path)
+    table, *_ = capsys.readouterr().out.partition("no room for: seconds")
+    assert "…" not in table
+    assert max(map(len, table.splitlines())) <= 80
+    for word in (f"{perplexity:.2f}", f"{perplexity / 10:.3f}", "12.5000", "constrained_exact", "0.8 *"):
+        assert word in table
+    assert "12,345" not in table

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from slimrank.cli import options as o
-from slimrank.cli.console import ConsoleProgress, print_json, print_table, print_text, say_quietly
+from slimrank.cli.console import ConsoleProgress, print_json, print_numbers, print_text, say_quietly
 from slimrank.cli.evaluate import requested_tasks
 
 _GRID, _MEASURE = "What to compare", "Measured on"
+_SPARE = ("seconds", "decode", "95 %", "KL", "kept")
 
 
 def compare(
@@ -86,7 +87,7 @@ def _show(record: dict[str, Any], out: Path) -> None:
     from slimrank.report.comparison import failures, headline
 
     headings, *lines = headline(record)
-    print_table(f"on {record['texts'][0]}", headings, lines, whole_names=True)
+    print_numbers(f"on {record['texts'][0]}", headings, lines, _SPARE)
     print_text("* no cell of fewer parameters is better. KL: nats a token from the original. decode: over the original")
     for name, message, hint in failures(record):
         print_text(f"{name} failed: {message} ({hint})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
@@ -129,16 +129,58 @@ def print_json(record: Any) -> None:
     typer.echo(json.dumps(record, indent=1, default=str))
 
 
-def print_table(
-    title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], whole_names: bool = False
-) -> None:
-    """A table on standard output; the first column is text, never broken with `whole_names`, the others are numbers."""
+def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A table on standard output; the first column is text, the others are numbers."""
     table = Table(title=title or None, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=whole_names and i == 0)
+        table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    _stdout().print(table)
+
+
+def print_numbers(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], spare: Sequence[str]) -> None:
+    """A table on standard output whose numbers are never cut. For want of room names are broken, then columns left out.
+
+    Args:
+        title: above the table.
+        columns: headings, each another; the first column is text, the others are numbers.
+        rows: a text for each column.
+        spare: columns that may be left out, the first that is missed least.
+    """
+    console = _stdout()
+    cells = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
+    left_out = []
+    for column in spare:
+        if _narrowest(_numbers("", cells), console) <= console.width:
+            break
+        del cells[column]
+        left_out.append(column)
+    console.print(_numbers(title, cells))
+    if left_out:
+        print_text(f"no room for: {', '.join(left_out)}")
+
+
+def _stdout() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 100)
+
+
+def _numbers(title: str, cells: Mapping[str, Sequence[str]]) -> Table:
+    table = Table(title=title or None, title_justify="left")
+    for i, (column, texts) in enumerate(cells.items()):
+        if i == 0:
+            table.add_column(column, overflow="fold")
+        else:
+            width = max(map(len, (column, *texts)))
+            table.add_column(column, justify="right", no_wrap=True, overflow="fold", min_width=width)
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _narrowest(table: Table, console: Console) -> int:
+    """The width of a table whose names are broken at every space."""
+    return console.measure(table, options=console.options.update_width(10_000)).minimum
 
 
 def print_text(text: str) -> None:
