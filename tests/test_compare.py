@@ -7,6 +7,7 @@ import textwrap
 
 import lm_eval.tasks
 import pytest
+import torch
 
 import slimrank
 from helpers import save_tiny, text
@@ -241,7 +242,16 @@ def test_the_frontier():
     assert running.pareto(points, "t") == ["b", "a"]
 
 
-@pytest.mark.parametrize("failure", [MemoryError("no room"), RuntimeError("DefaultCPUAllocator: not enough memory")])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("DefaultCPUAllocator: not enough memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
 def test_a_cell_that_runs_out_of_memory_says_so(failure, monkeypatch, tmp_path):
     def fail(asked, progress):
         raise failure
@@ -255,11 +265,15 @@ def test_a_cell_that_runs_out_of_memory_says_so(failure, monkeypatch, tmp_path):
     assert "batch_size" in made["error"]["hint"]
 
 
-def test_other_failures_are_not_hidden(monkeypatch, tmp_path):
-    monkeypatch.setattr(worker, "cell_record", lambda asked, progress: [][1])
+@pytest.mark.parametrize("failure", [IndexError("1"), RuntimeError("CUDA error: an illegal memory access")])
+def test_other_failures_are_not_hidden(failure, monkeypatch, tmp_path):
+    def fail(asked, progress):
+        raise failure
+
+    monkeypatch.setattr(worker, "cell_record", fail)
     asked = {"key": "k", "options": {}, "result": str(tmp_path / "r.json")}
     monkeypatch.setattr(sys, "stdin", type("In", (), {"read": staticmethod(lambda: json.dumps(asked))}))
-    with pytest.raises(IndexError):
+    with pytest.raises(type(failure)):
         worker.main()
 
 

@@ -13,6 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slimrank.calibration.sources import read_source
 from slimrank.calibration.windows import bos_of
 from slimrank.errors import SlimrankError
@@ -32,6 +34,7 @@ from slimrank.recipe import Recipe
 from slimrank.run import write_text
 
 MEMORY = "keep less in memory: a smaller --seq-len or --samples, --set batch_size=1, or --dtype bfloat16"
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as allocators put it
 
 
 def dense_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -107,6 +110,11 @@ class _Told(Progress):
         sys.stdout.flush()
 
 
+def _out_of_memory(error: Exception) -> bool:
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(words in str(error) for words in _NO_MEMORY)
+
+
 def main() -> None:
     """Do what stdin says, and write what came of it, an error included."""
     asked = json.loads(sys.stdin.read())
@@ -116,7 +124,7 @@ def main() -> None:
     except SlimrankError as error:
         made["error"] = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not _out_of_memory(error):
             raise
         made["error"] = {"type": "MemoryError", "message": f"out of memory: {error}", "hint": MEMORY}
     write_text(Path(asked["result"]), json.dumps(made))
