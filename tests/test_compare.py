@@ -100,6 +100,13 @@ def test_files_at_their_own_budget_or_at_every_size(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_file_with_a_typo_is_named(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("methd: svd\n")
+    with pytest.raises(RecipeError, match=r"bad\.yaml': there is no option 'methd'"):
+        comparison.from_files([file], [0.8], {})
+
+
 @pytest.mark.parametrize(
     "made, error, message",
     [
@@ -107,7 +114,8 @@ def test_files_at_their_own_budget_or_at_every_size(tmp_path):
         ([Cell("a", {"method": "svdllm", "keep_ratio": 0.8})], RecipeError, "did you mean 'svd_llm'"),
         ([Cell("a", {"methd": "svd", "keep_ratio": 0.8})], RecipeError, "'a': "),
         ([Cell("a", {"method": "svd"})], RecipeError, "'a': "),
-        ([Cell("a", {"method": "svd", "keep_ratio": 0.001})], BudgetError, ""),
+        ([Cell("a", {"method": "svd", "keep_ratio": 0.001})], BudgetError, "'a': "),
+        ([Cell("a", {"allocation": "spektrum", "keep_ratio": 0.8})], RecipeError, "'a': there is no rank allocation"),
         ([Cell("a b", {"method": "svd", "keep_ratio": 0.8}), Cell("a-b", {"method": "svd", "keep_ratio": 0.7})],
          RecipeError, "two cells are called 'a-b'"),
     ],

@@ -256,7 +256,7 @@ class Recipe(BaseModel):
         """The options in a YAML file, their names checked.
 
         Raises:
-            RecipeError: no such file, not YAML, not a mapping, or an unknown option.
+            RecipeError: no such file, not YAML, not a mapping, or an unknown option; it names the file.
         """
         try:
             options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -268,7 +268,10 @@ class Recipe(BaseModel):
             ) from error
         if not isinstance(options, dict):
             raise RecipeError(f"the recipe '{path}' holds no options.", "one 'option: value' a line")
-        cls.make(options)
+        try:
+            cls.make(options)
+        except RecipeError as error:
+            raise RecipeError(f"the recipe '{path}': {error.message}", error.hint) from error
         return options
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimrank.errors import RecipeError
+from slimrank.errors import BudgetError, PlanError, RecipeError
 from slimrank.recipe import BUDGETS, Recipe
 
 
@@ -29,12 +30,18 @@ class Cell:
         Raises:
             RecipeError: an unknown option, a value out of range, or no budget; it names the cell.
         """
-        try:
+        with self.named():
             made = Recipe.make({**self.options, "evaluation": None})
             made.need_budget()
-        except RecipeError as error:
-            raise RecipeError(f"'{self.name}': {error.message}", error.hint) from error
         return made
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors of its recipe name the cell; those of the model, which all cells share, do not."""
+        try:
+            yield
+        except (RecipeError, BudgetError, PlanError) as error:
+            raise type(error)(f"'{self.name}': {error.message}", error.hint) from error
 
 
 def grid(

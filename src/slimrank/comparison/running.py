@@ -147,7 +147,9 @@ def _check(model: str | Path, cells: Sequence[Cell], device: str, dtype: str) ->
     if twice:
         raise RecipeError(f"two cells are called '{twice[0]}'.", "name the files otherwise, or leave one out")
     for cell in cells:
-        preview(model, cell.recipe().model_copy(update={"device": device, "dtype": dtype}))
+        recipe = cell.recipe().model_copy(update={"device": device, "dtype": dtype})
+        with cell.named():
+            preview(model, recipe)
 
 
 def _check_sources(cells: Sequence[Cell], texts: Sequence[str], tasks: TaskRequest | None) -> None:
