@@ -154,6 +154,35 @@ def test_calibration_text_that_no_cell_reads_may_be_missing(model, tmp_path, sta
     assert comparison.compare(model, made, tmp_path)["cells"]["a"]["error"] is None
 
 
+@pytest.mark.parametrize(
+    "name, instead",
+    [
+        ("method", "--methods"),
+        ("allocation", "--allocations"),
+        ("keep_ratio", "--keep"),
+        ("device", "--device"),
+        ("dtype", "--dtype"),
+        ("evaluation", "--text"),
+        ("windows", "--windows"),
+    ],
+)
+def test_what_would_replace_or_be_replaced_is_refused(name, instead, tmp_path):
+    with pytest.raises(RecipeError, match=f"'{name}' cannot be set.*\n.*{instead}"):
+        comparison.grid(["svd"], [], [], [0.8], {name: "x"})
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: svd\n")
+    if name in ("method", "allocation"):
+        assert comparison.from_files([file], [0.8], {name: "x"})[0].options[name] == "x"
+    else:
+        with pytest.raises(RecipeError, match=f"'{name}' cannot be set"):
+            comparison.from_files([file], [0.8], {name: "x"})
+
+
+def test_allocations_without_methods():
+    with pytest.raises(RecipeError, match="none is named"):
+        comparison.grid([], ["spectrum"], ["fast"], [0.8], {})
+
+
 def test_methods_without_a_size():
     with pytest.raises(RecipeError, match="at some size"):
         comparison.grid(["svd"], [], [], [], {})

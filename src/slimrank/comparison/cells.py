@@ -11,6 +11,9 @@ from typing import Any
 from slimrank.errors import BudgetError, PlanError, RecipeError
 from slimrank.recipe import BUDGETS, Recipe
 
+_ELSEWHERE = {"device": "--device", "dtype": "--dtype", "evaluation": "--text", "windows": "--windows"}
+_OF_THE_GRID = {"method": "--methods", "allocation": "--allocations"}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -54,8 +57,14 @@ def grid(
     """Every method with every allocation, and every preset, at every keep_ratio; `shared` holds for all of them.
 
     Raises:
-        RecipeError: an unknown preset, or nothing to keep.
+        RecipeError: an unknown preset, nothing to keep, allocations without methods, or something shared that the grid
+            or `compare` says otherwise.
     """
+    if allocations and not methods:
+        raise RecipeError(
+            "allocations are those of methods, and none is named.", "--methods svd_llm, or no allocations"
+        )
+    _check_shared(shared, {**_ELSEWHERE, **(_OF_THE_GRID if methods or presets else {})}, keep_ratios)
     if (methods or presets) and not keep_ratios:
         raise RecipeError("methods and presets are compared at some size.", "--keep 0.8,0.6")
     kinds = {f"{m} {a}": {"method": m, "allocation": a} for m in methods for a in allocations or ("uniform",)}
@@ -71,8 +80,9 @@ def from_files(paths: Iterable[Path], keep_ratios: Sequence[float], shared: Mapp
     """A recipe file at its own budget, or at every keep_ratio that is given.
 
     Raises:
-        RecipeError: a file that cannot be read.
+        RecipeError: a file that cannot be read, or something shared that `compare` says otherwise.
     """
+    _check_shared(shared, _ELSEWHERE, keep_ratios)
     cells = []
     for path in paths:
         options = {**Recipe.read(path), **shared}
@@ -81,3 +91,11 @@ def from_files(paths: Iterable[Path], keep_ratios: Sequence[float], shared: Mapp
         options = {name: value for name, value in options.items() if name not in BUDGETS}
         cells += [Cell(f"{path.stem} {keep:g}", {**options, "keep_ratio": keep}) for keep in keep_ratios]
     return cells
+
+
+def _check_shared(shared: Mapping[str, Any], elsewhere: Mapping[str, str], keep_ratios: Sequence[float]) -> None:
+    """Refuse options that would replace what names a cell, or be replaced without a word."""
+    instead = {**elsewhere, **(dict.fromkeys(BUDGETS, "--keep") if keep_ratios else {})}
+    for name in shared:
+        if name in instead:
+            raise RecipeError(f"'{name}' cannot be set for all cells like this.", f"say it by {instead[name]}")
