@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from math import log10
 from typing import Any
 
 from slimrank.report.grid import Curve, Grid
@@ -12,9 +13,10 @@ from slimrank.report.svg import INK, figure, inline
 
 # Of a luminance that stands out from white and from a dark page alike (contrast of at least 3 to both).
 COLOURS = ("#3b82c4", "#c8690a", "#2a9160", "#d9484f", "#8f66cc", "#1a8f9c", "#cc4f93", "#857450")
-_MARKERS = "osD^vPX*"
+_MARKERS = "osD^vPX"  # one fewer than colours, so that it takes 56 series until both are the same again
 _DENSE, _BELOW_DENSE = "#6f7881", 1 - 1e-6
 _LABELLED = 40  # blocks of which a heat map has room for numbers
+_FEW_DECADES = 1.5  # over which a logarithmic axis has room for numbers between the powers of ten
 
 
 def heat_map(grid: Grid, label: str) -> str:
@@ -109,7 +111,8 @@ def sizes(points: Mapping[str, tuple[float, float]], frontier: Sequence[str], de
         axes.set(xlabel="part of the model that is kept", ylabel="perplexity", yscale="log")
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        bottom, top = axes.get_ylim()
+        axes.yaxis.set_minor_formatter("{x:g}" if log10(top / bottom) < _FEW_DECADES else "")
         drawn.legend(loc="outside right upper", fontsize=9)
         return inline(drawn, label)
 
