@@ -318,7 +318,8 @@ def test_a_floor_between_the_sizes_of_a_block_is_refused_before_there_are_spectr
     few = tuple(replace(i, limits=Limits() if i.role == "mlp.up" else Limits(2, 2)) for i in given.items)
     bare = replace(given, items=few, spectra={})
     ALLOCATORS.get("spectrum").configured({"block_floor": 0.3}).check(bare)
-    with pytest.raises(BudgetError, match=r"no ranks of block 0 keep 0\.35 to 0\.4 .* the nearest keep 0\.2839") as raised:
+    message = r"no ranks of block 0 keep 0\.35 to 0\.4 .* the nearest keep 0\.2839"
+    with pytest.raises(BudgetError, match=message) as raised:
         ALLOCATORS.get("spectrum").configured({"block_floor": 0.35, "block_cap": 0.4}).check(bare)
     assert "a block_floor of at most 0.2838" in raised.value.hint
 
