@@ -36,7 +36,10 @@ texts = {t: {"perplexity": perplexity} for t in asked["texts"]}
 one = {"metrics": {"acc": {"value": 1.0, "stderr": None}}, "count": 1, "available": 8, "shots": 0, "version": 2.0,
     "questions": {"acc": [1.0]}}
 tasks = {t: one for t in (asked["tasks"] or {"names": []})["names"]}
-measured = {"texts": texts, "tasks": tasks, "parameters": size, "bytes": 10}
+measured = {"texts": texts, "tasks": tasks, "parameters": size, "bytes": 10, "sample": {"prompt": "p", "text": "t"},
+    "environment": {"slimrank": "1", "python": "3", "versions": {}, "threads": 1, "device": "cpu", "dtype": "f",
+        "texts": {}},
+    "inputs": {"model": "m", "calibration": None}, "notes": []}
 against = {"ratio": 1.5, "ratio_low": 1.25, "ratio_high": 1.75, "kl": 0.5, "top1": 90.0}
 print(json.dumps(["stage", "pretending", 1]))
 json.dump({"request": asked["key"], "error": None, **measured, "keep_ratio": size, "keep_total": size,
@@ -338,6 +341,12 @@ def test_the_real_thing(model, tmp_path, capsys):
         assert record["dense"]["texts"][source]["perplexity"] == pytest.approx(before, rel=1e-5)
         assert cell["against"][source]["ratio"] == pytest.approx(found / before, rel=1e-5)
         assert cell["peak_memory"] > 0
+        assert cell["sample"] == by_hand.report["after"]["sample"]
+        assert cell["inputs"] == by_hand.report["provenance"]["inputs"]
+    page, markdown = ((tmp_path / "out" / f"comparison.{form}").read_text() for form in ("html", "md"))
+    for told in (torch.__version__, cell["inputs"]["model"], cell["inputs"]["calibration"], "spectrum 0.6", "seed"):
+        assert told in page
+        assert told in markdown
     stages = [cell["stages"]["calibrate and decompose"] for cell in record["cells"].values()]
     assert len({path.parent for path in (tmp_path / "out" / "run").rglob("block-*")}) == 1
     assert stages[1] < stages[0]

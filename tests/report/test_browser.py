@@ -20,19 +20,31 @@ def browse(*arguments):
 
 
 def compared():
-    """A comparison of eight cells on two texts, one of which has failed."""
+    """A comparison of eight cells on two texts and a task, one of which has failed."""
     texts, error = ["a/rather/long/path/to/a/text.txt", "demo"], {"message": "killed", "hint": "see cells/x.log"}
+    tasks = {"arc_easy": {"metrics": {name: {"value": 0.25, "stderr": 0.0125} for name in ("acc", "words")}}}
+    differs = {"difference": -0.05, "low": -0.1, "high": 0.0, "significant": False, "lost": 12, "gained": 1_000}
     against = {"ratio": 1.5, "ratio_low": 1.25, "ratio_high": 1.75, "kl": 0.5, "top1": 90.0}
     cells = {
         f"kfac_svd spectrum 0.{i}": {
             "error": None, "keep_ratio": i / 10, "keep_total": i / 9, "bytes": i * 10**8, "parameters": i * 10**7,
             "texts": {text: {"perplexity": 30.0 / i} for text in texts}, "against": dict.fromkeys(texts, against),
-            "tasks": {}, "speed_ratio": {"decode": 1.25, "prefill": 1.0}, "seconds": 1234.0, "peak_memory": 10**9,
+            "tasks": tasks, "task_differences": {"arc_easy": {"acc": differs, "words": differs}},
+            "sample": {"prompt": "Once", "text": "upon " * 40}, "notes": ["a layer was left out"] * (i % 3),
+            "inputs": {"model": "0" * 64, "calibration": "1" * 64},
+            "speed_ratio": {"decode": 1.25, "prefill": 1.0}, "seconds": 1234.0, "peak_memory": 10**9,
             "options": {"method": "kfac_svd"},
         }
         for i in range(2, 9)
     }  # fmt: skip
-    dense = {"texts": {text: {"perplexity": 3.0} for text in texts}, "tasks": {}, "bytes": 10**9}
+    dense = {
+        "texts": {text: {"perplexity": 3.0} for text in texts}, "tasks": tasks, "bytes": 10**9,
+        "sample": {"prompt": "Once " * 30, "text": "upon a time"},
+        "environment": {
+            "slimrank": "1", "python": "3.12", "versions": {"torch": "2.13.0"}, "threads": 2, "device": "cpu",
+            "dtype": "float32", "texts": dict.fromkeys(texts, "2" * 64),
+        },
+    }  # fmt: skip
     return {
         "slimrank": "1", "model": "org/model", "texts": texts, "windows": 16, "seq_len": None, "dense": dense,
         "cells": {**cells, "svd uniform 0.5": {"error": error, "options": {}}}, "pareto": list(cells)[:3],

@@ -30,6 +30,7 @@ from slimrank.recipe import Recipe
 from slimrank.report.comparison import write_comparison
 from slimrank.run import content_key
 
+RECORD = 2  # what records of cells hold: older ones are made anew
 LAYERS = ("dtype", "targets", "ignore", "split")
 WINDOWS = ("calibration", "samples", "seq_len", "seed")
 WORKER = (sys.executable, "-m", "slimrank.comparison.worker")
@@ -84,7 +85,7 @@ def compare(
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     common = {
         "model": resolve(model, progress), "texts": list(texts), "windows": windows, "seq_len": seq_len,
-        "device": device, "dtype": dtype, "tasks": None if tasks is None else _plain(tasks),
+        "device": device, "dtype": dtype, "tasks": None if tasks is None else _plain(tasks), "record": RECORD,
     }  # fmt: skip
     dense = _dense(common, folder, progress)
     made: dict[str, Any] = {}

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from slimrank.calibration.sources import read_source
-from slimrank.calibration.windows import bos_of
+from slimrank.calibration.windows import bos_of, tokens_digest
 from slimrank.errors import SlimrankError
 from slimrank.evaluate.material import Material, compare, measure
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.paired import LEAST
+from slimrank.evaluate.sample import sample
 from slimrank.evaluate.speed import measure_speeds
 from slimrank.evaluate.tasks import TaskRequest, Tasks
 from slimrank.evaluation import windows_of
@@ -31,6 +32,7 @@ from slimrank.models.structure import parameters_of
 from slimrank.pipeline import compress
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
+from slimrank.report.record import environment
 from slimrank.run import write_text
 
 MEMORY = "keep less in memory: a smaller --seq-len or --samples, --set batch_size=1, or --dtype bfloat16"
@@ -41,8 +43,12 @@ def dense_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """What the original makes of texts and tasks."""
     model, tokenizer = load(asked["model"], asked["dtype"], progress)
     material = _material(asked, model, tokenizer, progress)
-    with placed([model], resolve_device(asked["device"]), upcast=False):
-        return {**measure(model, tokenizer, material, progress), **_size(model)}
+    device = resolve_device(asked["device"])
+    with placed([model], device, upcast=False):
+        measured = {**measure(model, tokenizer, material, progress), **_shown(model, tokenizer, material)}
+    dtype = str(model.dtype).removeprefix("torch.")
+    digests = {source: tokens_digest(windows) for source, windows in material.texts.items()}
+    return {**measured, "environment": {**environment(), "device": str(device), "dtype": dtype, "texts": digests}}
 
 
 def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -58,6 +64,7 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
         measured, against = compare(result.model, dense, tokenizer, texts, progress)
         answers = measure(result.model, tokenizer, tasks, progress)["tasks"]
         speed, dense_speed = measure_speeds([result.model, dense])
+        shown = _shown(result.model, tokenizer, material)
     return {
         "texts": measured["texts"],
         "against": against["texts"],
@@ -70,7 +77,8 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "stages": result.report["seconds"],
         "peak_memory": peak,
         "notes": result.report["notes"],
-        **_size(result.model),
+        "inputs": result.report["provenance"]["inputs"],
+        **shown,
     }
 
 
@@ -86,8 +94,13 @@ def _material(asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progr
     return Material(texts, bos is not None, Tasks(request, progress))
 
 
-def _size(model: Any) -> dict[str, int]:
-    return {"parameters": parameters_of(model), "bytes": sum(p.numel() * p.element_size() for p in model.parameters())}
+def _shown(model: Any, tokenizer: Any, material: Material) -> dict[str, Any]:
+    """Its size, and how it goes on from the beginning of the first text."""
+    return {
+        "parameters": parameters_of(model),
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "sample": sample(model, tokenizer, next(iter(material.texts.values()))[0]),
+    }
 
 
 class _Told(Progress):

@@ -21,21 +21,56 @@ def write_comparison(record: Record, folder: Path) -> None:
     """Write comparison.json, comparison.md and comparison.html into a folder."""
     rows = table(record)
     write_text(folder / "comparison.json", json.dumps(record, indent=1) + "\n")
-    write_text(folder / "comparison.md", render("comparison.md.j2", r=record, headings=rows[0], lines=rows[1:]))
+    content = {
+        "r": record, "headings": rows[0], "lines": rows[1:], "finished": _finished(record),
+        "differences": differences(record), "made": provenance(record), "samples": _samples(record),
+    }  # fmt: skip
+    write_text(folder / "comparison.md", render("comparison.md.j2", **content))
     svg, missing = _plot(record)
-    content = {"r": record, "headings": rows[0], "lines": rows[1:], "plot_of_sizes": svg, "missing": missing}
-    write_text(folder / "comparison.html", render("comparison.html.j2", **content))
+    write_text(folder / "comparison.html", render("comparison.html.j2", **content, plot_of_sizes=svg, missing=missing))
 
 
 def table(record: Record) -> list[list[str]]:
     """Headings, the original, then every cell that has not failed; a * marks those on the frontier."""
     texts, tasks = record["texts"], _task_metrics(record["dense"])
-    headings = ["", "kept", "size", *(f"perplexity, {text} (ratio, 95 %)" for text in texts), "KL", "same top token"]
+    of = [f", {text}" for text in texts] if len(texts) > 1 else [""]
+    headings = ["", "kept", "size", *(f"perplexity, {text} (ratio, 95 %)" for text in texts)]
+    headings += [*(f"KL{text}" for text in of), *(f"same top token{text}" for text in of)]
     headings += [*(f"{task}, {metric}" for task, metric in tasks), "decode", "prefill", "seconds", "peak memory"]
     dense = record["dense"]
     original = ["original", "", megabytes(dense["bytes"]), *(f"{dense['texts'][t]['perplexity']:.2f}" for t in texts)]
-    original += ["", "", *(_metric(dense, task, metric) for task, metric in tasks), "", "", "", ""]
+    original += [*[""] * 2 * len(texts), *(_metric(dense, task, metric) for task, metric in tasks), "", "", "", ""]
     return [headings, original, *(_line(name, cell, record, tasks) for name, cell in _finished(record).items())]
+
+
+def differences(record: Record) -> list[tuple[str, ...]]:
+    """How answers to tasks differ from the original's: a row for each cell, task and metric, after the headings."""
+    lines: list[tuple[str, ...]] = [("", "task", "metric", "difference (95 %)", "significant", "lost", "gained")]
+    for name, cell in _finished(record).items():
+        for task, metrics in cell["task_differences"].items():
+            for metric, found in metrics.items():
+                interval = f"{found['difference']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+                counts = [f"{found[count]:,}" if count in found else "" for count in ("lost", "gained")]
+                lines.append((name, task, metric, interval, "yes" if found["significant"] else "no", *counts))
+    return lines
+
+
+def provenance(record: Record) -> list[tuple[str, str]]:
+    """The model, versions, machine, and digests of what was read."""
+    made = record["dense"]["environment"]
+    inputs = {str(value) for cell in _finished(record).values() for value in [cell["inputs"]["model"]]}
+    calibrated = {str(cell["inputs"]["calibration"]) for cell in _finished(record).values()} - {"None"}
+    return [
+        ("model", record["model"]),
+        *(("digest of the model", digest) for digest in sorted(inputs)),
+        *((f"digest of the windows of {text}", digest) for text, digest in made["texts"].items()),
+        *(("digest of calibration windows", digest) for digest in sorted(calibrated)),
+        ("slimrank", made["slimrank"]),
+        ("Python", made["python"]),
+        *made["versions"].items(),
+        ("dtype", made["dtype"]),
+        ("device", f"{made['device']}, {made['threads']} threads"),
+    ]
 
 
 def headline(record: Record) -> list[tuple[str, ...]]:
@@ -66,6 +101,12 @@ def failures(record: Record) -> list[tuple[str, str, str]]:
     return [(name, error["message"], error["hint"]) for name, error in errors.items()]
 
 
+def _samples(record: Record) -> list[tuple[str, str]]:
+    """How the original and every cell go on from the same prompt."""
+    wrote = {"original": record["dense"], **_finished(record)}
+    return [(name, made["sample"]["text"] or "(nothing)") for name, made in wrote.items()]
+
+
 def _finished(record: Record) -> dict[str, Record]:
     return {name: cell for name, cell in record["cells"].items() if cell["error"] is None}
 
@@ -75,14 +116,14 @@ def _starred(name: str, record: Record) -> str:
 
 
 def _line(name: str, cell: Record, record: Record, tasks: list[tuple[str, str]]) -> list[str]:
-    first = cell["against"][record["texts"][0]]
+    against = [cell["against"][text] for text in record["texts"]]
     return [
         _starred(name, record),
         percent(cell["keep_ratio"]),
         megabytes(cell["bytes"]),
         *(_perplexity(cell, text) for text in record["texts"]),
-        f"{first['kl']:.4f}",
-        f"{first['top1']:.1f} %",
+        *(f"{found['kl']:.4f}" for found in against),
+        *(f"{found['top1']:.1f} %" for found in against),
         *(_metric(cell, task, metric) for task, metric in tasks),
         f"x {cell['speed_ratio']['decode']:.2f}",
         f"x {cell['speed_ratio']['prefill']:.2f}",

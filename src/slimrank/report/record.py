@@ -109,16 +109,23 @@ def _targets(facts: Facts) -> list[dict[str, Any]]:
     return rows
 
 
-def _provenance(facts: Facts) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """What this process computes with: "slimrank", "python", "versions" (of packages) and "threads"."""
     packages = ("torch", "transformers", "safetensors", "accelerate")
     return {
         "slimrank": __version__,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _provenance(facts: Facts) -> dict[str, Any]:
+    return {
+        **environment(),
         "recipe": facts.recipe.described(),
         "method": facts.method,
         "inputs": facts.identity,
         "dtype": facts.dtype,
         "device": facts.device,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
     }
