@@ -1,7 +1,9 @@
 """`slimrank compare`: several recipes on one model. Most tests let a quick stand-in do a cell's work."""
 
+import io
 import json
 import shutil
+import subprocess
 import sys
 import textwrap
 
@@ -23,7 +25,7 @@ from task_folder import write_tasks
 
 STAND_IN = """
 import json, os, signal, sys
-asked = json.loads(sys.stdin.read())
+asked = json.loads(sys.stdin.readline())
 options = asked["options"] or {}
 with open(os.environ["SEEN"], "a") as seen:
     seen.write(json.dumps(options) + "\\n")
@@ -298,7 +300,8 @@ def test_a_cell_that_runs_out_of_memory_says_so(failure, monkeypatch, tmp_path):
 
     monkeypatch.setattr(worker, "cell_record", fail)
     asked = {"key": "k", "options": {}, "result": str(tmp_path / "r.json")}
-    monkeypatch.setattr(sys, "stdin", type("In", (), {"read": staticmethod(lambda: json.dumps(asked))}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked) + "\n"))
+    monkeypatch.setattr(worker, "_watch_stdin", lambda: None)
     worker.main()
     made = json.loads((tmp_path / "r.json").read_text())
     assert made["error"]["type"] == "MemoryError"
@@ -312,9 +315,24 @@ def test_other_failures_are_not_hidden(failure, monkeypatch, tmp_path):
 
     monkeypatch.setattr(worker, "cell_record", fail)
     asked = {"key": "k", "options": {}, "result": str(tmp_path / "r.json")}
-    monkeypatch.setattr(sys, "stdin", type("In", (), {"read": staticmethod(lambda: json.dumps(asked))}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked) + "\n"))
+    monkeypatch.setattr(worker, "_watch_stdin", lambda: None)
     with pytest.raises(type(failure)):
         worker.main()
+
+
+def test_a_cell_ends_with_whoever_asked_for_it(model, tmp_path):
+    """Else it would hold the run directory against the same command given again."""
+    source = str(model / "text.txt")
+    asked = {
+        "key": "k", "model": str(model), "dtype": "auto", "device": "cpu", "texts": [source], "windows": 400,
+        "seq_len": 24, "tasks": None, "options": None, "result": str(tmp_path / "result.json"),
+    }  # fmt: skip
+    with subprocess.Popen(running.WORKER, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        process.stdin.write(json.dumps(asked) + "\n")
+        process.stdin.close()
+        assert process.wait(120) == 1
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_the_real_thing(model, tmp_path, capsys):

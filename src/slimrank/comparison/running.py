@@ -234,8 +234,8 @@ def _work(request: dict[str, Any], log: Path, progress: Progress) -> int:
         assert process.stdout is not None
         try:
             with suppress(BrokenPipeError):  # it has ended before it read anything; its exit code says how
-                process.stdin.write(json.dumps(request, default=str))
-                process.stdin.close()
+                process.stdin.write(json.dumps(request, default=str) + "\n")
+                process.stdin.flush()  # and it stays open: by its end the process learns that there is nobody any more
             for line in process.stdout:
                 if line.startswith("["):
                     event, *arguments = json.loads(line)

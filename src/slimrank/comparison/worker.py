@@ -1,13 +1,16 @@
 """One cell of a comparison in a process of its own: `python -m slimrank.comparison.worker`, told what to do on stdin.
 
 So that one cell's end (the kernel may kill it for memory) is not that of the others, and its peak memory is its own.
-Progress goes to stdout, a JSON object a line; the result into a file.
+Progress goes to stdout, a JSON object a line; the result into a file. It ends when stdin does: whoever asked is gone
+then, and the same command again will need the run directory.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -123,14 +126,25 @@ class _Told(Progress):
         sys.stdout.flush()
 
 
+def _watch_stdin() -> None:
+    """End this process at the end of stdin. Files are written whole or not at all: nothing is left in pieces."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _out_of_memory(error: Exception) -> bool:
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or any(words in str(error) for words in _NO_MEMORY)
 
 
 def main() -> None:
-    """Do what stdin says, and write what came of it, an error included."""
-    asked = json.loads(sys.stdin.read())
+    """Do what the first line of stdin says, and write what came of it, an error included."""
+    asked = json.loads(sys.stdin.readline())
+    _watch_stdin()
     made: dict[str, Any] = {"request": asked["key"], "error": None}
     try:
         made |= (cell_record if asked["options"] is not None else dense_record)(asked, _Told())
