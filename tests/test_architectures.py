@@ -15,6 +15,7 @@ from architectures import ARCHITECTURES, random_model
 from helpers import byte_tokenizer, text
 from slimrank.dry_run import preview
 from slimrank.errors import ModelError, RecipeError
+from slimrank.evaluation import evaluate
 from slimrank.layers.convert import compressed_layers
 from slimrank.layers.experts import Experts, experts_of, fuse, unfuse
 from slimrank.models.structure import experts_by_kind, find_blocks
@@ -70,6 +71,27 @@ def test_compresses_saves_and_loads(name, way, folder):
     again = loaded.generate(IDS[:, :5], max_new_tokens=4, do_sample=False)
     assert 0 < report["after"]["perplexity"]["perplexity"] < 1e6
     assert torch.equal(again, model.generate(IDS[:, :5], max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_leaves_all_else_alone(name, folder):
+    """Embeddings, norms, routers, the head: bit by bit, also by the preset that refines."""
+    model, report, _ = compressed(name, "everything", folder)
+    dense = random_model(name)
+    unfuse(dense)
+    before, inside = dense.state_dict(), tuple(f"{row['path']}." for row in report["targets"])
+    kept = {path for path in model.state_dict() if not path.startswith(inside)}
+    assert kept <= before.keys()
+    assert all(torch.equal(model.state_dict()[path], before[path]) for path in kept)
+    assert any("norm" in path or "ln_" in path for path in kept)
+    assert any(path.endswith((".gate.weight", ".router.weight")) for path in kept) == (name in EXPERTS)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_evaluates_what_was_saved(name, folder):
+    _, report, out = compressed(name, "forwards", folder)
+    found = evaluate(out, texts=[str(folder / "text.txt")], windows=2, seq_len=24)
+    assert found["perplexity"] == pytest.approx(report["after"]["perplexity"]["perplexity"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

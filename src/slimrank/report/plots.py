@@ -60,7 +60,8 @@ def spectrum(title: str, curves: Sequence[Curve], label: str) -> str:
                 axes.vlines(curve.cut[0], 0, curve.cut[1], colors=colour, linewidth=1, linestyles="dotted")
         axes.set(title=title, xlabel="rank", ylabel="relative error", ylim=(0, 1.02), xlim=(0, None))
         axes.title.set_size(10)
-        axes.legend(fontsize=8, handlelength=1.2)
+        if curves:
+            axes.legend(fontsize=8, handlelength=1.2)
         return inline(drawn, label)
 
 
