@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -50,6 +51,9 @@ def test_it_says_what_was_measured_and_nothing_that_differs_from_run_to_run(reco
     written = model_card(record)
     for side in ("before", "after"):
         assert f"{record[side]['perplexity']['perplexity']:.2f}" in written
+    (result,) = ModelCard(written).data.eval_results
+    assert result.metric_value == round(record["after"]["perplexity"]["perplexity"], 4)
+    assert result.dataset_name == Path(record["provenance"]["recipe"]["evaluation"]).name
     slower = copy.deepcopy(record)
     slower["after"]["speed"] = {**slower["after"]["speed"], "decode": 1.0, "prefill": 1.0}
     slower["seconds"] = {"all": 1e6}

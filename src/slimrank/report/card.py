@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from slimrank.report.render import render
@@ -28,7 +29,18 @@ def _metadata(record: dict[str, Any]) -> ModelCardData:
         pipeline_tag="image-text-to-text" if _reads_images(record) else "text-generation",
         tags=TAGS,
         datasets=[calibration.split(":")[1]] if calibration.startswith("hub:") else None,
+        model_name=f"{Path(record['model']['name']).name}, compressed",
+        eval_results=_results(record) or None,
     )
+
+
+def _results(record: dict[str, Any]) -> list[EvalResult]:
+    """The model's perplexity, for the hub's index of results."""
+    if not record["after"]:
+        return []
+    text = Path(str(record["provenance"]["recipe"]["evaluation"])).name
+    found = round(record["after"]["perplexity"]["perplexity"], 4)
+    return [EvalResult("text-generation", "text", text, "perplexity", found)]
 
 
 def _reads_images(record: dict[str, Any]) -> bool:
