@@ -12,6 +12,7 @@ from rich.console import Console
 
 from helpers import save_tiny
 from slimrank.cli import main
+from slimrank.errors import RecipeError
 from task_folder import write_tasks
 
 SMALL = ["--samples", "4", "--seq-len", "24", "--batch-size", "2", "--windows", "2"]
@@ -262,6 +263,17 @@ def test_steps_that_are_declared_again_lose_and_skip_nothing():
         progress.stage(stage, steps)
         fractions.append(progress.fraction())
     assert fractions == pytest.approx([0.125, 0.125, 0.15625, 0.15625, 0.203125, 0.25])
+
+
+def test_a_plan_takes_the_place_of_an_allocation(tmp_path):
+    from slimrank.cli.options import recipe_options
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text("keep_ratio: 0.8\nrank_multiple: 8\nranks: {q_proj: dense}\nallocation: lems\n")
+    options = recipe_options(None, file, {"plan": "plan.json"})
+    assert options == {"plan": "plan.json", "allocation": "lems"}
+    with pytest.raises(RecipeError, match="no allocation is made"):
+        recipe_options(None, None, {"plan": "plan.json", "allocation": "lems"})
 
 
 def test_a_second_plan_is_that_of_another_job():

@@ -318,6 +318,8 @@ def test_a_run_directory_made_by_other_inputs_is_refused(tmp_path, text_file):
         ({"ignore": ["re:("]}, RecipeError, "no regular expression"),
         ({"keep_ratio": None, "max_bytes": 20_000}, BudgetError, "already take"),
         ({"plan": "none.json", "keep_ratio": None}, PlanError, "cannot be read"),
+        ({"plan": "none.json", "keep_ratio": None, "rank_multiple": 8}, RecipeError, "ranks of a plan are fixed"),
+        ({"plan": "none.json", "keep_ratio": None, "ranks": {"*": "dense"}}, RecipeError, "ranks of a plan are fixed"),
     ],
 )  # fmt: skip
 def test_bad_options_fail_before_any_work(tiny_folder, tmp_path, text_file, change, error, message, monkeypatch):

@@ -181,6 +181,12 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _plan_decides(self) -> Recipe:
+        if self.plan is not None and (self.ranks or self.rank_multiple > 1):
+            raise ValueError("ranks and rank_multiple are for an allocation; the ranks of a plan are fixed in it")
+        return self
+
+    @model_validator(mode="after")
     def _one_form(self) -> Recipe:
         if self.secondary and self.factor_form == "pivot":
             raise ValueError("secondary is for factor_form pair; factor_form pivot stores pivot layers by itself")

@@ -7,7 +7,7 @@ import torch
 from observed import random
 from slimrank.allocate.curve import DENSE, Curve, Limits, candidates, isotonic, spectral_curve, tails
 from slimrank.errors import PlanError
-from slimrank.linalg.cost import PIVOT, dense_cost, pair_cost, pivot_cost
+from slimrank.linalg.cost import PAIR, PIVOT, dense_cost, pair_cost, pivot_cost
 from slimrank.linalg.forms import Metric
 from slimrank.linalg.lowrank import solve
 
@@ -138,3 +138,11 @@ def test_isotonic_is_the_nearest_non_increasing_sequence():
             assert ((noisy - other) ** 2).sum() >= least - 1e-12
     assert isotonic(np.array([3.0, 2.0, 1.0])).tolist() == [3.0, 2.0, 1.0]
     assert isotonic(np.array([1.0, 3.0])).tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (1, 4), (6, 6)])
+@pytest.mark.parametrize("cost", [PAIR, PIVOT], ids=lambda c: c.name)
+def test_the_largest_rank_within_a_size(cost, shape):
+    for parameters in range(-1, 2 * shape[0] * shape[1]):
+        fitting = [r for r in range(min(shape) + 1) if cost.of(*shape, r) <= parameters]
+        assert cost.within(*shape, parameters) == max(fitting, default=-1)

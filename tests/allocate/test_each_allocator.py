@@ -210,15 +210,21 @@ def test_svd_llm_v2():
         assert all(abs(ranks[p] - uniform[p]) <= 1 for p in ranks)
     given = problem(0.6, blocks=5)
     ranks = allocate("svd_llm_v2", given).ranks
-    for role in SHAPES:
-        members = [i for i in given.items if i.role == role]
-        at = [min(int(0.6 * PAIR.largest(*i.shape)), min(i.shape) - 1) for i in members]
-        loss = [given.tail(i)[r] / given.tail(i)[0] for i, r in zip(members, at, strict=True)]
-        kept = [PAIR.of(*i.shape, ranks[i.path]) for i in members]
-        assert [kept[j] for j in np.argsort(loss)] == sorted(kept)
     scaled = {path: (values * 1000, 0.0) for path, (values, _) in given.spectra.items()}
     assert allocate("svd_llm_v2", replace(given, spectra=scaled)).ranks == ranks
     assert allocate("svd_llm_v2", replace(given, spectra=scaled), variant="literal").ranks != ranks
+
+
+@pytest.mark.parametrize("cost", [PAIR, PIVOT], ids=lambda c: c.name)
+def test_svd_llm_v2_keeps_more_of_what_loses_more_at_the_uniform_rank(cost):
+    given = replace(problem(0.6, blocks=5), cost=cost)
+    ranks = allocate("svd_llm_v2", given).ranks
+    for role in SHAPES:
+        members = [i for i in given.items if i.role == role]
+        at = [cost.within(*i.shape, int(0.6 * i.parameters)) for i in members]
+        loss = [given.tail(i)[r] / given.tail(i)[0] for i, r in zip(members, at, strict=True)]
+        kept = [cost.of(*i.shape, ranks[i.path]) for i in members]
+        assert [kept[j] for j in np.argsort(loss)] == sorted(kept)
 
 
 @pytest.mark.parametrize("variant", ["relative", "literal"])

@@ -68,8 +68,8 @@ def _losses(problem: Problem) -> Floats:
     rows = []
     for item in problem.items:
         tail = problem.tail(item)
-        m, n = item.shape
-        rank = min(int(problem.keep_ratio * m * n / (m + n)), len(tail) - 1)
+        share = problem.budget * item.parameters // int(problem.sizes.sum())
+        rank = min(problem.cost.within(*item.shape, share), len(tail) - 1)
         loss = float(tail[rank]) ** 0.5
         rows.append((loss, loss / max(float(tail[0]) ** 0.5, TINY)))
     return np.array(rows)

@@ -325,13 +325,20 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
 def recipe_options(
     preset: str | None, recipe_file: Path | None, flags: dict[str, Any], no_eval: bool = False
 ) -> dict[str, Any]:
-    """Options of a recipe: those of the preset, then of the file, then the flags that were given."""
+    """Options of a recipe: those of the preset, then of the file, then the flags that were given.
+
+    Raises:
+        RecipeError: a plan and an allocation are asked for at once.
+    """
+    from slimrank.errors import RecipeError
     from slimrank.recipe import BUDGETS, Recipe
 
     options = Recipe.preset(preset) if preset is not None else {}
     if recipe_file is not None:
         options = _later(options, Recipe.read(recipe_file), BUDGETS)
     given = {name: value for name, value in flags.items() if value is not None and value is not False and value != []}
+    if "plan" in given and given.keys() & {"allocation", "allocation_options"}:
+        raise RecipeError("the ranks of a plan are fixed in it; no allocation is made.", "--plan or --allocation")
     merged = _later(options, given, BUDGETS)
     if no_eval:
         merged["evaluation"] = None
@@ -341,7 +348,8 @@ def recipe_options(
 def _later(options: dict[str, Any], given: dict[str, Any], budgets: Sequence[str]) -> dict[str, Any]:
     """Options with those given later: one budget for another; options of a method that stays are added to."""
     if any(name in given for name in budgets):
-        options = {name: value for name, value in options.items() if name not in budgets}
+        replaced = {*budgets, "ranks", "rank_multiple"} if "plan" in given else budgets
+        options = {name: value for name, value in options.items() if name not in replaced}
     given = dict(given)
     for which, extra in (
         ("method", "method_options"),

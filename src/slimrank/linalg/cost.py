@@ -6,6 +6,7 @@ back one smaller for about 5 % of ranks).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -52,6 +53,10 @@ class CostModel:
     name: FactorForm
     of: Callable[[int, int, Rank], int]
     largest: Callable[[int, int], int]
+
+    def within(self, m: int, n: int, parameters: int) -> int:
+        """The largest rank up to min(m, n) that stores no more than so many parameters; -1 below none."""
+        return bisect_right(range(min(m, n) + 1), parameters, key=lambda rank: self.of(m, n, rank)) - 1
 
 
 PAIR = CostModel("pair", pair_cost, max_pair_rank)
