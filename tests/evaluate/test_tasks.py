@@ -1,5 +1,7 @@
+import json
 import logging
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 from lm_eval.api import task as lm_eval_task
 
+import slimrank
 from helpers import byte_tokenizer, save_tiny, tiny_model
 from slimrank.errors import DataError, MissingExtraError, NonFiniteError, RecipeError
 from slimrank.evaluate.tasks import TaskRequest, Tasks
+from slimrank.models.load import load
 from slimrank.progress import Progress
 from task_folder import write_tasks
 
@@ -68,6 +72,26 @@ def test_figures_are_those_of_lm_eval(folder, tmp_path, shots):
     assert ours["arc_easy"].metrics.keys() == {"acc", "acc_norm"}
     assert ours["sums"].count == 5
     assert ours["sums"].available == 8
+
+
+def test_the_command_of_lm_eval_measures_a_compressed_model(folder, tmp_path):
+    """In a process that knows nothing of slimrank; its figures are ours of the same folder."""
+    out = tmp_path / "out"
+    tiny, small = save_tiny(tmp_path / "tiny"), {"samples": 4, "seq_len": 32, "evaluation": None}
+    slimrank.compress(tiny, out=out, keep_ratio=0.6, method="svd_llm", factor_form="pivot", **small)
+    start = "import sys; sys.modules['slimrank'] = None; from lm_eval.__main__ import *; cli_evaluate()"
+    command = [
+        sys.executable, "-c", start, "--model", "hf", "--model_args", f"pretrained={out},trust_remote_code=True",
+        "--device", "cpu", "--batch_size", "8", "--tasks", "sums,prose", "--include_path", str(folder), "--limit", "5",
+        "--output_path", str(tmp_path / "theirs"),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, timeout=300)
+    (written,) = (tmp_path / "theirs").rglob("results_*.json")
+    theirs = json.loads(written.read_text())["results"]
+    ours = asked(folder, "sums", "prose", limit=5, model=load(out)[0])
+    for task, result in ours.items():
+        for name, metric in result.metrics.items():
+            assert metric.value == theirs[task][f"{name},none"]
 
 
 def test_accuracy_by_hand(folder):
