@@ -17,7 +17,7 @@ from slimrank import comparison
 from slimrank.cli import main
 from slimrank.cli.compare import _show
 from slimrank.comparison import Cell, running, worker
-from slimrank.errors import BudgetError, DataError, RecipeError, SlimrankError
+from slimrank.errors import BudgetError, DataError, RecipeError, RunError, SlimrankError
 from slimrank.evaluate.tasks import TaskRequest
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
@@ -267,6 +267,19 @@ def test_an_interruption_loses_no_cell(model, tmp_path, stand_in):
     assert before == 3
     comparison.compare(model, cells("svd", "svd_llm"), tmp_path)
     assert [(o["method"], o["keep_ratio"]) for o in stand_in()[before:]] == [("svd_llm", 0.8), ("svd_llm", 0.6)]
+
+
+def test_one_comparison_at_a_time_in_a_folder(model, tmp_path, stand_in):
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    code = "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]): print(1, flush=True); input()"
+    holding = [sys.executable, "-c", code, str(tmp_path / "out" / "cells" / "lock")]
+    with subprocess.Popen(holding, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        with pytest.raises(RunError, match="another slimrank is at work"):
+            comparison.compare(model, cells("svd"), tmp_path / "out")
+        other.communicate("\n")
+    assert not stand_in()
+    comparison.compare(model, cells("svd"), tmp_path / "out")
 
 
 def test_progress_of_cells_is_passed_on(model, tmp_path, stand_in):

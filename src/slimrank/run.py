@@ -30,6 +30,20 @@ def content_key(parts: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def locked(folder: Path, hint: str) -> FileLock:
+    """A lock that keeps other processes out of a folder until it is released.
+
+    Raises:
+        RunError: another one is at work in it.
+    """
+    lock = FileLock(folder / LOCK, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"another slimrank is at work in the folder '{folder}'.", hint) from error
+    return lock
+
+
 class Run:
     """A run directory.
 
@@ -64,14 +78,7 @@ class Run:
         Raises:
             RunError: another one is at work in it.
         """
-        self._lock = FileLock(self.folder / LOCK, is_singleton=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RunError(
-                f"another slimrank is at work in the run directory '{self.folder}'.",
-                "wait for it to end, or give this one a --run-dir of its own",
-            ) from error
+        self._lock = locked(self.folder, "wait for it to end, or give this one a --run-dir of its own")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -28,7 +28,7 @@ from slimrank.planning import reads_text
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.report.comparison import write_comparison
-from slimrank.run import content_key
+from slimrank.run import content_key, locked
 
 RECORD = 2  # what records of cells hold: older ones are made anew
 LAYERS = ("dtype", "targets", "ignore", "split")
@@ -76,6 +76,7 @@ def compare(
     Raises:
         RecipeError: no cell, two of the same name, or a recipe that cannot work, before anything is computed.
         DataError: fewer than two windows, or a text, a calibration source or a task that cannot be read, likewise.
+        RunError: another process compares into the same folder.
         SlimrankError: the model cannot be read.
     """
     folder, progress = Path(out), progress or Progress()
@@ -87,11 +88,15 @@ def compare(
         "model": resolve(model, progress), "texts": list(texts), "windows": windows, "seq_len": seq_len,
         "device": device, "dtype": dtype, "tasks": None if tasks is None else _plain(tasks), "record": RECORD,
     }  # fmt: skip
-    dense = _dense(common, folder, progress)
-    made: dict[str, Any] = {}
-    for number, cell in enumerate(cells, 1):
-        progress.note(f"{cell.name} ({number} of {len(cells)})")
-        made[cell.name] = _cell(cell, common, dense, folder, progress)
+    lock = locked(folder / "cells", "wait for it to end, or take another --out")
+    try:
+        dense = _dense(common, folder, progress)
+        made = {}
+        for number, cell in enumerate(cells, 1):
+            progress.note(f"{cell.name} ({number} of {len(cells)})")
+            made[cell.name] = _cell(cell, common, dense, folder, progress)
+    finally:
+        lock.release()
     record = {
         "slimrank": __version__, "model": str(model), "texts": list(texts), "windows": windows, "seq_len": seq_len,
         "tasks": common["tasks"], "too_few": too_few(_answers(dense)), "dense": dense, "cells": made,
