@@ -79,20 +79,27 @@ def test_every_python_block_runs(folder, monkeypatch):
     assert slimrank.Recipe().samples == 64
 
 
-def test_the_example_of_an_own_method(folder, capsys):
+@pytest.mark.parametrize(
+    "example, told",
+    [("own_method.py", "diagonal"), ("own_allocation.py", "ends {'extra': 0.1}"), ("from_python.py", "perplexity")],
+)
+def test_examples_run(example, told, folder, capsys, monkeypatch):
     import runpy
     import sys
 
-    from slimrank.decompose import registry
+    from slimrank.allocate.registry import ALLOCATORS
+    from slimrank.decompose.registry import DECOMPOSERS
 
-    known = dict(registry.DECOMPOSERS.entries)
-    sys.argv = ["own_method.py", "tiny"]
-    try:
-        runpy.run_path(str(ROOT / "examples" / "own_method.py"), run_name="__main__")
-    finally:
-        registry.DECOMPOSERS.entries.clear()
-        registry.DECOMPOSERS.entries.update(known)
-    assert "diagonal" in capsys.readouterr().out
+    for registry in (ALLOCATORS, DECOMPOSERS):
+        monkeypatch.setattr(registry, "entries", registry.all())
+    monkeypatch.setattr(sys, "argv", [example, "tiny"])
+    runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
+    assert told in capsys.readouterr().out
+
+
+def test_every_example_has_its_line():
+    page = (ROOT / "examples" / "README.md").read_text()
+    assert {p.name for p in (ROOT / "examples").glob("*.py")} == set(re.findall(r"\]\((\w+\.py)\)", page))
 
 
 def test_every_method_has_a_page():

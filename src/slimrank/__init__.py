@@ -17,6 +17,7 @@ from slimrank.export.register import register_lazily
 
 if TYPE_CHECKING:
     from slimrank.allocate.plan import RankPlan as RankPlan
+    from slimrank.allocate.registry import allocator as allocator
     from slimrank.decompose.registry import decomposer as decomposer
     from slimrank.dry_run import preview as preview
     from slimrank.errors import SlimrankError as SlimrankError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from slimrank.pipeline import compress as compress
     from slimrank.pipeline import find_plan as find_plan
     from slimrank.recipe import Recipe as Recipe
+    from slimrank.refine.registry import refiner as refiner
 
 _HOME = {
     "CompressionResult": "pipeline",
@@ -37,6 +39,7 @@ _HOME = {
     "RankPlan": "allocate.plan",
     "Recipe": "recipe",
     "SlimrankError": "errors",
+    "allocator": "allocate.registry",
     "compress": "pipeline",
     "decomposer": "decompose.registry",
     "find_plan": "pipeline",
@@ -44,6 +47,7 @@ _HOME = {
     "load": "models.load",
     "perplexity": "evaluate.perplexity",
     "preview": "dry_run",
+    "refiner": "refine.registry",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -133,7 +133,18 @@ REFINERS: Registry[Refiner] = Registry("slimrank.refine", "refiner")
 def refiner(
     id: str, title: str, paper: str, changes_a: bool, settings: tuple[str, ...] = COMMON
 ) -> Callable[[Refine], Refine]:
-    """Register the decorated function as the refiner `id`; its keyword-only parameters are its options."""
+    """Register the decorated function as the refiner `id`; its keyword-only parameters are its options.
+
+    Args:
+        id: the name it is chosen by.
+        title: one line for people.
+        paper: where it comes from.
+        changes_a: it changes A, which layers may share, and not only B.
+        settings: options of following the compressed model (`Following`) that it takes besides its own.
+
+    Raises:
+        TypeError: an option without an annotation or a default.
+    """
 
     def register(refine: Refine) -> Refine:
         options = options_of(refine, {name: Following.model_fields[name] for name in settings})
