@@ -39,6 +39,10 @@ ARCHITECTURES = {
     "qwen3_moe": ("Qwen3MoeConfig", {**SMALL, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v3": ("DeepseekV3Config", {**WIDTHS, **LATENT, **SHARED, "moe_intermediate_size": 24, **FOUR}),
     "gpt_oss": ("GptOssConfig", {**SMALL, **FOUR, "sliding_window": 16}),
+    "llama4": (
+        "Llama4TextConfig",
+        {**SMALL, **FOUR, "intermediate_size_mlp": 48, "moe_layers": [1], "attention_chunk_size": 16},
+    ),
     "mamba": ("MambaConfig", {**WIDTHS, "state_size": 4}),
     "llava": ("LlavaConfig", {"text": ("LlamaConfig", GROUPED), "vision": ("CLIPVisionConfig", VISION)}),
 }

@@ -29,7 +29,7 @@ WAYS = {
     "everything": {},  # the preset `balanced`
 }
 LEFT_OUT = {"mamba": 0.9}  # its state-space tables and convolutions, see docs/architectures.md
-EXPERTS = {"mixtral": 2, "qwen3_moe": 2, "deepseek_v3": 1, "gpt_oss": 2}  # blocks that have some
+EXPERTS = {"mixtral": 2, "qwen3_moe": 2, "deepseek_v3": 1, "gpt_oss": 2, "llama4": 1}  # blocks that have some
 
 
 @functools.cache

@@ -140,6 +140,36 @@ def test_subclasses_of_linear_count_as_linear():
     assert found.coverage.left_out["linears with parts of their own"] == 64
 
 
+class Grouped(nn.Linear):
+    """A block-diagonal product, as the output projections of DeepSeek-V4."""
+
+    def forward(self, x):
+        return torch.einsum("...gn,gmn->...gm", x, self.weight.view(2, -1, self.in_features))
+
+
+class Normed(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+class Spelled(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("kind, taken", [(Grouped, False), (Normed, False), (Spelled, True)])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_linear_that_computes_something_of_its_own_is_left_out(kind, taken, device):
+    model = tiny_model().to(device)
+    for block in model.model.layers:
+        block.mlp.up_proj = kind(32, 48, device=device)
+    found = find_targets(model)
+    assert any(target.path.endswith("up_proj") for target in found) == taken
+    left = found.coverage.left_out.get("linears that compute something of their own", 0)
+    assert left == (0 if taken else 3 * 32 * 48)
+    assert found.coverage.targets + sum(found.coverage.left_out.values()) == parameters_of(model)
+
+
 def test_no_decoder_blocks():
     with pytest.raises(ModelError, match="no list of decoder blocks"):
         find_blocks(nn.Sequential(nn.Linear(4, 4)))

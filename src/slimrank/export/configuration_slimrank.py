@@ -166,9 +166,9 @@ def mark_compressed(
 
 def copy_code(folder: Path) -> None:
     """Copy the files that load the model without slimrank: this one, the model's and the layers'."""
-    from .modeling_slimrank import Experts, LowRankLinear, PivotLinear, SlimRankForCausalLM, SplitLinear
+    from .modeling_slimrank import LowRankLinear, PivotLinear, SlimRankForCausalLM, SplitLinear, as_linears
 
-    for owner in (CompressedConfig, SlimRankForCausalLM, LowRankLinear, PivotLinear, Experts, SplitLinear):
+    for owner in (CompressedConfig, SlimRankForCausalLM, LowRankLinear, PivotLinear, SplitLinear, as_linears):
         source = Path(str(sys.modules[owner.__module__].__file__))
         if source.parent.resolve() == folder.resolve():
             continue

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from slimrank.layers.experts import Experts
+from slimrank.layers.experts import as_linears
 from slimrank.layers.low_rank import LowRankLinear
 from slimrank.layers.pivot import PivotLinear
 from slimrank.layers.split import SplitLinear
@@ -67,7 +67,7 @@ def _class_with_thin_layers(native: Any) -> Any:
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         native.__init__(self, config, *args, **kwargs)
         for path in config.slimrank.get("experts", ()):
-            self.set_submodule(path, Experts(self.get_submodule(path)))
+            self.set_submodule(path, as_linears(self.get_submodule(path)))
         for path, sizes in config.slimrank.get("split", {}).items():
             self.set_submodule(path, SplitLinear(self.get_submodule(path), sizes))
         replace_layers(self, config.slimrank["layers"])

@@ -7,12 +7,14 @@ other. What an expert computes (gate, activation, a norm) is still that of the n
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+_SORTED = {"has_gate": True, "has_bias": False, "is_transposed": True, "has_post_expert_norm": False}  # Llama 4
 
 
 class Experts(nn.Module):
@@ -63,6 +65,37 @@ class Experts(nn.Module):
         return self.native._apply_gate(hidden) if self.native.has_gate else self.native.act_fn(hidden)
 
 
+class SortedExperts(Experts):
+    """The experts of Llama 4, which get a copy of all tokens each, one after the other, already weighted.
+
+    A token that is not sent to an expert is zero in its copy, and so is the answer, which is not computed here.
+    """
+
+    def __init__(self, native: nn.Module) -> None:
+        for mark, value in _SORTED.items():
+            setattr(native, mark, value)
+        super().__init__(native)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """Answers (experts * tokens x width) to the copies (experts * tokens x width)."""
+        copies = hidden_states.chunk(len(self.up))
+        return torch.cat([self._answers(*each) for each in zip(copies, self.up, self.down, strict=True)])
+
+    def _answers(self, copy: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
+        sent = torch.where(copy.any(dim=-1))[0]
+        result = torch.zeros_like(copy)
+        return result.index_add(0, sent, down(self._between(up(copy[sent])))) if len(sent) else result
+
+    def _between(self, hidden: Tensor) -> Tensor:
+        gate, up = hidden.chunk(2, dim=-1)
+        return up * self.native.act_fn(gate)
+
+
+def as_linears(native: nn.Module) -> Experts:
+    """A module of fused experts as linear layers; see `is_fused`."""
+    return SortedExperts(native) if _is_sorted(native) else Experts(native)
+
+
 def _linears(native: nn.Module, name: str) -> nn.ModuleList:
     """A linear layer for each slice of a 3-D parameter, which is taken away; views of it where they can be."""
     bank = native.get_parameter(name)
@@ -82,7 +115,9 @@ def _linears(native: nn.Module, name: str) -> nn.ModuleList:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module keeps experts in the way that transformers' own classes do (`use_experts_implementation`)."""
+    """Whether a module keeps experts as transformers' own classes do (`use_experts_implementation`), or as Llama 4."""
+    if _is_sorted(module):
+        return True
     if not all(hasattr(module, mark) for mark in _MARKS):
         return False
     own = {key: p.dim() for key, p in module.named_parameters(recurse=False)}
@@ -91,11 +126,21 @@ def is_fused(module: nn.Module) -> bool:
     return own == dict.fromkeys(names, 3) | dict.fromkeys(biases, 2) and not any(module.buffers(recurse=False))
 
 
+def _is_sorted(module: nn.Module) -> bool:
+    """Whether a module keeps experts as Llama 4 does: gated, transposed, and without routing among its arguments."""
+    banks = {key: p.shape for key, p in module.named_parameters(recurse=False)}
+    if list(banks) != ["gate_up_proj", "down_proj"] or any(len(shape) != 3 for shape in banks.values()):
+        return False
+    count, width, both = banks["gate_up_proj"]
+    fits = banks["down_proj"] == (count, both // 2, width) and hasattr(module, "act_fn")
+    return fits and list(inspect.signature(type(module).forward).parameters) == ["self", "hidden_states"]
+
+
 def unfuse(model: nn.Module) -> list[str]:
     """Replace all modules of fused experts, in place; their paths."""
     paths = [path for path, module in model.named_modules() if is_fused(module)]
     for path in paths:
-        model.set_submodule(path, Experts(model.get_submodule(path)))
+        model.set_submodule(path, as_linears(model.get_submodule(path)))
     return paths
 
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slimrank.errors import ModelError, RecipeError
 from slimrank.layers.convert import compressed_layers
-from slimrank.layers.dense import weight_of
+from slimrank.layers.dense import answers_linearly, weight_of
 from slimrank.layers.experts import Experts
 from slimrank.linalg.cost import PAIR, CostModel
 from slimrank.models.structure import find_blocks, parameters_of, without_numbers
@@ -116,9 +116,12 @@ def find_targets(
     reasons: dict[int, str] = {}
     layers = list(_linear_layers(blocks, blocks_path))
     _check_patterns((*targets, *ignore), [path for _, path, _, _ in layers])
+    odd = _odd_classes([module for _, _, module, _ in layers])
     for index, path, module, around in layers:
         key = id(module.weight)
         reason = _reason_to_leave(path, module, around, targets, ignore, cost)
+        if not reason and type(module) in odd:
+            reason = "linears that compute something of their own"
         if reason:
             reasons[key] = reason
         elif key in found:
@@ -183,6 +186,12 @@ def _linear_layers(blocks: nn.ModuleList, root: str) -> Iterator[tuple[int, str,
                 parts = name.split(".")
                 around = [modules[".".join(parts[:i])] for i in range(len(parts))]
                 yield index, f"{root}.{index}.{name}".rstrip("."), module, around
+
+
+def _odd_classes(layers: Sequence[nn.Module]) -> set[type]:
+    """Classes of linear layers that do not answer W x + b; each is tried on its smallest layer."""
+    smallest = {type(m): m for m in sorted(layers, key=lambda m: -m.weight.numel())}  # type: ignore[operator]
+    return {kind for kind, layer in smallest.items() if not answers_linearly(layer)}
 
 
 def _target(path: str, module: nn.Module, block: int) -> Target:
