@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -10,10 +11,13 @@ import textwrap
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import WeightRenaming
 
 import slimrank
 from helpers import CONFIGS, VOCABULARY, byte_tokenizer, tiny_model
+from slimrank.export.save import mark_model
 from slimrank.layers import LowRankLinear, PivotLinear
 from slimrank.layers.experts import unfuse
 from slimrank.linalg.cost import pivot_cost
@@ -185,6 +189,27 @@ def test_damaged_and_foreign_checkpoints(saved, tmp_path):
         (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
         with pytest.raises(ValueError, match=message):
             AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_missing_factors_are_never_random(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "damaged")
+    tensors = load_file(saved / "model.safetensors")
+    name = min(name for name in tensors if name.endswith((".A.weight", ".skeleton.weight")))
+    del tensors[name]
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 weights of compressed layers, the first '{name}'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "damaged")
+
+
+def test_weights_are_written_under_their_names_in_the_model(saved, tmp_path):
+    """Rules by which transformers renames weights of native layers are not for those of factors."""
+    model, names = AutoModelForCausalLM.from_pretrained(saved), load_file(saved / "model.safetensors").keys()
+    model._weight_conversions = [WeightRenaming(source_patterns=r"q_projection", target_patterns=r"q_proj")]
+    model.save_pretrained(tmp_path / "renamed")
+    assert load_file(tmp_path / "renamed" / "model.safetensors").keys() != names
+    mark_model(model)
+    model.save_pretrained(tmp_path / "kept")
+    assert load_file(tmp_path / "kept" / "model.safetensors").keys() == names
 
 
 def python(code, *arguments):

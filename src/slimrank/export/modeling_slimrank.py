@@ -25,16 +25,22 @@ class SlimRankForCausalLM:
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """Load a compressed model; arguments as for any `from_pretrained`."""
+        """Load a compressed model; arguments as for any `from_pretrained`.
+
+        Raises:
+            ValueError: factors are missing in the files; transformers would fill them with random numbers.
+        """
         if config is None:
             from .configuration_slimrank import SlimRankConfig
 
             config = SlimRankConfig.from_pretrained(path)
-        native = _native_class(config)
-        loaded = _class_with_thin_layers(native).from_pretrained(path, *args, config=config, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        native, told = _native_class(config), kwargs.pop("output_loading_info", False)
+        thin = _class_with_thin_layers(native)
+        model, info = thin.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
+        _check_complete(path, info["missing_keys"], config.slimrank["layers"])
         model.__class__ = native
-        return loaded
+        keep_names(model)
+        return (model, info) if told else model
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
@@ -100,6 +106,24 @@ def _empty_layer(about: dict[str, Any], **place: Any) -> nn.Module:
 
 def _parts(about: dict[str, Any]) -> tuple[str, str]:
     return ("skeleton", "interpolation") if "side" in about else ("A", "B")
+
+
+def _check_complete(path: Any, missing: Any, layers: dict[str, Any]) -> None:
+    lacking = sorted(name for name in missing if name.startswith(tuple(f"{layer}." for layer in layers)))
+    if lacking:
+        raise ValueError(
+            f"'{path}' lacks {len(lacking)} weights of compressed layers, the first '{lacking[0]}'. "
+            "Copy the folder again, or compress the model again."
+        )
+
+
+def keep_names(model: Any) -> None:
+    """Have `save_pretrained` write weights under their names in the model.
+
+    transformers writes those of the published checkpoint, by rules for the names of native layers, which do not find
+    back from the names of factors.
+    """
+    model._weight_conversions = []
 
 
 def declare_ties(model: Any, layers: dict[str, dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slimrank.errors import ModelError, OutputError
 from slimrank.export.configuration_slimrank import mark_compressed
-from slimrank.export.modeling_slimrank import declare_ties, native_classes
+from slimrank.export.modeling_slimrank import declare_ties, keep_names, native_classes
 from slimrank.layers import LowRankLinear
 from slimrank.layers.convert import CompressedLinear, compressed_layers, stored_layer
 from slimrank.layers.experts import experts_of
@@ -87,6 +87,7 @@ def mark_model(model: Any) -> None:
     split = {path: module.sizes for path, module in splits_of(model).items()}
     mark_compressed(model.config, layers, experts_of(model), split)
     declare_ties(model, layers)
+    keep_names(model)
 
 
 def _entry(layer: CompressedLinear) -> dict[str, Any]:
