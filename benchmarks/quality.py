@@ -37,6 +37,10 @@ PAPERS = {
     "KFAC-SVD + LEMS": {**KFAC, "allocation": "lems", "allocation_options": {"plans": 0}},
 }  # fmt: skip
 PRESETS = {name: Recipe.preset(name) for name in ("fast", "balanced", "best")}
+_BEST = Recipe.preset("best")
+PRESETS["best, refined on half of its text"] = {
+    **_BEST, "refine_options": {**_BEST["refine_options"], "samples_factor": 4},
+}  # fmt: skip
 PIVOT = {**KFAC, "allocation": "spectrum", "factor_form": "pivot"}
 REGRESS = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01}}
 MORE_TEXT = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01, "samples_factor": 4}}
@@ -151,6 +155,7 @@ def main():
     tests = {name: windows_of(path, tokenizer, args) for name, path in (text.split("=", 1) for text in args.test)}
     if list(results.get("dense", {})) != list(tests):
         results["dense"] = {name: slimrank.perplexity(model, windows).perplexity for name, windows in tests.items()}
+        stored.write_text(json.dumps(results, indent=1) + "\n")
     del model
     results |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
     only = {name: tests[name] for name in list(tests)[:1]}
