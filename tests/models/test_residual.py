@@ -12,7 +12,7 @@ from slimrank.models.targets import find_targets
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 
 
-def places(model, dtype=torch.float32):
+def places(model, dtype=torch.float32, outlier=0.0):
     model = model.to(dtype)
     runner = BlockRunner(model, torch.device("cpu"), upcast=False, resident=False)
     ids = torch.randint(VOCABULARY - 3, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -20,6 +20,7 @@ def places(model, dtype=torch.float32):
     with runner.session():
         runner.embed([Batch(ids)])
         runner.step(0)
+        runner.hidden[0][0, 0, 0] += outlier
         found = residual_places(runner.blocks[1], layers, lambda: runner.run(1, 0, runner.hidden[0]), runner.hidden[0])
     assert not any(layer._forward_hooks for layer in layers.values())
     return {path.partition(".1.")[2]: place for path, place in found.items()}
@@ -40,6 +41,11 @@ def test_blocks_that_add_twice(name, expected):
 
 def test_a_coarser_dtype_changes_nothing():
     assert places(tiny_model("llama"), torch.bfloat16) == places(tiny_model("llama"))
+
+
+def test_beside_an_outlier_answers_are_lost_in_rounding():
+    """A massive activation, beside which bfloat16 does not see whether an answer was added."""
+    assert places(tiny_model("llama"), torch.bfloat16, outlier=300.0) == places(tiny_model("llama"))
 
 
 def test_experts_are_weighted_before_they_are_added():

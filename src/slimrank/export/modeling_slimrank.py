@@ -47,6 +47,7 @@ class SlimRankForCausalLM:
         native = _native_class(config)
         model = _class_with_thin_layers(native)._from_config(config, **kwargs)
         model.__class__ = native
+        keep_names(model)
         return model
 
     @classmethod

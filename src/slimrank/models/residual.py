@@ -33,7 +33,8 @@ def residual_places(
     for path, answer in answers.items():
         if answer.numel() != output.numel():
             continue
-        if any(_near(x.reshape_as(entry), entry + answer.view_as(entry)) for x in read if x.numel() == entry.numel()):
+        summed, wave = entry + answer.view_as(entry), _wave(entry)
+        if _is_read(summed, read) and _is_read(summed + wave, _read_with(block, layers[path], wave, run)):
             found[path] = "entry"
         elif _near(_run_with(layers[path], _wave(output), run), output + _wave(output)):
             found[path] = "exit"
@@ -69,6 +70,23 @@ def _heard(block: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list[Te
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_read(expected: Tensor, read: list[Tensor]) -> bool:
+    return any(_near(x.reshape_as(expected), expected) for x in read if x.numel() == expected.numel())
+
+
+def _read_with(block: nn.Module, layer: nn.Module, more: Tensor, run: Callable[[], Tensor]) -> list[Tensor]:
+    """What the modules inside read when a layer answers so much more: its own answer may be lost beside outliers."""
+    read: list[Tensor] = []
+
+    def heard() -> Tensor:
+        output, mine = _heard(block, run)
+        read.extend(mine)
+        return output
+
+    _run_with(layer, more, heard)
+    return read
 
 
 def _run_with(layer: nn.Module, more: Tensor, run: Callable[[], Tensor]) -> Tensor:

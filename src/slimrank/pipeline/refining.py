@@ -226,7 +226,7 @@ class Refinement:
         layers = [self.job.model.get_submodule(path) for path in (target.path, *target.ties)]
         bias = next((tensor for name, tensor in new.items() if name.endswith("bias")), None)
         if bias is not None and layers[0].bias is None:
-            layers[0].set_bias(torch.empty_like(bias))
+            layers[0].set_bias(torch.empty_like(bias, device=next(layers[0].parameters()).device))
             layers[0].requires_grad_(next(layers[0].parameters()).requires_grad)
             self.cutter.done.new_biases += bias.numel()
         for layer in layers:

@@ -169,7 +169,7 @@ class StreamCollector:
         inputs, wanted = self._read[path]
         if path not in self.lacks:
             self.lacks[path] = LackSums.empty(lack.shape[-1], inputs.shape[-1], self.device)
-        self.lacks[path].add(self._tokens(lack), inputs, wanted)
+        self.lacks[path].add(self._tokens(lack.to(inputs.device)), inputs, wanted)
 
     def of(self, path: str) -> LayerSums | None:
         """The sums of one layer; None where no token reached it."""
