@@ -38,8 +38,8 @@ PAPERS = {
 }  # fmt: skip
 PRESETS = {name: Recipe.preset(name) for name in ("fast", "balanced", "best")}
 _BEST = Recipe.preset("best")
-PRESETS["best, refined on half of its text"] = {
-    **_BEST, "refine_options": {**_BEST["refine_options"], "samples_factor": 4},
+PRESETS["best, refined on three eighths of its text"] = {
+    **_BEST, "refine_options": {**_BEST["refine_options"], "samples_factor": 3},
 }  # fmt: skip
 PIVOT = {**KFAC, "allocation": "spectrum", "factor_form": "pivot"}
 REGRESS = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01}}
