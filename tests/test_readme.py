@@ -34,6 +34,7 @@ def folder(tmp_path, monkeypatch):
     tiny = save_tiny(tmp_path / "tiny")
     monkeypatch.setattr("slimrank.models.load.demo_folder", lambda progress=None: tiny)
     (tmp_path / "text.txt").write_text(text())
+    (tmp_path / "held-out.txt").write_text(text(seed=1))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -86,7 +86,7 @@ def _differences(found: Tensor, expected: Tensor) -> tuple[float, int]:
     kl, same = 0.0, 0
     for z, z_dense in zip(positions(found), positions(expected), strict=True):
         log_q, log_p = log_softmax(z.float(), dim=-1), log_softmax(z_dense.float(), dim=-1)
-        kl += float((log_p - log_q).mul_(log_p.exp()).sum(dim=-1).double().sum())
+        kl += float((log_p - log_q).mul_(log_p.exp()).sum(dim=-1).cpu().double().sum())
         same += int((z.argmax(dim=-1) == z_dense.argmax(dim=-1)).sum())
     return kl, same
 

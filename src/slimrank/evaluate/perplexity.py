@@ -86,7 +86,7 @@ def window_nll(model: nn.Module, logits: Tensor, ids: Tensor, first: int) -> lis
     means = []
     for row, targets in zip(logits, ids, strict=True):
         losses = functional.cross_entropy(row[:-1].float(), targets[1:], reduction="none")
-        means.append(float(losses.double().mean()))
+        means.append(float(losses.cpu().double().mean()))
     for offset, mean in enumerate(means):
         if not math.isfinite(mean):
             where = first_nonfinite_layer(model, ids)

@@ -78,7 +78,7 @@ def _divergence(weights: Tensor, expected: Tensor, logits: Tensor, temperature: 
     total = 0.0
     for p, log_p, z in zip(*(positions(x) for x in (weights, expected, logits)), strict=True):
         found = log_softmax(z / temperature, dim=-1)
-        total -= float(found.sub_(log_p).mul_(p).sum(dim=-1).double().sum())
+        total -= float(found.sub_(log_p).mul_(p).sum(dim=-1).cpu().double().sum())
     return total
 
 
@@ -86,7 +86,7 @@ def _likelihood(logits: Tensor, ids: Tensor) -> float:
     """Negative log-likelihood of the tokens after the first, summed."""
     norms = torch.cat([z.logsumexp(dim=-1) for z in positions(logits)]).view(ids.shape)
     picked = logits[:, :-1].gather(-1, ids[:, 1:, None].to(logits.device))[..., 0]
-    return float((norms[:, :-1].double() - picked.double()).sum())
+    return float((norms[:, :-1].cpu().double() - picked.cpu().double()).sum())
 
 
 def positions(x: Tensor) -> Sequence[Tensor]:
