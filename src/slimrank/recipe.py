@@ -76,9 +76,7 @@ class Recipe(BaseModel):
         ge=0,
         description="Rounds that move all factors against the gradient of the divergence from the original model.",
     )
-    correction_windows: int = Field(
-        16, ge=1, description="Windows of one round, apart from those that calibrate."
-    )
+    correction_windows: int = Field(16, ge=1, description="Windows of one round, apart from those that calibrate.")
     allocation: str = Field("uniform", description="Rank allocation (see: slimrank methods).")
     allocation_options: dict[str, Any] = Field(
         {}, description="Options of the allocation by name (see: slimrank methods ID)."
