@@ -246,13 +246,12 @@ def test_experts_of_neighbouring_blocks_share_by_name():
 
 
 def test_a_class_of_experts_of_its_own_is_counted_as_left_out():
-    """Llama 4 keeps banks of another layout; nothing is compressed wrongly, and the report says what is missing."""
+    """JetMoE keeps banks of another layout; nothing is compressed wrongly, and the report says what is missing."""
     import transformers
 
-    config = transformers.Llama4TextConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=24, intermediate_size_mlp=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4, max_position_embeddings=128,
-        pad_token_id=258,
+    config = transformers.JetMoeConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, kv_channels=8, num_local_experts=4, max_position_embeddings=128, pad_token_id=258,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     assert unfuse(model) == []

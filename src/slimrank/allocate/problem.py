@@ -117,7 +117,11 @@ class Problem:
     @cached_property
     def choices(self) -> list[tuple[Integers, Integers]]:
         """Candidate ranks of each item, and their costs."""
-        return [candidates(i.path, i.shape, self.multiple, i.limits, self.cost) for i in self.items]
+        known: dict[tuple[tuple[int, int], Limits], tuple[Integers, Integers]] = {}  # thousands of experts are alike
+        for item in self.items:
+            if (key := (item.shape, item.limits)) not in known:
+                known[key] = candidates(item.path, item.shape, self.multiple, item.limits, self.cost)
+        return [known[item.shape, item.limits] for item in self.items]
 
     @property
     def keep_ratio(self) -> float:
