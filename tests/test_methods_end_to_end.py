@@ -644,6 +644,15 @@ def test_a_ridge_chosen_by_halves_with_one_window():
     with pytest.raises(RecipeError, match="there is one window"):
         compress(samples=1, **options)
     assert all(row["refined"]["ridge"] > 0 for row in compress(samples=2, **options).report["targets"])
+    options["refine_options"]["samples_factor"] = 2
+    assert all(row["refined"]["ridge"] > 0 for row in compress(samples=1, **options).report["targets"])
+
+
+def test_fewer_windows_to_judge_on_than_were_asked_for_are_told():
+    options = {"refine": "update", "refine_options": {"held_out": 3}}
+    few, enough = (" ".join(compress(search_samples=n, **options).report["notes"]) for n in (2, 3))
+    assert "judged on 2 windows, all that search_samples allows, not 3" in few
+    assert "are judged on" not in enough
 
 
 REFINEMENTS = [

@@ -12,7 +12,7 @@ import torch
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.registry import ALLOCATORS, ConfiguredAllocator
 from slimrank.decompose.registry import DECOMPOSERS
-from slimrank.estimate import measure_machine, peak_bytes, run_bytes, stage_seconds
+from slimrank.estimate import Workload, measure_machine, peak_bytes, run_bytes, stage_seconds
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
 from slimrank.linalg.cost import COST_MODELS
@@ -20,7 +20,7 @@ from slimrank.models.load import skeleton, stored_dtype
 from slimrank.models.placement import resolve_device
 from slimrank.models.splitting import take_apart
 from slimrank.models.structure import short_names, without_numbers
-from slimrank.models.targets import Coverage, TargetSet, find_targets
+from slimrank.models.targets import TargetSet, find_targets
 from slimrank.planning import (
     Unit,
     at_first,
@@ -75,36 +75,49 @@ def preview(
         evaluation_tokens=made.windows * seq_len if made.evaluation else 0,
         seq_len=seq_len,
     )
-    width = targets.targets[0].shape[1]
-    factored = [t for t in targets if plan.targets[t.path].rank != "dense"]
-    biases = new_biases(made, (t for t in factored if not t.bias))
-    memory = peak_bytes(
-        work,
-        total=coverage.total,
-        width=width,
-        logits=max(LOGITS_AT_ONCE, seq_len * bones.config.get_text_config().vocab_size),
-        itemsize=itemsize,
-        batch_tokens=made.batch_size * seq_len,
-        resident=made.resident,
-        upcast=device.type == "cpu",
-    )
     return {
         "plan": plan,
         "blocks_path": targets.blocks_path,
-        "size": {
-            **_size(coverage, plan.stored_parameters + biases, itemsize, order_bytes(plan.stored_as, factored)),
-            "stored_as": plan.stored_as,
-        },
+        "size": {**_size(made, plan, targets, itemsize), "stored_as": plan.stored_as},
         "coverage": {**asdict(coverage), "of_matrices": coverage.of_matrices},
         "kinds": _kinds(plan),
         "seconds": stage_seconds(work, measure_machine(device)),
-        "peak_memory": memory,
-        "run_bytes": run_bytes(work, plan.stored_parameters, width, made.resident, resumable=True),
+        **_bytes(made, plan, bones, targets, work, seq_len, itemsize, device),
     }
 
 
-def _size(coverage: Coverage, linears: int, itemsize: int, orders: int) -> dict[str, Any]:
-    """Before and after, for targets that store `linears` parameters, and `orders` bytes beside them."""
+def _bytes(
+    recipe: Recipe,
+    plan: RankPlan,
+    model: Any,
+    targets: TargetSet,
+    work: Workload,
+    seq_len: int,
+    itemsize: int,
+    device: torch.device,
+) -> dict[str, int]:
+    """Memory at its peak, and what the run directory will take."""
+    width = targets.targets[0].shape[1]
+    return {
+        "peak_memory": peak_bytes(
+            work,
+            total=targets.coverage.total,
+            width=width,
+            logits=max(LOGITS_AT_ONCE, seq_len * model.config.get_text_config().vocab_size),
+            itemsize=itemsize,
+            batch_tokens=recipe.batch_size * seq_len,
+            resident=recipe.resident,
+            upcast=device.type == "cpu",
+        ),
+        "run_bytes": run_bytes(work, plan.stored_parameters, width, recipe.resident, resumable=True),
+    }
+
+
+def _size(recipe: Recipe, plan: RankPlan, targets: TargetSet, itemsize: int) -> dict[str, Any]:
+    """Before and after: of the linears, and of the whole model."""
+    coverage = targets.coverage
+    factored = [t for t in targets if plan.targets[t.path].rank != "dense"]
+    linears = plan.stored_parameters + new_biases(recipe, (t for t in factored if not t.bias))
     after = coverage.total - coverage.targets + linears
     return {
         "keep_ratio": linears / coverage.targets,
@@ -112,7 +125,7 @@ def _size(coverage: Coverage, linears: int, itemsize: int, orders: int) -> dict[
         "parameters_before": coverage.total,
         "parameters_after": after,
         "bytes_before": coverage.total * itemsize,
-        "bytes_after": after * itemsize + orders,
+        "bytes_after": after * itemsize + order_bytes(plan.stored_as, factored),
     }
 
 

@@ -24,6 +24,7 @@ from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 
 DEFAULT_SEQ_LEN = 512
+TOO_SHORT = "the calibration text is too short for windows of their own to search, judge and correct on: they overlap"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ class RawTexts:
         if self.searches:
             (search, correction), apart = draws.kept_apart()
             if not apart:
-                notes.append("the calibration text is too short for search windows of their own: they overlap")
+                notes.append(
+                    "the calibration text is too short for windows of their own to search, judge and correct on: they overlap"
+                )
         return Texts(
             calibration=draws.calibration() if self.calibrates else None,
             refinement=self._refinement(draws, notes),

@@ -68,13 +68,14 @@ def configured_refiner(recipe: Recipe, method: Configured) -> ConfiguredRefiner 
             "--refine update leaves them alone",
         )
     halves = refiner.following.ridge == "auto"
-    largest = min(recipe.batch_size, recipe.samples // 2) if halves else recipe.batch_size
+    windows = recipe.samples * refiner.following.samples_factor
+    largest = min(recipe.batch_size, windows // 2) if halves else recipe.batch_size
     if refiner.following.stack_of_batch > max(1, largest):
         raise RecipeError(
             f"stack_of_batch averages windows of one batch; a batch has {largest}.",
             f"--batch-size {refiner.following.stack_of_batch}, and twice as many --samples with ridge=auto",
         )
-    if halves and recipe.samples < 2:
+    if halves and windows < 2:
         raise RecipeError(
             "ridge=auto fits on one half of the windows what it tests on the other; there is one window.",
             "--samples 2 or more, or a number for the ridge",

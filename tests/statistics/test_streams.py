@@ -168,6 +168,18 @@ def test_the_centred_problem_is_that_with_a_free_bias(anchor):
 
 
 @pytest.mark.parametrize("anchor", ANCHORS)
+def test_around_its_own_mean_one_token_would_leave_nothing_but_rounding(anchor):
+    w, _ = weights()
+    original, compressed = ([batch[:1, :1] for batch in batches[:1]] for batches in streams())
+    sums = gathered(original, compressed, anchor)
+    for of_gram in ("gram", "cross"):
+        assert torch.equal(*(getattr(sums.problem(w, centred), of_gram) for centred in (True, False)))
+    fitted = sums.problem(w, centred=True).towards(w, 1e-3).solution()
+    y, t = raw(original, compressed, anchor, w)
+    close(fitted @ y[0] + sums.bias_change(w, fitted), t[0])
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
 @pytest.mark.parametrize("stack", [1, 2, 3, 4, 9])
 def test_stacks_are_means_over_windows(stack, anchor):
     """Batches of 4 and 3 windows: the last stack of a batch may hold fewer."""

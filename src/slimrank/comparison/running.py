@@ -88,15 +88,7 @@ def compare(
         "model": resolve(model, progress), "texts": list(texts), "windows": windows, "seq_len": seq_len,
         "device": device, "dtype": dtype, "tasks": None if tasks is None else _plain(tasks), "record": RECORD,
     }  # fmt: skip
-    lock = locked(folder / "cells", "wait for it to end, or take another --out")
-    try:
-        dense = _dense(common, folder, progress)
-        made = {}
-        for number, cell in enumerate(cells, 1):
-            progress.note(f"{cell.name} ({number} of {len(cells)})")
-            made[cell.name] = _cell(cell, common, dense, folder, progress)
-    finally:
-        lock.release()
+    dense, made = _all(cells, common, folder, progress)
     record = {
         "slimrank": __version__, "model": str(model), "texts": list(texts), "windows": windows, "seq_len": seq_len,
         "tasks": common["tasks"], "too_few": too_few(_answers(dense)), "dense": dense, "cells": made,
@@ -104,6 +96,22 @@ def compare(
     }  # fmt: skip
     write_comparison(record, folder)
     return record
+
+
+def _all(
+    cells: Sequence[Cell], common: Mapping[str, Any], folder: Path, progress: Progress
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The record of the original and those of the cells by name, with no other comparison at work in the folder."""
+    lock = locked(folder / "cells", "wait for it to end, or take another --out")
+    try:
+        dense = _dense(common, folder, progress)
+        made = {}
+        for number, cell in enumerate(cells, 1):
+            progress.note(f"{cell.name} ({number} of {len(cells)})")
+            made[cell.name] = _cell(cell, common, dense, folder, progress)
+        return dense, made
+    finally:
+        lock.release()
 
 
 def _dense(common: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:

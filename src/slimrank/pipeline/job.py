@@ -129,10 +129,18 @@ class Job:
         if differentiates:
             check_differentiable(model)
         self.texts: Texts = texts.tokenised(recipe, model, tokenizer, self.progress)
-        self.notes += self.texts.notes
+        self.notes += [*self.texts.notes, *self._fewer_held_out()]
         self.notes += [
             f"{t.path}: shared with {', '.join(t.ties)}; its own inputs count" for t in self.targets if t.ties
         ]
+
+    def _fewer_held_out(self) -> list[str]:
+        """A note, where refined blocks are judged on fewer windows than were asked for."""
+        wanted = self.refiner.following.held_out if self.refiner is not None and self.cuts else 0
+        there = self.recipe.search_samples
+        if wanted <= there:
+            return []
+        return [f"refined blocks are judged on {there} windows, all that search_samples allows, not {wanted}"]
 
     def _plan(self) -> None:
         """The plan that is given, or what there is to allocate and a plan to go on with until it is."""

@@ -64,7 +64,7 @@ class StreamSums:
         """
         w, gram, wanted = weight.to(self.inputs.upper), self.inputs.gram, self.wanted.gram
         cross = gram if self.cross is None else self.cross
-        if centred and self.inputs.count:
+        if centred and self.inputs.count > 1:  # around itself, one token leaves nothing but rounding
             mean, aim = self.means()
             n = self.inputs.count
             gram, wanted = gram - n * torch.outer(mean, mean), wanted - n * torch.outer(aim, aim)
