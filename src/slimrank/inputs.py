@@ -128,9 +128,7 @@ class RawTexts:
         if self.searches:
             (search, correction), apart = draws.kept_apart()
             if not apart:
-                notes.append(
-                    "the calibration text is too short for windows of their own to search, judge and correct on: they overlap"
-                )
+                notes.append(TOO_SHORT)
         return Texts(
             calibration=draws.calibration() if self.calibrates else None,
             refinement=self._refinement(draws, notes),
