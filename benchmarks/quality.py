@@ -38,9 +38,10 @@ PAPERS = {
 }  # fmt: skip
 PRESETS = {name: Recipe.preset(name) for name in ("fast", "balanced", "best")}
 _BEST = Recipe.preset("best")
-PRESETS["best, refined on three eighths of its text"] = {
-    **_BEST, "refine_options": {**_BEST["refine_options"], "samples_factor": 3},
-}  # fmt: skip
+for _part, _factor in {"three eighths": 3, "half": 4}.items():
+    PRESETS[f"best, refined on {_part} of its text"] = {
+        **_BEST, "refine_options": {**_BEST["refine_options"], "samples_factor": _factor},
+    }  # fmt: skip
 PIVOT = {**KFAC, "allocation": "spectrum", "factor_form": "pivot"}
 REGRESS = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01}}
 MORE_TEXT = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01, "samples_factor": 4}}
