@@ -250,6 +250,16 @@ def compress_in_a_process(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A model, a text, and the output of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    model, written = save_tiny(folder / "model"), folder / "text.txt"
+    written.write_text(text(), encoding="utf-8")
+    assert compress_in_a_process(model, written, folder / "out").returncode == 0
+    return model, written, folder / "out"
+
+
 @pytest.mark.parametrize(
     "stage, step, resumes",
     [
@@ -259,18 +269,16 @@ def compress_in_a_process(*arguments):
         ("write", 0, "resuming at block 3 of 3"),
     ],
 )
-def test_killed_and_resumed_gives_the_same_bytes(tmp_path, text_file, stage, step, resumes):
-    model = save_tiny(tmp_path / "model")
-    assert compress_in_a_process(model, text_file, tmp_path / "straight").returncode == 0
-    killed = compress_in_a_process(model, text_file, tmp_path / "out", stage, step)
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path, straight, stage, step, resumes):
+    model, written, uninterrupted = straight
+    killed = compress_in_a_process(model, written, tmp_path / "out", stage, step)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    again = compress_in_a_process(model, text_file, tmp_path / "out")
+    again = compress_in_a_process(model, written, tmp_path / "out")
     assert again.returncode == 0, again.stderr
     assert resumes in again.stdout
-    straight, resumed = files_of(tmp_path / "straight"), files_of(tmp_path / "out")
-    assert straight == resumed
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "straight", "text.txt"]
+    assert files_of(uninterrupted) == files_of(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_kept_run_directory_serves_another_budget(tmp_path, text_file, monkeypatch):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from slimrank.allocate.curve import Curve
 from slimrank.allocate.knapsack import solve
@@ -40,6 +39,8 @@ def additivity(problem: Problem, curves: Sequence[Curve], plans: int) -> Additiv
         curves: errors of single layers.
         plans: how many; the same ones for the same problem.
     """
+    from scipy.stats import spearmanr  # half a second to import
+
     random = np.random.default_rng(0)
     predicted, measured = [], []
     for _ in range(plans):
