@@ -1,3 +1,5 @@
+import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -30,3 +32,17 @@ def text_file(tmp_path):
 @pytest.fixture
 def tiny_folder(tmp_path):
     return save_tiny(tmp_path / "tiny")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The real work of a comparison's cells, without the seconds that a process takes to begin."""
+    from slimrank.comparison import running, worker
+
+    def work(request, log, progress):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request, default=str) + "\n"))
+        worker.main()
+        return 0
+
+    monkeypatch.setattr(worker, "_watch_stdin", lambda: None)
+    monkeypatch.setattr(running, "_work", work)

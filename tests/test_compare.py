@@ -383,7 +383,7 @@ def test_the_real_thing(model, tmp_path, capsys):
     assert stages[1] < stages[0]
 
 
-def test_cells_of_other_methods_and_other_windows(model, tmp_path):
+def test_cells_of_other_methods_and_other_windows(model, tmp_path, in_this_process):
     """Methods that need the same statistics read the text once; cells of other windows have a run of their own."""
     source = str(model / "text.txt")
     common = {"keep_ratio": 0.6, "calibration": source, "seq_len": 24, "samples": 4}

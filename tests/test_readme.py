@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_command_runs(folder, capsys):
+def test_every_command_runs(folder, capsys, in_this_process):
     ran = []
     for words in commands():
         if words[0] == "slimrank":
