@@ -43,13 +43,13 @@ def one_run(folder, samples, method, resident):
 
     torch.ones(512, 512) @ torch.ones(512, 512)
     torch.linalg.eigh(torch.eye(512, dtype=torch.float64))
-    idle = peak_memory()
+    idle = peak_memory(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as run_dir:
         pipeline.compress(
             folder, keep_ratio=0.8, samples=samples, seq_len=512, batch_size=2, resident=resident, evaluation=None,
             method=method, run_dir=run_dir,
         )  # fmt: skip
-    print(json.dumps({"idle": idle, "peak": peak_memory()}))
+    print(json.dumps({"idle": idle, "peak": peak_memory(torch.device("cpu"))}))
 
 
 def main():

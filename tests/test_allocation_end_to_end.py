@@ -254,6 +254,18 @@ def test_plans_that_were_measured_before_an_interruption_are_not_again(id, optio
     assert resumed.report["allocation"] == whole.report["allocation"]
 
 
+@pytest.mark.parametrize("id", ["fermigrad", "dobi"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_gradients_through_weights_that_are_only_there_for_the_forward_pass(id, name):
+    """On a CPU 16-bit weights are cast for a while, as on an accelerator they are brought there for a while."""
+    settings = {"evaluation": None, "factor_form": "pivot"}
+    streamed, resident = (
+        allocated(id, tiny_model(name).bfloat16(), resident=resident, **settings) for resident in (False, True)
+    )
+    assert streamed.plan == resident.plan
+    assert all(p.dtype == torch.bfloat16 for p in streamed.model.parameters())
+
+
 @pytest.mark.parametrize("id", ["lems", "ada_cr", "fermigrad", "dobi"])
 def test_an_allocation_that_was_found_is_not_sought_again(id, tmp_path, monkeypatch):
     first = allocated(id, run_dir=tmp_path / "run")

@@ -91,7 +91,7 @@ def evaluate(
         "against": compared,
         "speed": asdict(speed),
         "sample": text,
-        "peak_memory": peak_memory(),
+        "peak_memory": peak_memory(place),
         "parameters": parameters_of(loaded),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(place),
@@ -156,7 +156,7 @@ def benchmark(
         "against": sides[1],
         "ratios": {key: sides[0][key] / sides[1][key] for key in keys},
         "device": str(place),
-        "peak_memory": peak_memory(),
+        "peak_memory": peak_memory(place),
     }
 
 

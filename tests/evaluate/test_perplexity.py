@@ -77,4 +77,20 @@ def test_speed_and_sample_and_memory():
     shown = sample(tiny_model(), byte_tokenizer(), torch.tensor([256, *b"ab"]), new_tokens=3)
     assert shown["prompt"] == byte_tokenizer().decode(list(b"ab"))
     assert isinstance(shown["text"], str)
-    assert peak_memory() > 50_000_000
+    assert peak_memory(torch.device("cpu")) > 50_000_000
+
+
+def test_memory_of_an_accelerator_where_it_is_counted(monkeypatch):
+    """Some versions of torch have the function, and raise for mps."""
+    asked, host = [], peak_memory(torch.device("cpu"))
+
+    def counted(device):
+        asked.append(device)
+        if device.type == "mps":
+            raise RuntimeError("Allocator for mps is not a DeviceAllocator")
+        return 2**50
+
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", counted, raising=False)
+    assert peak_memory(torch.device("cuda", 1)) == 2**50
+    assert host <= peak_memory(torch.device("mps")) < 2**50
+    assert asked == [torch.device("cuda", 1), torch.device("mps")]

@@ -3,7 +3,7 @@ import torch
 
 from helpers import CONFIGS, VOCABULARY, tiny_model
 from slimrank.errors import ModelError, NonFiniteError
-from slimrank.models.blocks import Batch, BlockRunner
+from slimrank.models.blocks import Batch, BlockRunner, parts_outside
 from slimrank.models.placement import placed, resolve_device
 
 CPU = torch.device("cpu")
@@ -38,6 +38,18 @@ def streamed(model, data, resident):
         for index in range(len(runner)):
             runner.step(index)
     return runner.hidden
+
+
+def test_everything_around_blocks_and_head_is_placed_weights_of_no_module_of_their_own_included():
+    model = tiny_model(tie_word_embeddings=False)
+    model.model.register_parameter("shift", torch.nn.Parameter(torch.ones(32)))
+    model.model.register_buffer("scale", torch.ones(32))
+    tensors = {**dict(model.bfloat16().named_parameters()), **dict(model.named_buffers())}
+    around = {name for name in tensors if not name.startswith(("model.layers.", "lm_head."))}
+    with placed(parts_outside(model, model.model.layers), CPU, upcast=True):
+        assert {name for name, tensor in tensors.items() if tensor.dtype == torch.float32} == around
+    assert {"model.shift", "model.scale", "model.embed_tokens.weight"} <= around
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("masked", [False, True])

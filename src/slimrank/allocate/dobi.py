@@ -46,7 +46,7 @@ def dobi(
     def objective(ranks: Tensor, step: int) -> Tensor:
         fractions = ranks / top
         transforms = {item.path: _truncating(f, sharpness) for item, f in zip(problem.items, fractions, strict=True)}
-        loss = probe.loss(transforms, step % probe.batches()).to("cpu", torch.float64)
+        loss = probe.loss(transforms, step % probe.batches()).cpu().double()
         return loss.exp() + penalty * (stored(problem, ranks).sum() / problem.budget - 1).abs()
 
     ranks = descend(first, top, steps, rate, objective)
@@ -59,7 +59,7 @@ def _truncating(fraction: Tensor, sharpness: float) -> Transform:
         count = min(y.shape[-2:])
         index = torch.arange(1, count + 1, dtype=torch.float64)
         soft = 0.5 * torch.tanh(sharpness * (fraction * count - index)) + 0.5
-        return SoftTruncation.apply(y, soft.to(y))
+        return SoftTruncation.apply(y, soft.to(y.dtype).to(y.device))  # first the dtype: mps has no float64
 
     return transform
 

@@ -97,8 +97,9 @@ class Masks:
         transforms: dict[str, Transform] = {}
         for item, mu, temperature in zip(self.problem.items, ranks, temperatures, strict=True):
             a, b = self.factors[item.path]
-            transforms[item.path] = _without(a, b, missing(mu, temperature, len(a)).to(a))
-        return self.probe.loss(transforms, step % self.probe.batches()).to("cpu", torch.float64)
+            weights = missing(mu, temperature, len(a)).to(a.dtype).to(a.device)  # first the dtype: mps has no float64
+            transforms[item.path] = _without(a, b, weights)
+        return self.probe.loss(transforms, step % self.probe.batches()).cpu().double()
 
 
 def missing(mu: Tensor, temperature: Tensor, count: int) -> Tensor:

@@ -59,7 +59,7 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
     start = time.perf_counter()
     recipe = Recipe.make(asked["options"])
     result = compress(asked["model"], recipe=recipe, run_dir=asked["run_dir"], progress=progress, keep_statistics=True)
-    seconds, peak = time.perf_counter() - start, peak_memory()
+    seconds, peak = time.perf_counter() - start, peak_memory(resolve_device(asked["device"]))
     dense, tokenizer = load(asked["model"], asked["dtype"], progress)
     material = _material(asked, dense, tokenizer, progress)
     texts, tasks = replace(material, tasks=None), replace(material, texts={})

@@ -8,10 +8,19 @@ from pathlib import Path
 import torch
 
 
-def peak_memory() -> int:
-    """Bytes: the largest resident size of this process so far, or of the accelerator's memory if that is more."""
-    device = torch.accelerator.max_memory_allocated() if _counts_memory() else 0
-    return max(_host_peak(), device)
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the largest resident size of this process so far, or of the device's memory if that is more."""
+    return max(_host_peak(), _device_peak(device))
+
+
+def _device_peak(device: torch.device) -> int:
+    """0 where nobody counts: on a CPU, and on mps in most versions of torch."""
+    if device.type == "cpu" or not hasattr(torch.accelerator, "max_memory_allocated"):
+        return 0
+    try:
+        return torch.accelerator.max_memory_allocated(device)
+    except RuntimeError:
+        return 0
 
 
 def _host_peak() -> int:
@@ -28,7 +37,3 @@ def _host_peak() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _counts_memory() -> bool:
-    return torch.accelerator.is_available() and hasattr(torch.accelerator, "max_memory_allocated")

@@ -93,7 +93,7 @@ class BlockRunner:
         if self.batches:
             check_sequential(self.model, self.path, self.blocks, self.batches[0].input_ids[:1, :PROBE_TOKENS])
             page_out(self.model)  # the probe has touched all of it
-        outside = modules_outside(self.model, self.blocks)
+        outside = parts_outside(self.model, self.blocks)
         with self.placed(*outside, self.blocks[0]), _Recorder(self.blocks) as recorder:
             for batch in self.batches:
                 hidden, calls = recorder.record(self.model, batch, self.device)
@@ -154,9 +154,9 @@ class BlockRunner:
         with self.placed(self.blocks[index]):
             yield self.blocks[index]
 
-    def placed(self, *modules: nn.Module) -> Any:
-        """Context in which the weights of these modules are on the compute device."""
-        return placed(() if self.resident else modules, self.device, self.upcast)
+    def placed(self, *parts: nn.Module | Tensor) -> Any:
+        """Context in which these weights, or those of these modules, are on the compute device."""
+        return placed(() if self.resident else parts, self.device, self.upcast)
 
 
 def check_sequential(model: nn.Module, path: str, blocks: nn.ModuleList, ids: Tensor) -> None:
@@ -265,14 +265,15 @@ def _answer_like(output: Any) -> Answer:
     return lambda hidden: (hidden, *extra)
 
 
-def modules_outside(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
-    """The smallest modules that hold everything but the blocks and the output head."""
+def parts_outside(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module | Tensor]:
+    """The smallest modules, and weights of the modules around the blocks, that are all but blocks and output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     holders = {id(m) for m in model.modules() if any(child is blocks for child in m.modules())}
-    outside: list[nn.Module] = []
+    outside: list[nn.Module | Tensor] = []
     for module in model.modules():
         if id(module) in holders and module is not blocks:
             outside += [c for c in module.children() if id(c) not in holders and c is not head]
+            outside += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return outside
 
 

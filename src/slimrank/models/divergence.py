@@ -19,7 +19,8 @@ from slimrank.models.gradients import (
     through_head,
 )
 
-CACHED = 2**18  # numbers
+CACHED = 2**18  # numbers: of a CPU's cache
+AT_ONCE = 2**26  # numbers: 256 MB of float32, on an accelerator
 
 
 class Scorer:
@@ -90,9 +91,9 @@ def _likelihood(logits: Tensor, ids: Tensor) -> float:
 
 
 def positions(x: Tensor) -> Sequence[Tensor]:
-    """All positions (batch x tokens x vocabulary) in parts that stay in a CPU's cache; a GPU takes all at once."""
+    """All positions (batch x tokens x vocabulary), as many at a time as are quick to compute and take little memory."""
     flat = x.flatten(0, 1)
-    return flat.split(max(1, CACHED // x.shape[-1]) if x.device.type == "cpu" else len(flat))
+    return flat.split(max(1, (CACHED if x.device.type == "cpu" else AT_ONCE) // x.shape[-1]))
 
 
 def divergence_gradients(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from slimrank.errors import ModelError, NonFiniteError
-from slimrank.models.blocks import PROBE_TOKENS, Batch, BlockRunner, Patched, modules_outside
+from slimrank.models.blocks import PROBE_TOKENS, Batch, BlockRunner, Patched, parts_outside
 from slimrank.models.mode import evaluating
 
 LOGITS_AT_ONCE = 2**25  # elements
@@ -93,7 +93,7 @@ def through_head(runner: BlockRunner) -> Iterator[Bypass]:
     """A model that answers with the logits of the final hidden states that are set: nothing but its head computes."""
     assert runner.answer is not None
     head = runner.model.get_output_embeddings()  # type: ignore[operator]
-    outside = [*modules_outside(runner.model, runner.blocks), *([head] if head is not None else [])]
+    outside = [*parts_outside(runner.model, runner.blocks), *([head] if head is not None else [])]
     with runner.placed(*outside), Bypass(runner.blocks, runner.answer) as bypass:
         yield bypass
 

@@ -38,18 +38,22 @@ def solving_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def _tensors(part: nn.Module | torch.Tensor) -> Iterable[torch.Tensor]:
+    return (part,) if isinstance(part, torch.Tensor) else (*part.parameters(), *part.buffers())
+
+
 @contextmanager
-def placed(modules: Iterable[nn.Module], device: torch.device, upcast: bool) -> Iterator[None]:
-    """Parameters and buffers of `modules` on `device` inside the context, their own storage again after it.
+def placed(parts: Iterable[nn.Module | torch.Tensor], device: torch.device, upcast: bool) -> Iterator[None]:
+    """Parameters and buffers on `device` inside the context, their own storage again after it.
 
     Args:
-        modules: parts of a model; tied parameters are moved once.
+        parts: modules, all of whose parameters and buffers count, or single ones; tied parameters are moved once.
         device: where they are needed.
         upcast: also cast 16-bit parameters to float32. Parameters are never cast down, so what a
             model keeps in float32 stays there.
     """
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-    tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
+    tensors = {id(t): t for part in parts for t in _tensors(part)}
     try:
         for tensor in tensors.values():
             small = upcast and tensor.is_floating_point() and tensor.element_size() < 4

@@ -118,7 +118,8 @@ class Job:
             )
         self.recipe = recipe = recipe.model_copy(update={"seq_len": window_length(model, recipe.seq_len)})
         self.dtype = stored_dtype(model)
-        differentiates = self.method.gathering.backward or recipe.corrections > 0
+        descends = recipe.plan is None and "gradient" in self.allocator.needs
+        differentiates = self.method.gathering.backward or recipe.corrections > 0 or descends
         self.upcast = self.upcast or (differentiates and self.dtype == torch.float16)
         self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore, COST_MODELS[recipe.factor_form])
         check_loadable(model)
@@ -294,7 +295,7 @@ class Job:
             fresh = known or measure_quality(
                 self.model, self.tokenizer, self.texts.evaluation, self.texts.bos, self.progress
             )
-        return {**fresh, "speed": speed, "peak_memory": peak_memory()}
+        return {**fresh, "speed": speed, "peak_memory": peak_memory(self.device)}
 
 
 def hidden_states(tensors: dict[str, Tensor], prefix: str, count: int) -> list[Tensor]:

@@ -148,7 +148,7 @@ class ModelProbe:
         for index in range(len(self.runner)):
             after = self.runner.through(hidden, index, index + 1)
             pairs = zip(hidden, after, strict=True)
-            cosines = [cosine_similarity(a.double(), b.double(), dim=-1).flatten() for a, b in pairs]
+            cosines = [cosine_similarity(a.cpu().double(), b.cpu().double(), dim=-1).flatten() for a, b in pairs]
             found.append(float(torch.cat(cosines).mean()))
             hidden = after
             self.forecast.did(1 / len(self.runner))
@@ -169,7 +169,7 @@ class ModelProbe:
     def loss(self, transforms: Mapping[str, Transform], batch: int) -> Tensor:
         """Next-token loss in nats a token, with these layers answering what their transforms say."""
         ids = self._batches[batch].input_ids
-        with self._whole(), _transformed(self.job.model, self.units, transforms), torch.enable_grad():
+        with self._whole(), _as_placed(), _transformed(self.job.model, self.units, transforms), torch.enable_grad():
             logits = logits_of(self.job.model, Batch(ids), self.job.device)
             self.forecast.did(self.job.allocator.gradient_passes / self.batches())
             return next_token_loss(logits, Batch(ids)) / ids[:, 1:].numel()
@@ -188,6 +188,11 @@ def _measuring(what: str) -> Iterator[None]:
         yield
     except NonFiniteError as error:
         raise NonFiniteError(f"while {what} was measured: {error.message}", error.hint) from error
+
+
+def _as_placed() -> Any:
+    """Autograd keeps what weights were in the forward pass: when it goes back, they are no longer placed."""
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
 
 
 @contextmanager

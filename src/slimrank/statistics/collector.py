@@ -154,7 +154,7 @@ class Collector:
         rows = all_tokens(y if bias is None else y - bias, self._mask)
         mine.outputs = mine.outputs or GramSum.empty(mine.shape[0], self.device)
         norms = token_norms(all_tokens(x, self._mask))
-        mine.input_energy += float(norms.to(self.device, torch.float64).square().sum())
+        mine.input_energy += float(norms.to(self.device).double().square().sum())
         self._check(path, mine.outputs.add(rows), "outputs")
 
     def _by_outputs(self, path: str, mine: LayerStatistics) -> bool:
@@ -191,7 +191,7 @@ class Collector:
         scales = self._token_scales(norms)
         if self._pulls(mine):
             self._scales[path] = scales
-            held = all_tokens((scales * norms)[..., None], self._mask).to(self.device, torch.float64)
+            held = all_tokens((scales * norms)[..., None], self._mask).to(self.device).double()
             mine.gradient_energy += float(held.square().sum())
         else:
             mine.gradients = mine.gradients or GramSum.empty(mine.shape[0], self.device)
@@ -220,7 +220,7 @@ class Collector:
         if mine.slope is None:
             mine.slope = torch.zeros(mine.shape, dtype=torch.float64, device=self.device)
         wide = torch.promote_types(x.dtype, torch.float32)
-        slope = (g.to(wide).t() @ x.to(wide)).to(mine.slope)
+        slope = (g.to(wide).t() @ x.to(wide)).to(mine.slope.device)
         mine.slope += slope
         self._check(path, bool(torch.isfinite(slope).all()), "gradients")
 

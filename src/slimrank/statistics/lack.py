@@ -36,9 +36,9 @@ class LackSums:
         """Add tokens: e (tokens x m), x' and x (tokens x n)."""
         for parts in zip(lack.split(CHUNK), inputs.split(CHUNK), wanted.split(CHUNK), strict=True):
             e, x, z = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
-            self.by_inputs += (e.t() @ x).to(self.by_inputs)
-            self.by_wanted += (e.t() @ z).to(self.by_wanted)
-            self.total += e.sum(dim=0).to(self.total)
+            self.by_inputs += (e.t() @ x).to(self.by_inputs.device)
+            self.by_wanted += (e.t() @ z).to(self.by_wanted.device)
+            self.total += e.sum(dim=0).to(self.total.device)
             self.energy += float(e.square().sum())
 
     def __add__(self, other: LackSums) -> LackSums:

@@ -78,7 +78,7 @@ class ChannelSums:
         """Add tokens (tokens x n); says whether they are finite."""
         if len(rows) == 0:
             return True
-        wide = rows.to(self.absolute.device, torch.float64)
+        wide = rows.to(self.absolute.device).double()  # in this order: mps has no float64
         self.absolute += wide.abs().sum(dim=0)
         self.largest = torch.maximum(self.largest, wide.abs().amax(dim=0))
         self.squares += wide.square().sum(dim=0)
