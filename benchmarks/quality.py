@@ -4,8 +4,10 @@
 
 Every row is compressed to every --keep with the same calibration tokens (--samples windows of --seq-len; presets refine
 on multiples of them) and measured on the first --windows windows of the test text (of other texts at the largest --keep
-only). Cells that stand in DIR/quality.json already are not computed again; --runs keeps statistics and spectra. Writes
-quality.json, quality.md and, with matplotlib, quality.svg.
+only). "passes" is the time over that of one forward and backward pass over all text that the row reads, on the same
+threads, measured before and after it. Cells that stand in DIR/quality.json already are not computed again; --runs keeps
+statistics and spectra, so only in a fresh folder is the time of a row the whole of it. Writes quality.json, quality.md
+and, with matplotlib, quality.svg.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import platform
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,7 +49,6 @@ PIVOT = {**KFAC, "allocation": "spectrum", "factor_form": "pivot"}
 REGRESS = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01}}
 MORE_TEXT = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01, "samples_factor": 4}}
 ABLATION = {
-    "kfac_svd, uniform, pairs": KFAC,
     "spectrum, pairs": {**KFAC, "allocation": "spectrum"},
     "spectrum, pivot": PIVOT,
     "lems, pivot": {**PIVOT, "allocation": "lems", "allocation_options": {"plans": 0}},
@@ -64,16 +66,28 @@ ABLATION = {
 SECTIONS = {"methods of the papers": PAPERS, "presets": PRESETS, "ablation": ABLATION}
 
 
-def measure(args, row, keep, tests):
-    start = time.perf_counter()
+def pass_seconds(model, windows):
+    """Seconds of a forward and backward pass a window, the second of two windows."""
+    for ids in windows[:2, None]:
+        start = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad()
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def measure(args, row, keep, tests, one_pass):
+    before, start = one_pass(), time.perf_counter()
     recipe = {k: v for k, v in row.items() if k not in ("samples", "search_samples")}
     result = slimrank.compress(
         args.model, keep_ratio=keep, calibration=args.text, samples=args.samples, seq_len=args.seq_len,
         search_samples=args.search_samples, evaluation=None, run_dir=args.runs, keep_statistics=True, **recipe,
     )  # fmt: skip
-    report = result.report
+    seconds, report = time.perf_counter() - start, result.report
+    read = args.samples * row.get("refine_options", {}).get("samples_factor", 1)
     return {
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
+        "passes": seconds / ((before + one_pass()) / 2 * read),
         "stages": report["seconds"],
         "keep_ratio": report["size"]["keep_ratio"],
         "perplexity": {name: slimrank.perplexity(result.model, windows).perplexity for name, windows in tests.items()},
@@ -89,14 +103,16 @@ def markdown(results):
     keeps = sorted({float(k) for row in results["rows"].values() for k in row}, reverse=True)
     lines = [f"Perplexity on {main}, and over that of the original ({results['dense'][main]:.2f}).", ""]
     for section, names in SECTIONS.items():
-        head = [section, *(f"keep {k:g}" for k in keeps), *(f"{o} at {keeps[0]:g}" for o in others), "seconds"]
+        texts = [*(f"keep {k:g}" for k in keeps), *(f"{o} at {keeps[0]:g}" for o in others)]
+        head = [section, *texts, "seconds", "passes"]
         lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for name in (n for n in results["rows"] if n in names):
             row = results["rows"][name]
             cells = [_cell(row, keep, main, results["dense"]) for keep in keeps]
             cells += [_cell(row, keeps[0], other, results["dense"]) for other in others]
-            slowest = max((cell["seconds"] for cell in row.values()), default=0)
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | {slowest:,.0f} |")
+            slowest = max(row.values(), key=lambda cell: cell["seconds"])
+            cells += [f"{slowest['seconds']:,.0f}", f"{slowest['passes']:.1f}" if "passes" in slowest else ""]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
@@ -157,7 +173,7 @@ def main():
     if list(results.get("dense", {})) != list(tests):
         results["dense"] = {name: slimrank.perplexity(model, windows).perplexity for name, windows in tests.items()}
         stored.write_text(json.dumps(results, indent=1) + "\n")
-    del model
+    one_pass = partial(pass_seconds, model, windows_of(args.text, tokenizer, args))
     results |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
     only = {name: tests[name] for name in list(tests)[:1]}
     every = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
@@ -165,7 +181,7 @@ def main():
         row = results["rows"].setdefault(name, {})
         for keep in args.keep:
             if str(keep) not in row:
-                row[str(keep)] = measure(args, every[name], keep, tests if keep == max(args.keep) else only)
+                row[str(keep)] = measure(args, every[name], keep, tests if keep == max(args.keep) else only, one_pass)
                 stored.write_text(json.dumps(results, indent=1) + "\n")
                 print(name, keep, row[str(keep)]["perplexity"], flush=True, file=sys.stderr)
     (args.out / "quality.md").write_text(markdown(results))
