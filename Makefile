@@ -10,18 +10,18 @@ STAMP = $(VENV)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
 demo: $(STAMP)
 	$(BIN)/slimrank demo
 
-# One thread for each of the two workers: they do not wait for each other.
+# One thread for each of the two workers: they do not wait for each other. Files in the order of tests/conftest.py.
 test: $(STAMP) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not demo"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not demo"
 
 # The pages lie in the site as they lie in the repository. A warning (a broken link, a page left out) is an error; with
 # --quiet mkdocs would not count them.

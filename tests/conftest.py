@@ -17,6 +17,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """What takes minutes first, so that no worker is left alone with it in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("demo") is None)
+
+
+@pytest.fixture(autouse=True)
+def _plots_where_they_count(request, monkeypatch):
+    """Nothing is drawn but for the marker `plots`: it takes as long as compressing a tiny model."""
+    if request.node.get_closest_marker("plots") is None:
+        from slimrank.report import html
+
+        monkeypatch.setattr(html, "_figures", lambda record: html.Figures(missing="not drawn in this test"))
+
+
 @pytest.fixture
 def tokenizer():
     return byte_tokenizer()

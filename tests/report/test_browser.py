@@ -10,7 +10,7 @@ from slimrank.report.comparison import write_comparison
 from slimrank.report.html import html
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium")
+pytestmark = [pytest.mark.plots, pytest.mark.skipif(BROWSER is None, reason="no chromium")]
 MEASURE = "<script>onload = () => parent.found(innerWidth, document.documentElement.scrollWidth)</script>"
 
 

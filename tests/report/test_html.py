@@ -17,6 +17,8 @@ from slimrank.report.plots import COLOURS, heat_map
 from slimrank.report.svg import INK
 from slimrank.report.write import markdown, write_reports
 
+pytestmark = pytest.mark.plots
+
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 EVIL = """<script>alert("1")</script>'><img src=x onerror=alert(2)>{{ 7 * 7 }}"""
 
