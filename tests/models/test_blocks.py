@@ -128,6 +128,16 @@ def test_models_that_do_more_than_run_their_blocks_in_order(between):
         streamed(model, batches(), False)
 
 
+def test_the_order_of_blocks_is_looked_into_once():
+    model, calls = tiny_model(), []
+    model.model.layers[-1].register_forward_hook(lambda *_: calls.append(1))
+    for resident in (False, True):
+        runner = BlockRunner(model, CPU, upcast=True, resident=resident)
+        with runner.session():
+            runner.embed(batches())
+    assert len(calls) == 1
+
+
 def test_devices():
     assert resolve_device("cpu") == CPU
     from slimrank.errors import RecipeError

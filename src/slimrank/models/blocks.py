@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from slimrank.models.placement import placed
 from slimrank.models.structure import experts_by_kind, find_blocks
 
 PROBE_TOKENS = 8
+_SEQUENTIAL: WeakSet[nn.ModuleList] = WeakSet()  # found to be so: to find it out reads the whole model
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,10 @@ class BlockRunner:
             ModelError: a block that is never called, or called without hidden states.
         """
         self.batches, self.hidden, self._calls = list(batches), [], []
-        if self.batches:
+        if self.batches and self.blocks not in _SEQUENTIAL:
             check_sequential(self.model, self.path, self.blocks, self.batches[0].input_ids[:1, :PROBE_TOKENS])
             page_out(self.model)  # the probe has touched all of it
+            _SEQUENTIAL.add(self.blocks)
         outside = parts_outside(self.model, self.blocks)
         with self.placed(*outside, self.blocks[0]), _Recorder(self.blocks) as recorder:
             for batch in self.batches:
