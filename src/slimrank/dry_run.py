@@ -12,7 +12,7 @@ import torch
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.registry import ALLOCATORS, ConfiguredAllocator
 from slimrank.decompose.registry import DECOMPOSERS
-from slimrank.estimate import Workload, measure_machine, peak_bytes, run_bytes, stage_seconds
+from slimrank.estimate import measure_machine, peak_bytes, run_bytes, stage_seconds
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
 from slimrank.linalg.cost import COST_MODELS
@@ -75,6 +75,7 @@ def preview(
         evaluation_tokens=made.windows * seq_len if made.evaluation else 0,
         seq_len=seq_len,
     )
+    logits = max(LOGITS_AT_ONCE, seq_len * bones.config.get_text_config().vocab_size)
     return {
         "plan": plan,
         "blocks_path": targets.blocks_path,
@@ -82,34 +83,8 @@ def preview(
         "coverage": {**asdict(coverage), "of_matrices": coverage.of_matrices},
         "kinds": _kinds(plan),
         "seconds": stage_seconds(work, measure_machine(device)),
-        **_bytes(made, plan, bones, targets, work, seq_len, itemsize, device),
-    }
-
-
-def _bytes(
-    recipe: Recipe,
-    plan: RankPlan,
-    model: Any,
-    targets: TargetSet,
-    work: Workload,
-    seq_len: int,
-    itemsize: int,
-    device: torch.device,
-) -> dict[str, int]:
-    """Memory at its peak, and what the run directory will take."""
-    width = targets.targets[0].shape[1]
-    return {
-        "peak_memory": peak_bytes(
-            work,
-            total=targets.coverage.total,
-            width=width,
-            logits=max(LOGITS_AT_ONCE, seq_len * model.config.get_text_config().vocab_size),
-            itemsize=itemsize,
-            batch_tokens=recipe.batch_size * seq_len,
-            resident=recipe.resident,
-            upcast=device.type == "cpu",
-        ),
-        "run_bytes": run_bytes(work, plan.stored_parameters, width, recipe.resident, resumable=True),
+        "peak_memory": peak_bytes(work, logits, itemsize, upcast=device.type == "cpu"),
+        "run_bytes": run_bytes(work, plan.stored_parameters, resumable=True),
     }
 
 

@@ -30,6 +30,10 @@ class Workload:
         targets: all targets.
         matrices: parameters of all matrices in the blocks.
         head: parameters of the output head.
+        parameters: those of the whole model.
+        width: numbers in a hidden state.
+        batch_tokens: tokens that run through a block at a time.
+        resident: whether the whole model is on the device at once.
         calibration_tokens: tokens of calibration (0 for a method that needs none).
         evaluation_tokens: tokens of one perplexity measurement (0 for none).
         gathers: whether the method gathers statistics at all.
@@ -50,6 +54,10 @@ class Workload:
     targets: tuple[Target, ...]
     matrices: int
     head: int
+    parameters: int
+    width: int
+    batch_tokens: int
+    resident: bool
     calibration_tokens: int
     evaluation_tokens: int
     gathers: bool = True
@@ -113,41 +121,29 @@ def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
     return {name: seconds for name, seconds in stages.items() if name not in left_out}
 
 
-def peak_bytes(
-    work: Workload,
-    total: int,
-    width: int,
-    logits: int,
-    itemsize: int,
-    batch_tokens: int,
-    resident: bool,
-    upcast: bool,
-) -> int:
+def peak_bytes(work: Workload, logits: int, itemsize: int, upcast: bool) -> int:
     """Predicted peak memory of the process, in bytes.
 
     Args:
         work: what is to be computed.
-        total: parameters of the whole model.
-        width: hidden size.
         logits: elements of the logits of one evaluation pass.
         itemsize: bytes per stored parameter.
-        batch_tokens: tokens that run through a block at a time.
-        resident: the whole model is on the device at once.
         upcast: blocks are computed in float32.
     """
     blocks = {t.block for t in work.targets}
     compute = 4 if upcast else itemsize
     block = work.matrices // max(1, len(blocks)) * compute
-    copies = (total * compute if resident else block) if compute != itemsize else 0
-    hidden, streams = work.calibration_tokens * width * compute, 3 * work.refined * width * compute
+    copies = (work.parameters * compute if work.resident else block) if compute != itemsize else 0
+    wide = work.width * compute
+    hidden, streams = work.calibration_tokens * wide, 3 * work.refined * wide
     first = [t for t in work.targets if t.block == min(blocks)]
     widest = max(max(t.shape) for t in work.targets)
     grams = sum(12 * n * n for n in group_widths(first)) if work.gathers else 0
     solving = 8 * 5 * widest * min(widest, max(min(t.shape) for t in work.targets))
-    activations = (16 if work.backward else 6) * batch_tokens * widest * compute
+    activations = (16 if work.backward else 6) * work.batch_tokens * widest * compute
     if work.backward:
         hidden, grams = 2 * hidden, 3 * grams + 4 * work.samples * sum(t.parameters for t in first)
-        if resident:
+        if work.resident:
             grams, activations = len(blocks) * grams, len(blocks) * activations
         activations = max(activations, 16 * logits)
     calibrating = copies + hidden + grams + solving + activations
@@ -155,26 +151,22 @@ def peak_bytes(
         sums = 3 * sum(8 * n * n for n in group_widths(first))
         calibrating = max(calibrating, copies + streams + sums + solving)
     evaluating = 12 * logits if work.evaluation_tokens else 0
-    return LIBRARIES + total * itemsize + max(calibrating, evaluating)
+    return LIBRARIES + work.parameters * itemsize + max(calibrating, evaluating)
 
 
-def run_bytes(
-    work: Workload, stored: int, width: int, resident: bool, resumable: bool, keeps_statistics: bool = False
-) -> int:
+def run_bytes(work: Workload, stored: int, resumable: bool, keeps_statistics: bool = False) -> int:
     """About how many bytes the run directory will hold: bases of all targets, hidden states, gradients.
 
     Args:
         work: what is to be computed.
         stored: parameters of the targets once they are compressed.
-        width: hidden size.
-        resident: the whole model is on the device at once.
         resumable: finished parts are kept, so that an interrupted run goes on.
         keeps_statistics: statistics are kept, in float64.
     """
     numbers = work.bases * (2 if work.backward else 1)
     numbers += 2 * work.sums if keeps_statistics else 0
     copies = 1 if resumable else 0
-    if work.backward and not resident:
+    if work.backward and not work.resident:
         copies += 2 + work.blocks
     tokens = copies * work.calibration_tokens
     if work.refined and resumable:
@@ -182,7 +174,7 @@ def run_bytes(
     if work.rounds:
         numbers += 2 * stored
         tokens += (work.rounds + work.blocks) * (work.corrected // work.rounds)
-    return 4 * (numbers + tokens * width)
+    return 4 * (numbers + tokens * work.width)
 
 
 def group_widths(targets: Iterable[Target]) -> list[int]:

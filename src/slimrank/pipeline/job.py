@@ -226,10 +226,7 @@ class Job:
 
     def stored_bytes(self) -> int:
         """About how much the run directory will hold."""
-        width = self.targets.targets[0].shape[1]
-        return run_bytes(
-            self._work(), self.plan.stored_parameters, width, self.recipe.resident, self.resumable, self.keeps
-        )
+        return run_bytes(self._work(), self.plan.stored_parameters, self.resumable, self.keeps)
 
     def announce(self, decomposed: bool) -> None:
         """Tell the progress which stages are coming, and how long each may take.
