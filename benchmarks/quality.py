@@ -18,6 +18,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import slimrank
@@ -63,6 +64,7 @@ ABLATION = {
         "method": "svd_llm", "factor_form": "pivot", "refine": "regress", "refine_options": {"anchor": 0.5},
     },
 }  # fmt: skip
+GREYS, COLOURS = ("Greys", 0.4, 1.0), ("plasma", 0.7, 0.0)  # colour map, from, to
 SECTIONS = {"methods of the papers": PAPERS, "presets": PRESETS, "ablation": ABLATION}
 
 
@@ -106,7 +108,7 @@ def markdown(results):
         texts = [*(f"keep {k:g}" for k in keeps), *(f"{o} at {keeps[0]:g}" for o in others)]
         head = [section, *texts, "seconds", "passes"]
         lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        for name in (n for n in results["rows"] if n in names):
+        for name in (n for n in names if results["rows"].get(n)):
             row = results["rows"][name]
             cells = [_cell(row, keep, main, results["dense"]) for keep in keeps]
             cells += [_cell(row, keeps[0], other, results["dense"]) for other in others]
@@ -129,17 +131,23 @@ def plot(results, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     main = next(iter(results["dense"]))
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for section, style in (("methods of the papers", "--"), ("presets", "-")):
-        for name in (n for n in results["rows"] if n in SECTIONS[section]):
+    for section, style, colours in (("methods of the papers", "--", GREYS), ("presets", "-", COLOURS)):
+        names = [name for name in SECTIONS[section] if results["rows"].get(name)]
+        for name, colour in zip(names, plt.get_cmap(colours[0])(np.linspace(*colours[1:], len(names))), strict=True):
             cells = sorted((c["keep_ratio"], c["perplexity"][main]) for c in results["rows"][name].values())
-            axes.plot(*zip(*cells, strict=True), style, marker="o", label=name)
+            axes.plot(*zip(*cells, strict=True), style, marker="o", color=colour, label=name)
     axes.axhline(results["dense"][main], color="black", linewidth=1, label="original")
-    axes.set(xlabel="parameters of the linears kept", ylabel=f"perplexity, {main}", yscale="log")
+    axes.set(xlabel="stored parameters of the linears over the original's", ylabel=f"perplexity, {main}", yscale="log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks([t for t in (20, 30, 50, 100, 200, 300, 500, 1000) if axes.get_ylim()[0] < t < axes.get_ylim()[1]])
     axes.legend(fontsize="small")
-    figure.savefig(path)
+    plt.rcParams["svg.hashsalt"] = "slimrank"  # the same figures give the same file
+    figure.savefig(path, metadata={"Date": None})
 
 
 def windows_of(path, tokenizer, args):
