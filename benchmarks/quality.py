@@ -64,6 +64,15 @@ ABLATION = {
         "method": "svd_llm", "factor_form": "pivot", "refine": "regress", "refine_options": {"anchor": 0.5},
     },
 }  # fmt: skip
+INTRODUCTION = """# Quality of {model} at equal sizes
+
+What `benchmarks/quality.py` has measured: perplexity on {main}, unless another text is named, and in brackets over that
+of the original ({dense}). {samples} windows of {seq_len} tokens calibrate; {windows} of each text are
+measured. Seconds are those of the slowest cell, less where statistics were there already; passes are these seconds over
+one forward and backward pass over all text that the row reads.
+
+![Perplexity by size](quality.svg)
+"""
 GREYS, COLOURS = ("Greys", 0.4, 1.0), ("plasma", 0.7, 0.0)  # colour map, from, to
 SECTIONS = {"methods of the papers": PAPERS, "presets": PRESETS, "ablation": ABLATION}
 
@@ -103,8 +112,11 @@ def markdown(results):
     tests = list(results["dense"])
     main, others = tests[0], tests[1:]
     keeps = sorted({float(k) for row in results["rows"].values() for k in row}, reverse=True)
-    lines = [f"Perplexity on {main}, and over that of the original ({results['dense'][main]:.2f}).", ""]
+    dense = ", ".join(f"{name} {value:.2f}" for name, value in results["dense"].items())
+    lines = [INTRODUCTION.format(main=main, dense=dense, **results["settings"])]
     for section, names in SECTIONS.items():
+        if not any(results["rows"].get(n) for n in names):
+            continue
         texts = [*(f"keep {k:g}" for k in keeps), *(f"{o} at {keeps[0]:g}" for o in others)]
         head = [section, *texts, "seconds", "passes"]
         lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -116,7 +128,7 @@ def markdown(results):
             cells += [f"{slowest['seconds']:,.0f}", f"{slowest['passes']:.1f}" if "passes" in slowest else ""]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _cell(row, keep, test, dense):
@@ -173,7 +185,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     stored = args.out / "quality.json"
     results = json.loads(stored.read_text()) if stored.is_file() else {"rows": {}}
-    settings = {k: str(getattr(args, k)) for k in ("model", "samples", "search_samples", "seq_len", "windows")}
+    settings = {k: str(getattr(args, k)) for k in ("samples", "search_samples", "seq_len", "windows")}
+    settings |= {"model": Path(args.model).name}
     if results.setdefault("settings", settings) != settings:
         sys.exit(f"{stored} was measured with other settings: {results['settings']}")
     model, tokenizer = load(args.model, "auto")
