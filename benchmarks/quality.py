@@ -186,7 +186,7 @@ def main():
     stored = args.out / "quality.json"
     results = json.loads(stored.read_text()) if stored.is_file() else {"rows": {}}
     settings = {k: str(getattr(args, k)) for k in ("samples", "search_samples", "seq_len", "windows")}
-    settings |= {"model": Path(args.model).name}
+    settings |= {"model": Path(args.model).name.removesuffix(".gguf")}
     if results.setdefault("settings", settings) != settings:
         sys.exit(f"{stored} was measured with other settings: {results['settings']}")
     model, tokenizer = load(args.model, "auto")
