@@ -8,12 +8,19 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from slimrank.calibration.sources import read_source
 from slimrank.calibration.windows import leading_windows, tokenise
+from slimrank.layers.convert import compressed_layers, pair_of, stored_layer
 
 pytestmark = pytest.mark.demo
 SMALL = ["--method", "svd_llm", "--samples", "16", "--windows", "4"]
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits.double()
 
 
 def slimrank(*arguments, check=True):
@@ -44,6 +51,23 @@ def test_it_is_smaller_and_still_a_language_model(run):
     assert len(report["after"]["sample"]["text"]) > 10
     assert report["coverage"]["of_matrices"] == 1.0
     assert len({row["group"] for row in report["targets"]}) == 30 * 4
+
+
+def test_pivot_layers_of_all_its_pairs_lose_nothing(run):
+    """Each product within 100 eps; logits no further from those in float64 than rounding takes them."""
+    model = AutoModelForCausalLM.from_pretrained(run[0])
+    ids = torch.arange(1000, 1256)[None]
+    before, expected, saved = sum(p.numel() for p in model.parameters()), logits(model.double(), ids), 0
+    of_pairs = logits(model.float(), ids)
+    for path, layer in compressed_layers(model).items():
+        pivot = stored_layer("pivot", *pair_of(layer), layer.bias, dtype=torch.float32)
+        (a, b), (new_a, new_b) = pair_of(layer), pair_of(pivot)
+        assert float((new_b @ new_a - b @ a).norm() / (b @ a).norm()) < 100 * torch.finfo(torch.float32).eps
+        model.set_submodule(path, pivot)
+        saved += layer.rank**2
+    assert sum(p.numel() for p in model.parameters()) == before - saved
+    assert saved > 0.1 * before
+    assert (logits(model, ids) - expected).norm() < 10 * (of_pairs - expected).norm()
 
 
 def test_evaluate_gives_the_same_figure_as_the_report_and_as_an_independent_loop(run):
