@@ -68,8 +68,8 @@ INTRODUCTION = """# Quality of {model} at equal sizes
 
 What `benchmarks/quality.py` has measured: perplexity on {main}, unless another text is named, and in brackets over that
 of the original ({dense}). {samples} windows of {seq_len} tokens calibrate; {windows} of each text are
-measured. Seconds are those of the slowest cell, less where statistics were there already; passes are these seconds over
-one forward and backward pass over all text that the row reads.
+measured. Seconds are those of the slowest cell, less where statistics were there already; passes are the seconds over
+those of one forward and backward pass over all text that the row reads, where that was measured.
 
 ![Perplexity by size](quality.svg)
 """
@@ -124,8 +124,8 @@ def markdown(results):
             row = results["rows"][name]
             cells = [_cell(row, keep, main, results["dense"]) for keep in keeps]
             cells += [_cell(row, keeps[0], other, results["dense"]) for other in others]
-            slowest = max(row.values(), key=lambda cell: cell["seconds"])
-            cells += [f"{slowest['seconds']:,.0f}", f"{slowest['passes']:.1f}" if "passes" in slowest else ""]
+            passes = [cell["passes"] for cell in row.values() if "passes" in cell]
+            cells += [f"{max(c['seconds'] for c in row.values()):,.0f}", f"{max(passes):.1f}" if passes else ""]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
