@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers import byte_tokenizer, save_tiny, tiny_model
+from method_runs import SAMPLES, SEQ_LEN, TEXT, compress, run
 from problems import problem
 from slimrank.allocate.additivity import additivity
 from slimrank.allocate.plan import RankPlan
@@ -17,7 +18,6 @@ from slimrank.calibration.windows import draw_apart, draw_windows, tokenise
 from slimrank.errors import BudgetError, NonFiniteError, PlanError, RecipeError
 from slimrank.layers.dense import weight_of
 from slimrank.models.targets import find_targets
-from test_methods_end_to_end import SAMPLES, SEQ_LEN, TEXT, compress, run
 
 SEARCH = 3
 QUICK = {"fermigrad": {"steps": 2}, "dobi": {"steps": 1}, "atp": {"trials": 2}, "asvd": {"fractions": [0.5, 0.9]}}

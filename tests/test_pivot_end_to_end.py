@@ -10,17 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import slimrank
 from helpers import save_tiny, tiny_model
-from slimrank.allocate.plan import RankPlan
-from slimrank.decompose.registry import DECOMPOSERS
-from slimrank.errors import BudgetError, PlanError, RecipeError
-from slimrank.layers import LowRankLinear, PivotLinear
-from slimrank.layers.convert import compressed_layers
-from slimrank.linalg.cost import PAIR, PIVOT, max_pair_rank, pair_cost, pivot_cost
-from slimrank.recipe import Recipe
-from slimrank.refine.registry import REFINERS
-from test_allocation_end_to_end import IDS as ALLOCATIONS
-from test_allocation_end_to_end import allocated
-from test_methods_end_to_end import (
+from method_runs import (
     KEEP,
     SAMPLES,
     SEQ_LEN,
@@ -33,6 +23,16 @@ from test_methods_end_to_end import (
     run,
     tied_between_layers,
 )
+from slimrank.allocate.plan import RankPlan
+from slimrank.decompose.registry import DECOMPOSERS
+from slimrank.errors import BudgetError, PlanError, RecipeError
+from slimrank.layers import LowRankLinear, PivotLinear
+from slimrank.layers.convert import compressed_layers
+from slimrank.linalg.cost import PAIR, PIVOT, max_pair_rank, pair_cost, pivot_cost
+from slimrank.recipe import Recipe
+from slimrank.refine.registry import REFINERS
+from test_allocation_end_to_end import IDS as ALLOCATIONS
+from test_allocation_end_to_end import allocated
 
 FORMS = {"primary": {"factor_form": "pivot"}, "secondary": {"secondary": "pivot"}}
 METHODS = [id for id, method in DECOMPOSERS.all().items() if method.groups is None]
