@@ -28,6 +28,7 @@ WAYS = {
     "forwards": {"method": "svd_llm"},
     "everything": {},  # the preset `balanced`
 }
+DRAWN = {"everything": pytest.mark.plots}
 LEFT_OUT = {"mamba": 0.9}  # its state-space tables and convolutions, see docs/architectures.md
 EXPERTS = {"mixtral": 2, "qwen3_moe": 2, "deepseek_v3": 1, "gpt_oss": 2, "llama4": 1}  # blocks that have some
 
@@ -57,7 +58,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("way", ["forwards", pytest.param("everything", marks=pytest.mark.plots)])
+@pytest.mark.parametrize("way", [pytest.param(way, marks=DRAWN.get(way, ())) for way in WAYS])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_compresses_saves_and_loads(name, way, folder):
     model, report, out = compressed(name, way, folder)
