@@ -23,6 +23,7 @@ SHARED = {"layers": {"layers": 2}, "block": {"layers": 1, "within": True}, "both
 SAMPLES, SEQ_LEN, KEEP = 5, 24, 0.6
 IDS = torch.arange(24).reshape(2, 12)
 PLAIN = {"method": "svd_llm"}
+ENTRY, EXIT = ("o_proj", "attn.c_proj"), ("down_proj", "mlp.c_proj")  # they add to the residual stream
 
 
 def compress(model="llama", **changes):
@@ -124,9 +125,6 @@ def heard(model, paths, windows):
         elif path.endswith(EXIT):
             stream[path] = told[block] - told[path]
     return read, stream
-
-
-ENTRY, EXIT = ("o_proj", "attn.c_proj"), ("down_proj", "mlp.c_proj")  # they add to the residual stream
 
 
 def run(capsys, *arguments):

@@ -35,8 +35,6 @@ from slimrank.pipeline.held_out import HeldOut
 from slimrank.refine.registry import REFINERS
 from slimrank.statistics.streams import StreamSums
 
-# refinement ----------------------------------------------------------------------------------------------------
-
 
 def first_layers(model):
     """The first layer of every block: what it reads depends on the blocks before it alone."""

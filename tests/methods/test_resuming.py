@@ -19,8 +19,6 @@ from method_runs import (
     result_of,
 )
 
-# resuming ------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resuming_gives_the_same_bits(method, tmp_path):

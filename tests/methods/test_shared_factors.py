@@ -31,8 +31,6 @@ from slimrank.allocate.plan import RankPlan
 from slimrank.errors import PlanError, RecipeError
 from slimrank.linalg.cost import pair_cost
 
-# shared factors ------------------------------------------------------------------------------------------------
-
 
 def groups_of(plan):
     """First path -> paths that share its factor."""
