@@ -5,23 +5,24 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: demo test check docs format clean
+.PHONY: demo test check lint docs format clean
 
 demo: $(STAMP)
 	$(BIN)/slimrank demo
 
 # One thread for each of the two workers: they do not wait for each other. Files in the order of tests/conftest.py.
-test: $(STAMP) docs
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 12
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 12
 
-check: $(STAMP) docs
+test: lint
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m "not demo"
+
+lint: $(STAMP) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not demo"
 
 # The pages lie in the site as they lie in the repository. A warning (a broken link, a page left out) is an error; with
 # --quiet mkdocs would not count them.
