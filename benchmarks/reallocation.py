@@ -17,16 +17,15 @@ import slimrank
 from slimrank.allocate.solving import least_error
 from slimrank.recipe import Recipe
 
-SCALES = {}  # layer -> what is left of its squared error
-
 
 @slimrank.allocator(
     id="again", title="spectra, scaled by what refining saved", paper="benchmark", needs=["spectra"], solves=True
 )
-def again(problem, *, round: int = 1, **solving):
-    """The same as `spectrum`, of scaled curves; `round` tells runs apart."""
-    left = {item.path: SCALES.get(item.path, 1.0) for item in problem.items}
-    return least_error(problem, problem.curves(left), solving)
+def again(problem, *, left: dict[str, float] = {}, **solving):
+    """The same as `spectrum`, of curves times what is left of each layer's squared error (layer -> fraction)."""
+    return least_error(
+        problem, problem.curves({item.path: left.get(item.path, 1.0) for item in problem.items}), solving
+    )
 
 
 def left_of(report):
@@ -50,17 +49,17 @@ def main():
     args = parser.parse_args()
     preset = Recipe.preset("balanced")
     options = {**preset["refine_options"], "samples_factor": args.samples_factor}
-    rows, plans = [], []
+    rows, plans, left = [], [], {}
     for number in range(args.rounds + 1):
-        chosen = {"allocation": "again", "allocation_options": {"round": number}} if number else {}
+        chosen = {"allocation": "again", "allocation_options": {"left": left}} if number else {}
         recipe = {**preset, "samples": args.samples, "refine_options": options, **chosen}
         result = slimrank.compress(
             args.model, keep_ratio=args.keep, calibration=args.text, evaluation=args.test, windows=args.windows,
             search_samples=args.search_samples, run_dir=args.runs, keep_statistics=True, **recipe,
         )  # fmt: skip
         plans.append(result.plan)
-        SCALES.update(left_of(result.report))
-        rows.append({**row_of(result.report), "moved": moved(*plans[-2:]) if number else 0, "left": spread(SCALES)})
+        left = left | left_of(result.report)
+        rows.append({**row_of(result.report), "moved": moved(*plans[-2:]) if number else 0, "left": spread(left)})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     print(json.dumps({"rows": rows, "torch": torch.__version__, "machine": platform.machine()}, indent=1))
 
