@@ -212,7 +212,13 @@ def _transformed(model: nn.Module, units: Mapping[str, Unit], transforms: Mappin
 
 
 def _hook(transform: Transform, rows: slice) -> Any:
-    return lambda module, args, output: transform(args[0], output, rows)
+    def replace_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        bias = getattr(module, "bias", None)
+        if bias is None:
+            return transform(args[0], output, rows)
+        return transform(args[0], output - bias, rows) + bias
+
+    return replace_output
 
 
 _FLOAT32 = "run in float32 (--dtype float32)"
