@@ -9,6 +9,7 @@ import typer
 
 from slimrank.cli import options as o
 from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
+from slimrank.report.words import verdict
 
 
 def evaluate(
@@ -111,7 +112,7 @@ def _show_differences(against: dict[str, Any]) -> None:
             name,
             f"{m['perplexity']:.3f}",
             f"{m['ratio']:.3f} ({m['ratio_low']:.3f} to {m['ratio_high']:.3f})",
-            _sure(m),
+            verdict(m["significant"]),
             f"{m['kl']:.4f}",
             f"{m['top1']:.1f} %",
         )
@@ -125,7 +126,7 @@ def _show_differences(against: dict[str, Any]) -> None:
             name,
             f"{m['value']:.4f}",
             f"{m['difference']:+.4f} ({m['low']:+.4f} to {m['high']:+.4f})",
-            _sure(m),
+            verdict(m["significant"]),
             _number(m.get("lost")),
             _number(m.get("gained")),
         )
@@ -137,10 +138,6 @@ def _show_differences(against: dict[str, Any]) -> None:
         print_table(f"against {against['model']}", shown, tasks)
     for task, metrics in against["too_few"].items():
         print_text(f"{task} ({', '.join(metrics)}) is not compared: it has fewer than two questions")
-
-
-def _sure(difference: dict[str, Any]) -> str:
-    return "yes" if difference["significant"] else "no"
 
 
 def _number(value: float | None, form: str = ",") -> str:
