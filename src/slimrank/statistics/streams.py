@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.errors import ModelError, NonFiniteError
+from slimrank.linalg.outliers import hides_small_spectrum
 from slimrank.linalg.regression import Regression
 from slimrank.statistics.lack import LackSums
 from slimrank.statistics.layer import all_tokens, as_windows
@@ -43,9 +44,9 @@ class StreamSums:
         finite = self.inputs.add(inputs)
         if self.cross is None:
             return finite
+        exact = finite and hides_small_spectrum(self.inputs.gram)
         for x, t in zip(inputs.split(CHUNK), wanted.split(CHUNK), strict=True):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            self.cross += (t.to(wide).t() @ x.to(wide)).to(self.cross.device)
+            self.cross += _product(t, x, exact, self.cross.device)
         return self.wanted.add(wanted) and finite
 
     def __add__(self, other: StreamSums) -> StreamSums:
@@ -86,6 +87,14 @@ class StreamSums:
         mean, aim = self.means()
         change = weight.to(aim) @ aim - compressed.to(mean) @ mean
         return change if lack is None else change + lack.total / max(1, self.inputs.count)
+
+
+def _product(left: Tensor, right: Tensor, exact: bool, device: torch.device) -> Tensor:
+    """Return left^T right in float32 or better, in float64 where `exact`."""
+    if exact:
+        return left.to(device).double().t() @ right.to(device).double()  # in this order: mps has no float64
+    wide = torch.promote_types(right.dtype, torch.float32)
+    return (left.to(wide).t() @ right.to(wide)).to(device)
 
 
 @dataclass(frozen=True)
