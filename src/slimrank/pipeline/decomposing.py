@@ -112,6 +112,7 @@ class _Walk(ABC):
                 "side": spectrum.side,
                 "beyond": spectrum.beyond,
                 "stand_in": spectrum.stand_in,
+                "plain_rows": spectrum.plain_rows,
                 "notes": spectrum.notes,
                 "groups": {t.path: self.leaders.get(t.path, t.path) for t in unit.targets},
             }
