@@ -21,7 +21,7 @@ from torch import Tensor
 from slimrank.errors import OutputError, RunError
 
 LOCK = "lock"
-SCHEMA = 3  # raise it when the content of stored files changes meaning
+SCHEMA = 4  # raise it when the content of stored files changes meaning
 
 
 def content_key(parts: dict[str, Any]) -> str:

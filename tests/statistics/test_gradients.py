@@ -136,7 +136,7 @@ def check_row(found, g, weight):
     if found.shape[0] > found.shape[1]:
         assert found.gradients is None
         close(found.pulled.gram, pulled)
-        close(found.gradient_energy, gram.trace())
+        close(found.gradient_energies, gram.diagonal())
         close(found.row.data, pulled)
     else:
         assert found.pulled is None

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from slimrank.layers.convert import CompressedLinear, hold, pair_of, stored_layer
+from slimrank.linalg.forms import channel_energies
 from slimrank.linalg.tangent import tangent_step
 from slimrank.models.blocks import Batch
 from slimrank.models.divergence import divergence_gradients
@@ -31,7 +32,7 @@ from slimrank.statistics.needs import Gathering
 
 HELD_OUT = 4  # search windows that judge a round
 LENGTH = 0.5  # of Polyak's step, to begin with
-DAMPING = 1.0  # of the form on the inputs, in units of the mean input energy
+DAMPING = 1.0  # of the form on the inputs, in units of the energy of each channel
 TRIALS = 6
 
 
@@ -130,8 +131,7 @@ class Correction:
 
     def _solve(self, path: str, layer: CompressedLinear, found: LayerStatistics, tensors: dict[str, Tensor]) -> float:
         assert found.slope is not None
-        form = found.gram.clone()
-        form.diagonal().add_(DAMPING * float(form.diagonal().mean()))
+        form = found.gram + DAMPING * channel_energies(found.gram.diagonal()).diag()
         a, b = (factor.to(form) for factor in pair_of(layer))
         step = tangent_step(a, b, found.slope, form)
         tensors |= {f"{path}.A": step.A.float().cpu(), f"{path}.B": step.B.float().cpu()}

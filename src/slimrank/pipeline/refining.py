@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from slimrank.pipeline.cutting import Cutter
 from slimrank.pipeline.held_out import HeldOut
 from slimrank.pipeline.job import Job, hidden_states, named
 from slimrank.pipeline.two_streams import TwoStreams
+from slimrank.refine.registry import Following
 from slimrank.run import Stage
 from slimrank.statistics.streams import LayerSums, StreamCollector
 
@@ -202,7 +203,7 @@ class Refinement:
             replace(some.problem(weight, biased), row=row)
             for some in (sums, *(parts if following.ridge == "auto" else ()))
         )
-        damped, ridge = _damped(problem, halves, weight, following.ridge)
+        damped, ridge = _damped(problem, halves, weight, following)
         a, b = (factor.to(weight.device) for factor in pair_of(layer))
         new = self._stored(damped, *self.refiner.refine(damped, weight, a, b))
         new_a, new_b = pair_of(new)
@@ -245,16 +246,17 @@ def _of_routed(gathered: list[StreamCollector]) -> list[str]:
 
 
 def _damped(
-    problem: Regression, halves: list[Regression], weight: Tensor, ridge: float | Literal["auto"]
+    problem: Regression, halves: list[Regression], weight: Tensor, following: Following
 ) -> tuple[Regression, float]:
     """The problem with a pull towards the original weight, and the ridge of that.
 
     What only one half of the text reaches (an expert) shows nothing of how far to go: the largest ridge.
     """
+    ridge, unit = following.ridge, following.ridge_unit
     if ridge != "auto":
-        return problem.towards(weight, ridge), ridge
-    chosen = cross_validated((halves[0], halves[1]), weight) if len(halves) == 2 else RIDGES[-1]
-    return problem.shrunk(weight, chosen).towards(weight, UNSEEN), chosen
+        return problem.towards(weight, ridge, unit), ridge
+    chosen = cross_validated((halves[0], halves[1]), weight, unit) if len(halves) == 2 else RIDGES[-1]
+    return problem.shrunk(weight, chosen, unit).towards(weight, UNSEEN, unit), chosen
 
 
 def _relative(problem: Any, product: Tensor) -> float:

@@ -153,9 +153,13 @@ class Collector:
         bias = getattr(module, "bias", None)
         rows = all_tokens(y if bias is None else y - bias, self._mask)
         mine.outputs = mine.outputs or GramSum.empty(mine.shape[0], self.device)
-        norms = token_norms(all_tokens(x, self._mask))
-        mine.input_energy += float(norms.to(self.device).double().square().sum())
+        mine.input_energies = self._added(mine.input_energies, all_tokens(x, self._mask))
         self._check(path, mine.outputs.add(rows), "outputs")
+
+    def _added(self, energies: Tensor | None, rows: Tensor) -> Tensor:
+        """Return the energy of each channel, with those of more tokens (tokens x n) added; float64."""
+        squares = rows.to(self.device).double().square().sum(dim=0)  # in this order: mps has no float64
+        return squares if energies is None else energies + squares
 
     def _by_outputs(self, path: str, mine: LayerStatistics) -> bool:
         return path in self.alone and mine.shape[0] < mine.shape[1] and "gram" not in self.gathering.needs
@@ -191,8 +195,7 @@ class Collector:
         scales = self._token_scales(norms)
         if self._pulls(mine):
             self._scales[path] = scales
-            held = all_tokens((scales * norms)[..., None], self._mask).to(self.device).double()
-            mine.gradient_energy += float(held.square().sum())
+            mine.gradient_energies = self._added(mine.gradient_energies, all_tokens(g * scales[..., None], self._mask))
         else:
             mine.gradients = mine.gradients or GramSum.empty(mine.shape[0], self.device)
             rows = all_tokens(g * scales[..., None], self._mask)
