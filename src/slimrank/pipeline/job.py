@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from slimrank.errors import RecipeError
 from slimrank.estimate import Workload, measure_machine, run_bytes, stage_seconds
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.quality import measure_quality
-from slimrank.evaluate.speed import measure_speed
 from slimrank.export.save import check_loadable
 from slimrank.inputs import Texts, prepare_texts, window_length
 from slimrank.linalg.cost import COST_MODELS
@@ -269,7 +268,7 @@ class Job:
         self.seconds[name] = time.perf_counter() - start
 
     def measure_original(self, run: Run) -> dict[str, Any]:
-        """Perplexity, speed and a sample of the model as it is; taken from the run where it is known already."""
+        """Perplexity and a sample of the model as it is; taken from the run where it is known already."""
         key = {**self.identity(), "original": self.texts.evaluation_digest, "dtype": str(self.dtype)}
         stage = run.stage({**key, "device": str(self.device)})
         with self.timed("measure the original", self.texts.evaluation_windows):
@@ -284,15 +283,17 @@ class Job:
             return self._measure({})
 
     def _measure(self, known: dict[str, Any]) -> dict[str, Any]:
-        """Everything that is not known already; speed is never taken from an earlier session."""
+        """Measure what is not known already.
+
+        Speeds are not measured: before and after would be minutes apart, on a machine that changes.
+        """
         if self.texts.evaluation is None:
             return {}
         with placed([self.model], self.device, upcast=False):
-            speed = asdict(measure_speed(self.model))
             fresh = known or measure_quality(
                 self.model, self.tokenizer, self.texts.evaluation, self.texts.bos, self.progress
             )
-        return {**fresh, "speed": speed, "peak_memory": peak_memory(self.device)}
+        return {**fresh, "peak_memory": peak_memory(self.device)}
 
 
 def hidden_states(tensors: dict[str, Tensor], prefix: str, count: int) -> list[Tensor]:
