@@ -333,7 +333,7 @@ def test_every_accelerator_is_listed(machine):
     "options, whole", [({}, True), ({"evaluation": None}, False), ({"evaluation": None, "resident": True}, True)]
 )
 def test_an_accelerator_holds_all_weights_only_where_it_runs_the_whole_model(options, whole):
-    record = {"peak_memory": LIBRARIES + 30, "size": {"bytes_before": 10}}
+    record = {"peak_memory": LIBRARIES + 30, "size": {"bytes_loaded": 10}}
     found = doctor._memory(record, Recipe(keep_ratio=0.8, **options), "cuda")
     assert found == {"cpu": LIBRARIES + 10, "cuda": 30 if whole else 20}
 
