@@ -248,7 +248,8 @@ def test_a_model_of_which_only_the_configuration_is_here(machine, tmp_path):
 def test_a_model_in_the_cache(machine, tmp_path):
     snapshot = in_the_hub_cache(tmp_path, "config.json", "model.safetensors")
     assert doctor.diagnose("org/name")["model"]["cached"]
-    index = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
+    index = {"weight_map": {"a": "part.safetensors", "b": "other.safetensors"}}
+    (snapshot / "model.safetensors").rename(snapshot / "part.safetensors")
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     assert not doctor.diagnose("org/name")["model"]["cached"]
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
 from slimrank.errors import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,15 +26,6 @@ class StoredTensor:
 
     dtype: str
     shape: tuple[int, ...]
-
-
-def find_file(source: str, name: str) -> Path | None:
-    """Find a file of a folder or hub repository; None where there is none or the hub cannot be reached."""
-    try:
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return None
-    return None if path is None else Path(path)
 
 
 def weight_files(folder: Path, named: str | None = None) -> list[Path]:

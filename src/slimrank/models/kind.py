@@ -15,8 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, 
 from slimrank.errors import ModelError
 from slimrank.export.configuration_slimrank import MODEL_TYPE
 from slimrank.export.modeling_slimrank import native_classes
+from slimrank.export.processor import find_file
 from slimrank.models.explained import explained
-from slimrank.models.files import ADAPTER, find_file
+from slimrank.models.files import ADAPTER
 from slimrank.models.quantised import check_quantisation
 
 _DECODERS = "a decoder language model, such as Llama, Qwen, Gemma or GPT-2"
@@ -51,11 +52,13 @@ def kind_of(spec: str | Path, place: Mapping[str, Any]) -> Kind:
     Raises:
         ModelError: it cannot be read, or is not a dense decoder language model of transformers itself.
     """
-    _refuse_adapter(spec, place)
-    with explained(spec):
-        content, _ = PreTrainedConfig.get_config_dict(**place)
-    _refuse_custom_code(spec, content)
-    widened = None if "gguf_file" in place else check_quantisation(spec, content)
+    content: dict[str, Any] = {}
+    if "gguf_file" not in place:
+        _refuse_adapter(spec, str(place["pretrained_model_name_or_path"]))
+        with explained(spec):
+            content, _ = PreTrainedConfig.get_config_dict(**place)
+        _refuse_custom_code(spec, content)
+    widened = check_quantisation(spec, content)
     with explained(spec):
         config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
         _refuse_encoders(spec, config)
@@ -65,9 +68,8 @@ def kind_of(spec: str | Path, place: Mapping[str, Any]) -> Kind:
     return kind
 
 
-def _refuse_adapter(spec: str | Path, place: Mapping[str, Any]) -> None:
-    source = str(place["pretrained_model_name_or_path"])
-    if "gguf_file" in place or find_file(source, ADAPTER) is None:
+def _refuse_adapter(spec: str | Path, source: str) -> None:
+    if find_file(source, ADAPTER) is None:
         return
     if find_file(source, "config.json") is None:
         raise ModelError(
