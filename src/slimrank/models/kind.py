@@ -19,6 +19,7 @@ from slimrank.export.processor import find_file
 from slimrank.models.explained import explained
 from slimrank.models.files import ADAPTER
 from slimrank.models.quantised import check_quantisation
+from slimrank.models.text_alone import check_text_alone, reads_images
 
 _DECODERS = "a decoder language model, such as Llama, Qwen, Gemma or GPT-2"
 _SWITCHED = ("bert-generation",)  # encoders with the switch `is_decoder`, beside those that fill masks
@@ -65,6 +66,8 @@ def kind_of(spec: str | Path, place: Mapping[str, Any]) -> Kind:
         kind = Kind(config, _class_of(spec, config, content), widened)
         _take_text_part(kind)
         _compute_plainly(kind)
+    if reads_images(kind.model_class):
+        check_text_alone(kind.model_class, kind.config)
     return kind
 
 

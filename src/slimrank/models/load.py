@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from slimrank.models.kind import Kind, kind_of
 from slimrank.models.leftovers import check_taken, telling_class
 from slimrank.models.quantised import check_stored, forget_quantisation, widened_config
 from slimrank.models.storage import cast_as_loaded, torch_dtype, written_dtype
-from slimrank.models.text_alone import check_text_alone, reads_images
 from slimrank.models.tokenizers import load_tokenizer, tokenizer_notes
 from slimrank.progress import Progress
 
@@ -85,8 +83,6 @@ def skeleton(spec: str | Path, dtype: str = "auto", progress: Progress | None = 
     source.check_stored()
     with explained(spec):
         model = _empty(source.kind, source.dtype(dtype))
-    if reads_images(source.kind.model_class):
-        check_text_alone(model)
     return Loaded(model, None, source.notes(), source.file_bytes())
 
 
@@ -160,8 +156,6 @@ def _load_folder(source: _Source, dtype: str) -> Loaded:
     source.check_stored()
     tokenizer = load_tokenizer(source.spec, source.place)
     kind = source.kind
-    if reads_images(kind.model_class):
-        check_text_alone(_empty(replace(kind, config=deepcopy(kind.config)), source.dtype(dtype)))
     if kind.widened:
         widened_config(kind.config)
     with explained(source.spec):
