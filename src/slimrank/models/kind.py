@@ -62,7 +62,7 @@ def kind_of(spec: str | Path, place: Mapping[str, Any]) -> Kind:
     widened = check_quantisation(spec, content)
     with explained(spec):
         config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
-        _refuse_encoders(spec, config)
+        check_decoder(f"the model '{spec}'", config)
         kind = Kind(config, _class_of(spec, config, content), widened)
         _take_text_part(kind)
         _compute_plainly(kind)
@@ -100,12 +100,21 @@ def _refuse_custom_code(spec: str | Path, content: Mapping[str, Any]) -> None:
     )
 
 
-def _refuse_encoders(spec: str | Path, config: Any) -> None:
-    name = f"the model '{spec}' (model_type '{config.model_type}')"
-    parts = [config, *(getattr(config, part, None) for part in ("text_config", "decoder"))]
+def check_decoder(what: str, config: Any) -> None:
+    """Refuse encoders and encoder-decoders.
+
+    Args:
+        what: the model, in words.
+        config: its configuration.
+
+    Raises:
+        ModelError: it is one of these.
+    """
+    name = f"{what} (model_type '{config.model_type}')"
+    parts = [part for part in (config, *(getattr(config, key, None) for key in ("text_config", "decoder"))) if part]
     if any(getattr(part, "is_encoder_decoder", False) is True for part in parts):
         raise ModelError(f"{name} is an encoder-decoder; slimrank compresses decoders.", _DECODERS)
-    if any(_sees_what_follows(part) for part in parts if part is not None):
+    if any(map(_sees_what_follows, parts)):
         raise ModelError(
             f"{name} is an encoder: its tokens see those that follow, so it does not predict the next one.", _DECODERS
         )

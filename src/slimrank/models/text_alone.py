@@ -31,12 +31,13 @@ def check_text_alone(model_class: Any, config: Any) -> None:
     Raises:
         ModelError: it refuses text alone.
     """
-    special = {value for key, value in vars(config).items() if key.endswith(("token_id", "token_index"))}
+    special = [value for key, value in vars(config).items() if key.endswith(("token_id", "token_index"))]
     token = next(i for i in range(len(special) + 1) if i not in special)
+    with torch.device("meta"):
+        model = model_class._from_config(deepcopy(config), dtype=torch.float32)
     try:
-        with torch.no_grad(), FakeTensorMode():
-            model = model_class._from_config(deepcopy(config), dtype=torch.float32)
-            model(input_ids=torch.full((1, _TOKENS), token), use_cache=False)
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")(input_ids=torch.full((1, _TOKENS), token), use_cache=False)
     except _REFUSALS as error:
         raise ModelError(
             f"{model_class.__name__} cannot compute text without images: {reason_of(error)}",

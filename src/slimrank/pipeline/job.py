@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from slimrank._version import __version__
 from slimrank.allocate.plan import RankPlan
@@ -27,6 +28,7 @@ from slimrank.inputs import Texts, prepare_texts, window_length
 from slimrank.linalg.cost import COST_MODELS
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import check_differentiable
+from slimrank.models.kind import check_decoder
 from slimrank.models.load import digest, load_model
 from slimrank.models.paging import page_out
 from slimrank.models.placement import placed, resolve_device, solving_device
@@ -116,7 +118,10 @@ class Job:
             self.notes += loaded.notes
         elif recipe.dtype != "auto":
             raise RecipeError("a loaded model keeps its dtype.", "model.to(dtype) before, or give its name or folder")
-        check_dense(model)
+        else:
+            check_dense(model)
+            if isinstance(getattr(model, "config", None), PreTrainedConfig):
+                check_decoder(type(model).__name__, model.config)
         self.model, self.tokenizer = model, tokenizer
         if take_apart(model, recipe.split):
             self.notes.append(
