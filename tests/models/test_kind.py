@@ -94,7 +94,7 @@ def test_compare_does_not_run_it_either(custom, in_this_process):
 
 def test_a_class_of_its_own_for_a_known_type_is_refused(custom):
     edit(custom, architectures=["MyLlama"], auto_map=OWN)
-    with pytest.raises(ModelError, match="MyLlama.*code of its own"):
+    with pytest.raises(ModelError, match=r"MyLlama.*code of its own"):
         skeleton(custom)
 
 
@@ -223,12 +223,12 @@ def test_llama_4_keeps_its_vision_tower_or_is_refused(tmp_path):
     text = {**SMALL, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size_mlp": 32, "num_local_experts": 2}
     config = transformers.Llama4Config(text_config=text, vision_config={"hidden_size": 32, "num_hidden_layers": 1})
     config.save_pretrained(tmp_path)
+    refused = ""
     try:
-        bones = skeleton(tmp_path).model
-    except ModelError as error:
-        assert "without images" in error.message
-    else:
-        assert any("vision" in name for name, _ in bones.named_parameters())
+        names = list(skeleton(tmp_path).model.state_dict())
+    except ModelError as error:  # in some versions it cannot compute without images
+        names, refused = [], error.message
+    assert "without images" in refused or any("vision" in name for name in names)
 
 
 def test_kernels_of_other_packages_are_not_needed(tmp_path):

@@ -60,8 +60,6 @@ def check_files(folder: Path, named: str | None = None) -> list[Path]:
     Raises:
         ModelError: there are none, some are missing, cut off, or pointers of Git LFS.
     """
-    for name in _TEXTS:
-        _refuse_pointer(folder / name)
     files = weight_files(folder, named)
     if not files:
         raise ModelError(f"'{folder}' has no weights that transformers reads{_others(folder)}.", _AS_EXPECTED)
@@ -82,6 +80,16 @@ _AS_EXPECTED = f"name the weights {SINGLE} or {PICKLED}, or add the index of the
 def _others(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS)
     return f"; it holds {', '.join(names[:3])}" if names else ""
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Refuse a folder whose configuration or tokenizer are pointers of Git LFS.
+
+    Raises:
+        ModelError: one of them is.
+    """
+    for name in _TEXTS:
+        _refuse_pointer(folder / name)
 
 
 def _refuse_pointer(path: Path) -> None:

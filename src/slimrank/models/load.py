@@ -17,7 +17,7 @@ from slimrank.errors import ModelError, NonFiniteError
 from slimrank.export.register import register
 from slimrank.models.demo import demo_folder
 from slimrank.models.explained import WHAT_MODEL_MAY_BE, explained
-from slimrank.models.files import ADAPTER, check_files, stored_tensors, total_bytes, weight_files
+from slimrank.models.files import ADAPTER, check_files, refuse_pointers, stored_tensors, total_bytes, weight_files
 from slimrank.models.gguf import gguf_place, load_gguf
 from slimrank.models.kind import Kind, kind_of
 from slimrank.models.leftovers import check_taken, telling_class
@@ -148,6 +148,8 @@ def _read(spec: str | Path, progress: Progress | None) -> _Source:
     gguf = source.endswith(".gguf")
     place = gguf_place(Path(source)) if gguf else {"pretrained_model_name_or_path": source}
     folder = Path(source) if not gguf and Path(source).is_dir() else None
+    if folder is not None:
+        refuse_pointers(folder)
     return _Source(spec, place, kind_of(spec, place), folder)
 
 
