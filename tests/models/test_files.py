@@ -201,6 +201,7 @@ def fp8(folder):
 
 
 def test_fp8_is_widened_and_says_so(fp8, tmp_path):
+    pytest.importorskip("transformers.integrations.finegrained_fp8")  # some versions need triton even to widen
     folder, dense = fp8
     given = (folder / "model.safetensors").stat().st_size
     loaded = load_model(folder)

@@ -221,7 +221,8 @@ def test_a_class_that_cannot_do_without_images_is_refused_before_its_weights_are
 def test_llama_4_keeps_its_vision_tower_or_is_refused(tmp_path):
     """Its class for images and text is the one that is published; that for text alone would drop the tower."""
     text = {**SMALL, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size_mlp": 32, "num_local_experts": 2}
-    config = transformers.Llama4Config(text_config=text, vision_config={"hidden_size": 32, "num_hidden_layers": 1})
+    vision = {"hidden_size": 32, "num_hidden_layers": 1}
+    config = transformers.Llama4Config(text_config=text, vision_config=vision, pad_token_id=258)
     config.save_pretrained(tmp_path)
     refused = ""
     try:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, GgufConfig
+import transformers
+from transformers import AutoModelForCausalLM
 
 from slimrank.models.explained import explained
 from slimrank.models.leftovers import check_taken
@@ -37,12 +38,18 @@ def load_gguf(place: Mapping[str, Any], dtype: str) -> tuple[Any, Any, list[str]
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **place,
             dtype=torch_dtype("float32" if dtype == "auto" else dtype),
-            quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
             trust_remote_code=False,
+            **_dense(),
         )
     model, info = loaded
     notes = check_taken(path, model, info, ())
     # transformers may leave its quantizer on a model that is dense by now; saving would then refuse.
     forget_quantisation(model)
     return model, tokenizer, notes
+
+
+def _dense() -> dict[str, Any]:
+    """Ask for dense weights; before it had `GgufConfig`, transformers gave no others."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}

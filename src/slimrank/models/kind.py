@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, 
 
 from slimrank.errors import ModelError
 from slimrank.export.configuration_slimrank import MODEL_TYPE
-from slimrank.export.modeling_slimrank import native_classes
+from slimrank.export.modeling_slimrank import SlimRankForCausalLM, native_classes
 from slimrank.export.processor import find_file
 from slimrank.models.explained import explained
 from slimrank.models.files import ADAPTER
@@ -66,8 +66,8 @@ def kind_of(spec: str | Path, place: Mapping[str, Any]) -> Kind:
         kind = Kind(config, _class_of(spec, config, content), widened)
         _take_text_part(kind)
         _compute_plainly(kind)
-    if reads_images(kind.model_class):
-        check_text_alone(kind.model_class, kind.config)
+        if reads_images(kind.model_class):
+            check_text_alone(kind.model_class, kind.config)
     return kind
 
 
@@ -133,7 +133,7 @@ def _sees_what_follows(config: Any) -> bool:
 def _class_of(spec: str | Path, config: Any, content: Mapping[str, Any]) -> Any:
     """Choose the class that the configuration names, or else one made for this very configuration."""
     if content.get("model_type") == MODEL_TYPE:
-        return transformers.AutoModelForCausalLM
+        return SlimRankForCausalLM
     native, named = native_classes(type(config)), list(content.get("architectures") or [])
     what = f"the model '{spec}' ({', '.join(named) or type(config).__name__})"
     if not native:

@@ -185,10 +185,7 @@ def _load_gguf(source: _Source, dtype: str) -> Loaded:
 
 def _empty(kind: Kind, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
-        if issubclass(kind.model_class, PreTrainedModel):
-            model: Any = kind.model_class._from_config(kind.config, dtype=dtype)
-        else:
-            model = kind.model_class.from_config(kind.config, dtype=dtype, trust_remote_code=False)
+        model = kind.model_class._from_config(kind.config, dtype=dtype)
     cast_as_loaded(model, dtype)
     model.tie_weights()
     return model

@@ -53,8 +53,7 @@ def cast_as_loaded(model: Any, dtype: torch.dtype) -> None:
         model: built in `dtype`; some architectures keep parts of theirs in float32.
         dtype: what the model is loaded in.
     """
-    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
-    kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    kept = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else getattr(model, "dtype_plan", {})
     if not kept:
         return
     pattern = re.compile("|".join(name.replace("*", ".*") for name in kept))

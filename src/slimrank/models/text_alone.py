@@ -37,7 +37,7 @@ def check_text_alone(model_class: Any, config: Any) -> None:
         model = model_class._from_config(deepcopy(config), dtype=torch.float32)
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu")(input_ids=torch.full((1, _TOKENS), token), use_cache=False)
+            model.eval().to_empty(device="cpu")(input_ids=torch.full((1, _TOKENS), token), use_cache=False)
     except _REFUSALS as error:
         raise ModelError(
             f"{model_class.__name__} cannot compute text without images: {reason_of(error)}",
