@@ -164,7 +164,7 @@ def _load_folder(source: _Source, dtype: str) -> Loaded:
         native = issubclass(kind.model_class, PreTrainedModel)
         builder = telling_class(kind.model_class) if native else kind.model_class
         model, info = builder.from_pretrained(
-            **source.place,
+            source.place["pretrained_model_name_or_path"],
             config=kind.config,
             dtype=torch_dtype(dtype),
             output_loading_info=True,
