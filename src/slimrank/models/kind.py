@@ -54,12 +54,13 @@ def kind_of(spec: str | Path, place: Mapping[str, Any]) -> Kind:
         ModelError: it cannot be read, or is not a dense decoder language model of transformers itself.
     """
     content: dict[str, Any] = {}
-    if "gguf_file" not in place:
+    gguf = "gguf_file" in place
+    if not gguf:
         _refuse_adapter(spec, str(place["pretrained_model_name_or_path"]))
         with explained(spec):
             content, _ = PreTrainedConfig.get_config_dict(**place)
         _refuse_custom_code(spec, content)
-    widened = check_quantisation(spec, content)
+    widened = "GGUF" if gguf else check_quantisation(spec, content)
     with explained(spec):
         config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
         check_decoder(f"the model '{spec}'", config)

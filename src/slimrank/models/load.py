@@ -109,6 +109,8 @@ class _Source:
     @functools.cached_property
     def files(self) -> list[Path]:
         """Weight files that are here; none where some are missing."""
+        if self.gguf:
+            return [self.place["pretrained_model_name_or_path"] / self.place["gguf_file"]]
         files = weight_files(self.folder, self._named) if self.folder is not None else []
         return files if all(path.is_file() for path in files) else []
 
@@ -180,7 +182,7 @@ def _load_folder(source: _Source, dtype: str) -> Loaded:
 
 def _load_gguf(source: _Source, dtype: str) -> Loaded:
     model, tokenizer, notes = load_gguf(source.place, dtype)
-    return Loaded(model, tokenizer, source.notes() + notes)
+    return Loaded(model, tokenizer, source.notes() + notes, source.file_bytes())
 
 
 def _empty(kind: Kind, dtype: torch.dtype) -> Any:

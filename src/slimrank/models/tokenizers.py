@@ -64,4 +64,5 @@ def tokenizer_notes(model: Any, tokenizer: Any) -> list[str]:
     count = len(tokenizer)
     if rows is None or count <= rows:
         return []
-    return [f"the tokenizer has {count:,} tokens, the model's embedding {rows:,}: the last {count - rows:,} fail"]
+    more = f"text with the other {count - rows:,} cannot be computed"
+    return [f"the tokenizer has {count:,} tokens, the model's embedding {rows:,}: {more}"]
