@@ -1,6 +1,7 @@
 """Folders as they are in real life: they load, or the error says what is wrong with them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import slimrank
 from architectures import random_model
 from helpers import byte_tokenizer, save_tiny, tiny_model
 from slimrank.errors import ModelError
+from slimrank.models import load as load_module
 from slimrank.models.load import load, load_model, skeleton
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 134\n"
@@ -249,3 +251,16 @@ def test_the_size_of_a_gguf_file_is_told(tmp_path, monkeypatch):
     for loaded in (load_model(path), skeleton(path)):
         assert loaded.file_bytes == 100
         assert loaded.notes == ["the model is quantised (GGUF), and widened to dense weights; its files take 100 bytes"]
+
+
+def test_the_size_of_quantised_files_of_the_hub_is_told(fp8, monkeypatch):
+    """A model of the hub, of which the files are in the cache."""
+    pytest.importorskip("transformers.integrations.finegrained_fp8")
+    folder, _ = fp8
+    read = load_module._read
+
+    def from_the_hub(spec, progress):
+        return replace(read(folder, progress), folder=None)
+
+    monkeypatch.setattr(load_module, "_read", from_the_hub)
+    assert load_model("org/name").file_bytes == (folder / "model.safetensors").stat().st_size

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import slimrank
 from architectures import random_model
-from helpers import byte_tokenizer, save_tiny
+from helpers import byte_tokenizer, save_tiny, tiny_model
 from slimrank.errors import ModelError
 from slimrank.models.load import load, load_model
 from slimrank.progress import Progress
@@ -110,6 +110,16 @@ def test_no_family_has_leftovers(tmp_path):
         random_model(name).save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
         assert load_model(folder).notes == []
+
+
+def test_a_head_of_its_own_that_the_configuration_denies(tmp_path):
+    head = tiny_model("qwen2").lm_head.weight
+    edit(save_tiny(tmp_path / "m", "qwen2"), tie_word_embeddings=True)
+    loaded = load_model(tmp_path / "m")
+    assert any("a head of its own" in note for note in loaded.notes)
+    assert torch.equal(loaded.model.lm_head.weight, head)
+    slimrank.compress(tmp_path / "m", keep_ratio=0.7, method="svd", evaluation=None, out=tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out")[0].lm_head.weight, head)
 
 
 def test_the_class_is_as_it_was(tmp_path):

@@ -47,13 +47,18 @@ def check_taken(spec: str | Path, model: Any, info: Mapping[str, Any], untaken: 
         Notes on harmless leftovers.
 
     Raises:
-        ModelError: weights are missing, or some that count have no place.
+        ModelError: weights are missing or of another shape, or some that count have no place.
     """
     missing = sorted(info.get("missing_keys") or [])
     if missing:
         raise ModelError(
             f"the checkpoint '{spec}' lacks {len(missing)} weights, e.g. '{missing[0]}'.",
             "it may belong to another architecture, or be incomplete; download it again",
+        )
+    for name, stored, wanted in sorted(info.get("mismatched_keys") or []):
+        raise ModelError(
+            f"the weight '{name}' of '{spec}' is {tuple(stored)} in the files and {tuple(wanted)} by config.json.",
+            "its weight files belong to another configuration; download it again",
         )
     declared = set(untaken) - set(info.get("unexpected_keys") or [])
     by_reason: dict[str, list[str]] = {}
@@ -67,6 +72,26 @@ def check_taken(spec: str | Path, model: Any, info: Mapping[str, Any], untaken: 
             "correct config.json (layers, biases, architectures), or take the files of the language model alone",
         )
     return [f"left out: {len(names)} weights, {why}: {_some(names)}" for why, names in by_reason.items()]
+
+
+def correct_ties(model: Any) -> list[str]:
+    """Let a configuration that ties the output head say that it is not tied, where the files hold another head.
+
+    Returns:
+        A note, where that is so.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    weights = [getattr(module, "weight", None) for module in (head, embedding)]
+    if not getattr(model.config, "tie_word_embeddings", False) or None in map(_shape, weights):
+        return []
+    if weights[0] is weights[1] or _shape(weights[0]) != _shape(weights[1]):
+        return []
+    model.config.tie_word_embeddings = False
+    return ["config.json ties the output head to the embedding, and the files hold a head of its own, which is kept"]
+
+
+def _shape(weight: Any) -> Any:
+    return getattr(weight, "shape", None)
 
 
 def _reason(name: str, config: Any, declared: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimrank.errors import ModelError, NonFiniteError
+from slimrank.export.processor import find_file
 from slimrank.export.register import register
 from slimrank.models.demo import demo_folder
 from slimrank.models.explained import WHAT_MODEL_MAY_BE, explained
 from slimrank.models.files import ADAPTER, check_files, refuse_pointers, stored_tensors, total_bytes, weight_files
 from slimrank.models.gguf import gguf_place, load_gguf
 from slimrank.models.kind import Kind, kind_of
-from slimrank.models.leftovers import check_taken, telling_class
+from slimrank.models.leftovers import check_taken, correct_ties, telling_class
 from slimrank.models.quantised import check_stored, forget_quantisation, widened_config
 from slimrank.models.storage import cast_as_loaded, torch_dtype, written_dtype
 from slimrank.models.tokenizers import load_tokenizer, tokenizer_notes
@@ -111,7 +112,8 @@ class _Source:
         """Weight files that are here; none where some are missing."""
         if self.gguf:
             return [self.place["pretrained_model_name_or_path"] / self.place["gguf_file"]]
-        files = weight_files(self.folder, self._named) if self.folder is not None else []
+        config = find_file(str(self.place["pretrained_model_name_or_path"]), "config.json")
+        files = weight_files(config.parent, self._named) if config is not None else []
         return files if all(path.is_file() for path in files) else []
 
     @property
@@ -170,13 +172,15 @@ def _load_folder(source: _Source, dtype: str) -> Loaded:
             config=kind.config,
             dtype=torch_dtype(dtype),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_taken` says which; transformers only points to its own report
             trust_remote_code=False,
         )
     if native:
         model.__class__ = kind.model_class
-    left_out = check_taken(source.spec, model, info, vars(model).pop("untaken", ()))
+    left_out = check_taken(source.spec, model, info, vars(model).pop("untaken", ())) + correct_ties(model)
     if kind.widened:
         forget_quantisation(model)
+        source = replace(source)  # files of the hub are here by now
     return Loaded(model, tokenizer, source.notes() + left_out, source.file_bytes())
 
 
