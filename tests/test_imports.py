@@ -29,7 +29,8 @@ ALLOWED = {  # room -> rooms it may know, besides itself and BASE
     "report": {"run", "recipe", "allocate", "models"},
     "estimate": {"models"},
     "inputs": {"calibration", "models", "recipe"},
-    "planning": {"allocate", "decompose", "estimate", "linalg", "models", "recipe", "refine"},
+    "sizes": {"allocate", "linalg", "models", "recipe"},
+    "planning": {"allocate", "decompose", "estimate", "linalg", "models", "recipe", "refine", "sizes"},
     "evaluation": {"calibration", "evaluate", "inputs", "models"},
 }
 ANYTHING = {"cli", "pipeline", "dry_run", "doctor", "comparison", "__init__", "__main__"}

@@ -22,6 +22,7 @@ from slimrank.evaluate.tasks import TaskRequest, Tasks
 from slimrank.inputs import window_length
 from slimrank.models.load import load
 from slimrank.models.placement import placed, resolve_device
+from slimrank.models.storage import saved_bytes
 from slimrank.models.structure import parameters_of
 from slimrank.progress import Progress
 
@@ -145,7 +146,7 @@ def benchmark(
             **asdict(speed),
             "name": str(name),
             "parameters": parameters_of(m),
-            "bytes": sum(p.numel() * p.element_size() for p in m.parameters()),
+            "bytes": saved_bytes(m),
             "dtype": str(m.dtype).removeprefix("torch."),
         }
         for name, m, speed in zip((model, against), loaded, speeds, strict=True)

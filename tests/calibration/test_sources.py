@@ -93,7 +93,8 @@ def test_a_hub_data_set(monkeypatch):
         def __getitem__(self, column):
             return ["one", "two"]
 
-    def load_dataset(name, config, split):
+    def load_dataset(name, config, split, trust_remote_code):
+        assert trust_remote_code is False  # datasets before 4 would ask, or run code of the repository
         asked.update(name=name, config=config, split=split)
         if name == "broken/set":
             raise RuntimeError("offline\nmore")

@@ -115,7 +115,7 @@ def _hub(source: str) -> list[str]:
             "hub:ID[:CONFIG[:SPLIT]], e.g. hub:Salesforce/wikitext:wikitext-2-raw-v1:train",
         )
     try:
-        data = datasets.load_dataset(name, config or None, split=split or "train")
+        data = datasets.load_dataset(name, config or None, split=split or "train", trust_remote_code=False)
     except Exception as error:  # the library raises many unrelated classes
         reason = str(error).strip().splitlines()[0]
         raise DataError(

@@ -31,6 +31,7 @@ from slimrank.evaluation import windows_of
 from slimrank.inputs import window_length
 from slimrank.models.load import load
 from slimrank.models.placement import placed, resolve_device
+from slimrank.models.storage import saved_bytes
 from slimrank.models.structure import parameters_of
 from slimrank.pipeline import compress
 from slimrank.progress import Progress
@@ -101,7 +102,7 @@ def _shown(model: Any, tokenizer: Any, material: Material) -> dict[str, Any]:
     """Its size, and how it goes on from the beginning of the first text."""
     return {
         "parameters": parameters_of(model),
-        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "bytes": saved_bytes(model),
         "sample": sample(model, tokenizer, next(iter(material.texts.values()))[0]),
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from slimrank._version import __version__
 from slimrank.allocate.plan import RankPlan
@@ -26,10 +27,13 @@ from slimrank.inputs import Texts, prepare_texts, window_length
 from slimrank.linalg.cost import COST_MODELS
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import check_differentiable
-from slimrank.models.load import digest, load, stored_dtype
+from slimrank.models.kind import check_decoder
+from slimrank.models.load import digest, load_model
 from slimrank.models.paging import page_out
 from slimrank.models.placement import placed, resolve_device, solving_device
+from slimrank.models.quantised import check_dense
 from slimrank.models.splitting import take_apart
+from slimrank.models.storage import stored_dtype
 from slimrank.models.targets import TargetSet, find_targets
 from slimrank.planning import (
     Unit,
@@ -39,7 +43,6 @@ from slimrank.planning import (
     following_plan,
     given_plan,
     make_problem,
-    order_bytes,
     plan_of,
     reads_text,
     units_of,
@@ -48,6 +51,7 @@ from slimrank.planning import (
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.run import Run
+from slimrank.sizes import ModelBytes
 
 BEFORE_CUTTING = ("calibrate and decompose", "allocate")
 
@@ -95,6 +99,7 @@ class Job:
         self.upcast = self.device.type == "cpu"
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
+        self.file_bytes: int | None = None  # of weights that were widened when they were loaded
 
     # inputs -------------------------------------------------------------------------------------------------
 
@@ -107,9 +112,15 @@ class Job:
         texts = prepare_texts(recipe, self.calibrates, searches, factor * recipe.samples if factor > 1 else None)
         if isinstance(model, (str, Path)):
             self.progress.note(f"loading {model}")
-            model, tokenizer = load(model, recipe.dtype, self.progress)
+            loaded = load_model(model, recipe.dtype, self.progress)
+            model, tokenizer, self.file_bytes = loaded.model, loaded.tokenizer, loaded.file_bytes
+            self.notes += loaded.notes
         elif recipe.dtype != "auto":
             raise RecipeError("a loaded model keeps its dtype.", "model.to(dtype) before, or give its name or folder")
+        else:
+            check_dense(model)
+            if isinstance(getattr(model, "config", None), PreTrainedConfig):
+                check_decoder(type(model).__name__, model.config)
         self.model, self.tokenizer = model, tokenizer
         if take_apart(model, recipe.split):
             self.notes.append(
@@ -122,6 +133,7 @@ class Job:
         self.upcast = self.upcast or (differentiates and self.dtype == torch.float16)
         self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore, COST_MODELS[recipe.factor_form])
         check_loadable(model)
+        self.size = ModelBytes.of(model, self.targets)
         self.units: list[Unit] = units_of(self.method, self.targets, recipe.stored_as)
         self._plan()
         self.digest = digest(model)
@@ -147,7 +159,7 @@ class Job:
         plan = given_plan(self.recipe, self.targets, self.units)
         self.problem: Problem | None = None
         if plan is None:
-            self.problem = make_problem(self.recipe, self.model, self.targets, self.units, self.dtype.itemsize)
+            self.problem = make_problem(self.recipe, self.model, self.targets, self.units, self.size)
             plan = self.plan_of(at_first(self.problem, self.allocator))
         self.plan = plan
         self._ranks_at_first = plan.factored()
@@ -214,14 +226,7 @@ class Job:
 
     def predicted_bytes(self) -> int:
         """Bytes of the weights to be written."""
-        coverage = self.targets.coverage
-        kept = coverage.total - coverage.targets + self.plan.stored_parameters
-        return kept * self.dtype.itemsize + self.order_bytes()
-
-    def order_bytes(self) -> int:
-        """Bytes of the orders of pivot layers."""
-        factored = (t for t in self.targets if self.plan.targets[t.path].rank != "dense")
-        return order_bytes(self.plan.stored_as, factored)
+        return self.size.compressed(self.recipe, self.plan, self.targets)
 
     def stored_bytes(self) -> int:
         """About how much the run directory will hold."""

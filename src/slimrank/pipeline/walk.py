@@ -17,6 +17,7 @@ from slimrank.export.processor import copy_processor
 from slimrank.export.save import mark_model, save_model, weight_bytes
 from slimrank.models.origin import origin_of
 from slimrank.models.splitting import put_together
+from slimrank.models.storage import saved_bytes
 from slimrank.models.structure import find_blocks
 from slimrank.pipeline.allocating import allocate
 from slimrank.pipeline.correcting import Correction
@@ -117,7 +118,7 @@ def _compress(
             recipe=job.recipe, targets=job.targets, plan=job.plan, errors=done.rows, spectra=done.spectra,
             notes=[*job.notes, *done.notes],
             before=before, after=after, seconds=job.seconds, identity=job.identity(), new_biases=done.new_biases,
-            order_bytes=job.order_bytes(),
+            bytes_before=job.file_bytes or job.size.total, bytes_after=saved_bytes(job.model),
             dtype=str(job.dtype).removeprefix("torch."), device=str(job.device), method=job.method.described(),
             allocation=allocation, corrections=corrections,
         )  # fmt: skip
