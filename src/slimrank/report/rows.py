@@ -22,8 +22,8 @@ def comparison(record: Record) -> list[tuple[str, str, str, str]]:
         _row("size on disk", size["bytes_before"], size["bytes_after"], megabytes),
     ]
     if before:
-        found = (side["perplexity"]["perplexity"] for side in (before, after))
-        rows.append(_row("perplexity", *found, "{:.2f}".format))
+        found, now = (side["perplexity"]["perplexity"] for side in (before, after))
+        rows.append(_row("perplexity", found, now, "{:.2f}".format))
     return rows
 
 
