@@ -12,6 +12,7 @@ from slimrank.errors import ModelError, NonFiniteError
 from slimrank.layers.dense import weight_of
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import frozen, loss_gradients, next_token_loss, step_back, whole_model_gradients
+from slimrank.models.states import State
 from slimrank.models.targets import find_targets
 from slimrank.pipeline.decomposing import alone
 from slimrank.statistics.collector import Collector
@@ -58,7 +59,7 @@ def streamed(model, batches, gathering=ALL, before=None):
         runner.embed(batches)
         inputs = []
         for index in range(len(runner)):
-            inputs.append(list(runner.hidden))
+            inputs.append(list(runner.states))
             runner.step(index)
         gradients = loss_gradients(runner, runner.hidden)
         for index in reversed(range(len(runner))):
@@ -271,7 +272,7 @@ def test_gradients_of_the_loss_equal_plain_autograd(name):
     for batch, gradient in zip(batches, ours, strict=True):
         logits = plain(input_ids=batch.input_ids, use_cache=False).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch.input_ids[:, 1:].flatten(), reduction="sum")
-        close(gradient, torch.autograd.grad(loss, seen.pop())[0])
+        close(gradient.hidden, torch.autograd.grad(loss, seen.pop())[0])
 
 
 def test_logits_may_be_computed_window_by_window(monkeypatch):
@@ -544,10 +545,10 @@ def test_a_non_finite_gradient_names_the_block():
     runner = BlockRunner(model, CPU, upcast=True, resident=False)
     with runner.session():
         runner.embed(two_batches())
-        gradients = [torch.ones_like(h) for h in runner.hidden]
-        gradients[1][0, 3, 0] = float("nan")
+        gradients = [State(torch.ones_like(h)) for h in runner.hidden]
+        gradients[1].hidden[0, 3, 0] = float("nan")
         with pytest.raises(NonFiniteError, match=r"input of block 'model\.layers\.0' \(batch 1\)"):
-            step_back(runner, 0, runner.hidden, gradients)
+            step_back(runner, 0, runner.states, gradients)
 
 
 def test_a_non_finite_loss_names_the_batch():

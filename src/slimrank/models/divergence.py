@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from slimrank.models.blocks import Batch, BlockRunner
+from slimrank.models.blocks import BlockRunner
 from slimrank.models.gradients import (
     Bypass,
     frozen,
@@ -18,6 +18,8 @@ from slimrank.models.gradients import (
     rows_of,
     through_head,
 )
+from slimrank.models.recording import Batch
+from slimrank.models.states import State
 
 CACHED = 2**18  # numbers: of a CPU's cache
 AT_ONCE = 2**26  # numbers: 256 MB of float32, on an accelerator
@@ -40,8 +42,8 @@ class Scorer:
         self.original: list[Tensor] = []
 
     def kept(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """What must be kept of final hidden states (batch x tokens x width): the positions that count."""
-        return [self.runner.kept(h[:, self.dropped :].contiguous()) for h in hidden]
+        """What must be kept of final hidden states: the positions that count."""
+        return [self.runner.windows(h, slice(None), self.dropped).contiguous() for h in hidden]
 
     def score(self, finals: Sequence[Sequence[Tensor]]) -> list[tuple[float, float]]:
         """Divergence from the original and negative log-likelihood of the text, in nats a token, of each of `finals`.
@@ -67,7 +69,7 @@ class Scorer:
         for b, batch in enumerate(self.runner.batches):
             ids = batch.input_ids[:, self.dropped :]
             for part in rows_of(Batch(ids), self.runner.model):
-                yield ids[part], [hidden[b][part] for hidden in (self.original, *finals)]
+                yield ids[part], [self.runner.windows(hidden[b], part) for hidden in (self.original, *finals)]
 
     def _logits(self, bypass: Bypass, ids: Tensor, hidden: Tensor) -> Tensor:
         bypass.final = hidden.to(self.runner.device)
@@ -98,7 +100,7 @@ def positions(x: Tensor) -> Sequence[Tensor]:
 
 def divergence_gradients(
     runner: BlockRunner, final: Sequence[Tensor], original: Sequence[Tensor]
-) -> tuple[list[Tensor], float]:
+) -> tuple[list[State], float]:
     """KL(original || changed) of the next-token distributions, summed over all positions, and its gradients.
 
     Args:
@@ -107,27 +109,27 @@ def divergence_gradients(
         original: that of the original model.
 
     Returns:
-        Gradients by `final`, one for each batch, and the sum in nats.
+        Gradients by the state after the last block, one for each batch, and the sum in nats.
 
     Raises:
         NonFiniteError: the divergence of a batch is NaN or infinite.
         ModelError: the model gives no logits, or they do not depend on its blocks.
     """
-    gradients: list[Tensor] = []
+    gradients: list[State] = []
     total = 0.0
     with through_head(runner) as bypass, frozen(runner.model):
         for b, batch in enumerate(runner.batches):
             parts = []
             for rows in rows_of(batch, runner.model):
                 part = part_of(batch, rows)
-                bypass.final = original[b][rows].to(runner.device)
+                bypass.final = runner.windows(original[b], rows).to(runner.device)
                 with torch.no_grad():
                     expected = log_softmax(logits_of(runner.model, part, runner.device).float(), dim=-1)
-                bypass.final = final[b][rows].to(runner.device).detach().requires_grad_()
+                bypass.final = runner.windows(final[b], rows).to(runner.device).detach().requires_grad_()
                 with torch.enable_grad():
                     found = log_softmax(logits_of(runner.model, part, runner.device).float(), dim=-1)
                     loss = kl_div(found, expected, reduction="sum", log_target=True)
                 parts.append(gradient_of(loss, bypass.final, runner.model, b))
                 total += float(loss)
-            gradients.append(runner.kept(torch.cat(parts)))
+            gradients.append(runner.kept(State(runner.joined(parts))))
     return gradients, total
