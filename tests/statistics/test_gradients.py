@@ -13,12 +13,15 @@ from slimrank.layers.dense import weight_of
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import frozen, loss_gradients, next_token_loss, step_back, whole_model_gradients
 from slimrank.models.states import State
+from slimrank.models.structure import experts_by_kind, find_blocks
 from slimrank.models.targets import find_targets
 from slimrank.pipeline.decomposing import alone
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.gradients import token_scales
 from slimrank.statistics.needs import Gathering
+from slimrank.statistics.routing import Routing
 from slimrank.statistics.sums import SampleGradients, weight_gradient_squares
+from slimrank.statistics.tokens import Tokens
 
 CPU = torch.device("cpu")
 NAMES = list(CONFIGS)
@@ -48,7 +51,10 @@ def padded():
 def collector_of(model, block, gathering):
     targets = find_targets(model).in_block(block)
     layers = {t.path: model.get_submodule(t.path) for t in targets}
-    return Collector(layers, gathering, CPU, alone(targets))
+    path, blocks = find_blocks(model)
+    routed = frozenset(p for kind in experts_by_kind(blocks[block], f"{path}.{block}.", layers) for p in kind)
+    own, routing = alone(targets) - routed, Routing.among(model, routed)
+    return Collector(layers, gathering, CPU, own, routed=routed, routing=routing)
 
 
 def streamed(model, batches, gathering=ALL, before=None):
@@ -364,7 +370,8 @@ def test_an_error_leaves_flags_and_blocks_as_they_were(place):
 
 
 def scales_of(g, trim, clip):
-    return token_scales(g.norm(dim=-1), trim, clip)
+    batch = Tokens(shape=g.shape[:2])
+    return token_scales(g.norm(dim=-1).flatten(), batch.places(g, batch.numbers(g)), trim, clip).view(g.shape[:2])
 
 
 def scales_by_a_loop(g, trim, clip):

@@ -35,6 +35,7 @@ from slimrank.statistics.collector import Collector
 from slimrank.statistics.experts import UNREACHED, lean_on_each_other
 from slimrank.statistics.layer import LayerStatistics
 from slimrank.statistics.needs import Need
+from slimrank.statistics.routing import Routing
 
 
 def is_decomposed(job: Job, stage: Stage) -> bool:
@@ -82,8 +83,9 @@ class _Walk(ABC):
         job, targets = self.job, self.job.targets.in_block(index)
         layers = {t.path: job.model.get_submodule(t.path) for t in targets}
         routed = frozenset(path for kind in self.runner.experts(index, layers) for path in kind)
-        own = alone(targets) - routed
-        return Collector(layers, job.method.gathering, job.solver, own, job.plan.factored(), routed=routed)
+        own, routing = alone(targets) - routed, Routing.among(job.model, routed)
+        ranks = job.plan.factored()
+        return Collector(layers, job.method.gathering, job.solver, own, ranks, routed=routed, routing=routing)
 
     def take(self, collector: Collector, index: int) -> None:
         """Keep what a collector has gathered in block `index` until it is used."""
@@ -137,8 +139,9 @@ class _Walk(ABC):
         for part in parts[1:]:
             statistics = statistics.merged(part)
         solved = method.solve(weight, statistics)
+        solved = replace(solved, notes=tuple(dict.fromkeys((*solved.notes, *statistics.notes))))
         if all(UNREACHED in part.notes for part in parts):
-            return replace(solved, stand_in=True, notes=(*solved.notes, UNREACHED))
+            return replace(solved, stand_in=True, notes=tuple(dict.fromkeys((*solved.notes, UNREACHED))))
         return solved
 
 

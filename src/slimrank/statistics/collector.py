@@ -7,7 +7,7 @@ gradient of a weight is ever asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,19 @@ from torch import Tensor, nn
 
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.layers.dense import weight_of
-from slimrank.statistics.gradients import token_norms, token_scales
-from slimrank.statistics.layer import LayerStatistics, all_tokens, as_windows, window_tokens
+from slimrank.statistics.gradients import scales_anywhere, token_norms, token_scales
+from slimrank.statistics.layer import LayerStatistics
 from slimrank.statistics.needs import Gathering
+from slimrank.statistics.routing import Routing
 from slimrank.statistics.sums import ChannelSums, GramSum, SampleGradients, weight_gradient_squares
+from slimrank.statistics.tokens import Places, Tokens
 from slimrank.statistics.truncation import truncate_output
 
 INPUT_NEEDS = {"column", "gram", "channels"}
+UNPLACED = (
+    "the positions of its tokens are not known: gradients are neither trimmed nor clipped, but weigh as much in all as "
+    "those of other layers"
+)
 
 
 @dataclass
@@ -35,7 +41,8 @@ class Collector:
         device: where sums are kept.
         alone: layers known to share their input with no other, whose outputs' gram may stand for the inputs'.
         ranks: planned ranks by path, for what depends on them.
-        routed: layers (experts) that only some tokens reach, which are no windows, however many they are.
+        routed: layers (experts) that only some tokens reach.
+        routing: knows which tokens those are, for some of them.
         leaders: module path -> path of the first layer seen to read the same tensor (itself, if none).
         statistics: module path -> what was gathered; absent for a layer that no token reached.
     """
@@ -48,10 +55,10 @@ class Collector:
     leaders: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, LayerStatistics] = field(default_factory=dict)
     routed: frozenset[str] = frozenset()
+    routing: Routing = field(default_factory=Routing)
 
     def __post_init__(self) -> None:
-        self._mask: Tensor | None = None
-        self._shape: tuple[int, ...] | None = None
+        self._tokens = Tokens()
         self._batch = -1
         self._seen: list[tuple[Tensor, int, str]] = []
         self._scales: dict[str, Tensor] = {}
@@ -59,6 +66,7 @@ class Collector:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collector:
+        self._handles += self.routing.watch()
         for path, layer in self.layers.items():
             self._handles.append(layer.register_forward_pre_hook(self._reads(path)))
             self._handles.append(layer.register_forward_hook(self._writes(path)))
@@ -74,10 +82,9 @@ class Collector:
 
         Args:
             mask: its padding mask (1 = a real token).
-            shape: (windows, tokens), by which tokens are told apart that a model has flattened into one row.
+            shape: (windows, tokens), by which tokens are told apart whatever shape a layer reads them in.
         """
-        self._mask, self._seen, self._batch_grams = mask, [], {}
-        self._shape = shape
+        self._tokens, self._seen, self._batch_grams = Tokens(mask, shape), [], {}
         self._batch += 1
 
     # forwards -----------------------------------------------------------------------------------------------
@@ -86,12 +93,12 @@ class Collector:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> Any:
             x = args[0]
             mine = self._of(path, module)
-            mine.tokens += len(all_tokens(x[..., :1], self._mask))
+            mine.tokens += len(self._real(path, x[..., :1]))
             leader = next((name for known, version, name in self._seen if _same(known, version, x)), None)
             if leader is None:
                 self._seen.append((x, x._version, path))
                 leader = path
-                self._add_inputs(path, mine, all_tokens(x.detach(), self._mask))
+                self._add_inputs(path, mine, self._real(path, x.detach()))
             if self.leaders.setdefault(path, leader) != leader:
                 raise ModelError(
                     f"the layer '{path}' reads the same tensor as '{leader}' in some batches only.",
@@ -99,13 +106,21 @@ class Collector:
                 )
             first = self.statistics[leader]
             if leader != path and first.inputs is None and self._sums_inputs(path, mine):
-                self._add_gram(path, mine, all_tokens(x.detach(), self._mask))
+                self._add_gram(path, mine, self._real(path, x.detach()))
             else:
                 mine.inputs = first.inputs
             mine.channels = first.channels
             return self._own_view(path, x, args) if self._pulls(mine) and x.requires_grad else None
 
         return observe
+
+    def _numbers(self, path: str, x: Tensor) -> Tensor | None:
+        """The token of each row that a layer reads or gives; None where that cannot be told."""
+        return self.routing.numbers(path) if path in self.routed else self._tokens.numbers(x)
+
+    def _real(self, path: str, x: Tensor) -> Tensor:
+        """The rows of real tokens, of what a layer reads or gives."""
+        return self._tokens.real(x, self._numbers(path, x))
 
     def _of(self, path: str, module: nn.Module) -> LayerStatistics:
         if path not in self.statistics:
@@ -144,16 +159,17 @@ class Collector:
                 return truncate_output(mine, module, self._batch_grams[self.leaders[path]], output)
             if self.gathering.backward and output.requires_grad:
                 x = args[0].detach()
-                output.register_hook(lambda g: self._add_gradients(path, mine, x, g))
+                numbers = self._numbers(path, x)
+                output.register_hook(lambda g: self._add_gradients(path, mine, x, g, numbers))
             return None
 
         return observe
 
     def _add_outputs(self, path: str, mine: LayerStatistics, module: nn.Module, x: Tensor, y: Tensor) -> None:
         bias = getattr(module, "bias", None)
-        rows = all_tokens(y if bias is None else y - bias, self._mask)
+        rows = self._real(path, y if bias is None else y - bias)
         mine.outputs = mine.outputs or GramSum.empty(mine.shape[0], self.device)
-        norms = token_norms(all_tokens(x, self._mask))
+        norms = token_norms(self._real(path, x))
         mine.input_energy += float(norms.to(self.device).double().square().sum())
         self._check(path, mine.outputs.add(rows), "outputs")
 
@@ -167,54 +183,63 @@ class Collector:
 
     def _own_view(self, path: str, x: Tensor, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments with x as a view of its own, so that its gradient is that of this layer alone: W^T g."""
-        view = x.view_as(x)
-        view.register_hook(lambda pulled: self._add_pulled(path, pulled))
+        view, numbers = x.view_as(x), self._numbers(path, x)
+        view.register_hook(lambda pulled: self._add_pulled(path, self._tokens.real(pulled, numbers)))
         return (view, *args[1:])
 
-    def _add_gradients(self, path: str, mine: LayerStatistics, x: Tensor, g: Tensor) -> None:
+    def _add_gradients(self, path: str, mine: LayerStatistics, x: Tensor, g: Tensor, numbers: Tensor | None) -> None:
         needs = self.gathering.needs
-        x, g = self._windows(path, x), self._windows(path, g)
+        places = self._tokens.places(x, numbers)
+        rows_g, rows_x = self._tokens.real(g, numbers), self._tokens.real(x, numbers)
         if "row" in needs:
-            self._add_row(path, mine, g)
+            self._add_row(path, mine, rows_g, self._scales_of(mine, x, rows_g, places))
         if "slope" in needs:
-            self._add_slope(path, mine, all_tokens(g, self._mask), all_tokens(x, self._mask))
+            self._add_slope(path, mine, rows_g, rows_x)
         if needs & {"weight_squares", "gradients"}:
-            for window_g, window_x in zip(window_tokens(g, self._mask), window_tokens(x, self._mask), strict=True):
+            by_window = [self._by_window(path, x, rows, places) for rows in (rows_g, rows_x)]
+            for window_g, window_x in zip(*by_window, strict=True):
                 self._add_sample(path, mine, window_g, window_x)
 
-    def _windows(self, path: str, x: Tensor) -> Tensor:
-        return x if path in self.routed else as_windows(x, self._shape)
+    def _by_window(self, path: str, x: Tensor, rows: Tensor, places: Places | None) -> Sequence[Tensor]:
+        """The rows of each window.
 
-    def _add_row(self, path: str, mine: LayerStatistics, g: Tensor) -> None:
+        Raises:
+            ModelError: there are several windows, and nothing tells which rows belong to which.
+        """
+        if places is not None:
+            return places.by_window(rows)
+        shape = self._tokens.shape_beside(x)
+        if shape is None or shape[0] == 1:
+            return [rows]
+        raise ModelError(
+            f"the layer '{path}' reads tokens in the shape {tuple(x.shape)}, and nothing tells their windows apart.",
+            f"take one window at a time: --batch-size 1; or leave the layer out: --ignore '{path}'",
+        )
+
+    def _scales_of(self, mine: LayerStatistics, x: Tensor, g: Tensor, places: Places | None) -> Tensor:
+        """What to multiply each row of gradients with: trimmed and clipped, as far as it is known where they stand."""
+        trim, shape, norms = self.gathering.trim, self._tokens.shape_beside(x), token_norms(g)
+        if places is not None:
+            return token_scales(norms, places, trim, self.gathering.clip)
+        if shape is None:
+            return torch.ones_like(norms)
+        mine.notes = tuple(dict.fromkeys((*mine.notes, UNPLACED)))
+        return scales_anywhere(norms, torch.full((shape[0],), shape[1]), trim)
+
+    def _add_row(self, path: str, mine: LayerStatistics, g: Tensor, scales: Tensor) -> None:
         """Add output gradients, trimmed and clipped, or remember by how much for when their pull-back comes."""
-        norms = token_norms(g)
-        scales = self._token_scales(norms)
         if self._pulls(mine):
             self._scales[path] = scales
-            held = all_tokens((scales * norms)[..., None], self._mask).to(self.device).double()
+            held = (scales * token_norms(g)).to(self.device).double()
             mine.gradient_energy += float(held.square().sum())
         else:
             mine.gradients = mine.gradients or GramSum.empty(mine.shape[0], self.device)
-            rows = all_tokens(g * scales[..., None], self._mask)
-            self._check(path, mine.gradients.add(rows), "gradients")
-
-    def _token_scales(self, norms: Tensor) -> Tensor:
-        """`token_scales` over the real tokens of each window (windows x tokens); 1 for tokens without windows."""
-        trim, clip = self.gathering.trim, self.gathering.clip
-        if norms.dim() != 2:
-            return torch.ones_like(norms)
-        if self._mask is None or self._mask.shape != norms.shape:
-            return token_scales(norms, trim, clip)
-        scales = torch.zeros_like(norms)
-        for row, keep in enumerate(self._mask.to(norms.device, torch.bool)):
-            scales[row, keep] = token_scales(norms[row : row + 1, keep], trim, clip)[0]
-        return scales
+            self._check(path, mine.gradients.add(g * scales[:, None]), "gradients")
 
     def _add_pulled(self, path: str, pulled: Tensor) -> None:
         mine = self.statistics[path]
-        rows = self._windows(path, pulled) * self._scales.pop(path)[..., None]
         mine.pulled = mine.pulled or GramSum.empty(mine.shape[1], self.device)
-        self._check(path, mine.pulled.add(all_tokens(rows, self._mask)), "gradients")
+        self._check(path, mine.pulled.add(pulled * self._scales.pop(path)[:, None]), "gradients")
 
     def _add_slope(self, path: str, mine: LayerStatistics, g: Tensor, x: Tensor) -> None:
         if mine.slope is None:
