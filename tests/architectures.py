@@ -48,8 +48,8 @@ ARCHITECTURES = {
 }
 
 SHARING = {**SMALL, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 259, "num_kv_shared_layers": 2}
-LATENT_ATTENTION = {key: value for key, value in {**WIDTHS, **LATENT, **SHARED}.items() if key != "n_shared_experts"}
-UNUSUAL = {  # what blocks are called with, or read, has another form; through the statistics only, for the time it takes
+LATENT_ATTENTION = {**WIDTHS, **LATENT, **SHARED}
+UNUSUAL = {  # what blocks are called with, or read, has another form; not put through all of test_architectures.py
     "gemma3n": ("Gemma3nTextConfig", {**SHARING, "num_hidden_layers": 4, "sliding_window": 16}),
     "gemma4": (
         "Gemma4TextConfig",
@@ -61,14 +61,24 @@ UNUSUAL = {  # what blocks are called with, or read, has another form; through t
     "glm_moe_dsa": (
         "GlmMoeDsaConfig",
         {
-            **LATENT_ATTENTION, "n_shared_experts": 1, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
+            **LATENT_ATTENTION, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
             "num_hidden_layers": 3, "index_topk": 6, "index_n_heads": 2, "index_head_dim": 8,
             "indexer_types": ["full", "shared", "shared"], "num_key_value_heads": 4,
         },
     ),
-    "deepseek_v2": ("DeepseekV2Config", {**LATENT_ATTENTION, "n_shared_experts": 1, "moe_intermediate_size": 24}),
+    "deepseek_v2": ("DeepseekV2Config", {**LATENT_ATTENTION, "moe_intermediate_size": 24, "num_experts_per_tok": 2}),
     "minicpm3": ("MiniCPM3Config", {**WIDTHS, **LATENT}),
-    "deepseek_v4": ("DeepseekV4Config", {**SMALL, "moe_intermediate_size": 24, "n_routed_experts": 4}),
+    "deepseek_v4": (
+        "DeepseekV4Config",
+        {
+            **SMALL, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 16,
+            "o_lora_rank": 8, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4,
+            "qk_rope_head_dim": 4, "sliding_window": 16, "hc_mult": 2, "num_key_value_heads": 1,
+            "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+            "mlp_layer_types": ["hash_moe", "moe"],
+            "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        },
+    ),
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ gradient of a weight is ever asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from slimrank.statistics.routing import Routing
 from slimrank.statistics.sums import ChannelSums, GramSum, SampleGradients, weight_gradient_squares
 from slimrank.statistics.tokens import Places, Tokens
 from slimrank.statistics.truncation import truncate_output
+from slimrank.statistics.windows import BatchWindows, Part
 
 INPUT_NEEDS = {"column", "gram", "channels"}
 UNPLACED = (
@@ -61,7 +62,8 @@ class Collector:
         self._tokens = Tokens()
         self._batch = -1
         self._seen: list[tuple[Tensor, int, str]] = []
-        self._scales: dict[str, Tensor] = {}
+        self._calls: dict[str, _Call] = {}
+        self._windows = BatchWindows()
         self._batch_grams: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
@@ -72,9 +74,12 @@ class Collector:
             self._handles.append(layer.register_forward_hook(self._writes(path)))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        if error is None:
+            self._end_batch()
+        self._calls, self._windows = {}, BatchWindows()
         self._seen, self._batch_grams = [], {}
 
     def begin(self, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
@@ -84,8 +89,15 @@ class Collector:
             mask: its padding mask (1 = a real token).
             shape: (windows, tokens), by which tokens are told apart whatever shape a layer reads them in.
         """
+        self._end_batch()
         self._tokens, self._seen, self._batch_grams = Tokens(mask, shape), [], {}
         self._batch += 1
+
+    def _end_batch(self) -> None:
+        """Take what is left of windows where some call of a layer got no gradient."""
+        for path in list(self._windows.parts):
+            self._add_samples(path, self._windows.take(path))
+        self._windows = BatchWindows()
 
     # forwards -----------------------------------------------------------------------------------------------
 
@@ -93,12 +105,14 @@ class Collector:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> Any:
             x = args[0]
             mine = self._of(path, module)
-            mine.tokens += len(self._real(path, x[..., :1]))
+            call = self._calls[path] = _Call(self._numbers(path, x))
+            rows = self._tokens.real(x.detach(), call.numbers)
+            mine.tokens += len(rows)
             leader = next((name for known, version, name in self._seen if _same(known, version, x)), None)
             if leader is None:
                 self._seen.append((x, x._version, path))
                 leader = path
-                self._add_inputs(path, mine, self._real(path, x.detach()))
+                self._add_inputs(path, mine, rows)
             if self.leaders.setdefault(path, leader) != leader:
                 raise ModelError(
                     f"the layer '{path}' reads the same tensor as '{leader}' in some batches only.",
@@ -106,21 +120,17 @@ class Collector:
                 )
             first = self.statistics[leader]
             if leader != path and first.inputs is None and self._sums_inputs(path, mine):
-                self._add_gram(path, mine, self._real(path, x.detach()))
+                self._add_gram(path, mine, rows)
             else:
                 mine.inputs = first.inputs
             mine.channels = first.channels
-            return self._own_view(path, x, args) if self._pulls(mine) and x.requires_grad else None
+            return self._own_view(path, call, args) if self._pulls(mine) and x.requires_grad else None
 
         return observe
 
     def _numbers(self, path: str, x: Tensor) -> Tensor | None:
         """The token of each row that a layer reads or gives; None where that cannot be told."""
         return self.routing.numbers(path) if path in self.routed else self._tokens.numbers(x)
-
-    def _real(self, path: str, x: Tensor) -> Tensor:
-        """The rows of real tokens, of what a layer reads or gives."""
-        return self._tokens.real(x, self._numbers(path, x))
 
     def _of(self, path: str, module: nn.Module) -> LayerStatistics:
         if path not in self.statistics:
@@ -158,18 +168,19 @@ class Collector:
             if "projectors" in self.gathering.needs and mine.rank is not None:
                 return truncate_output(mine, module, self._batch_grams[self.leaders[path]], output)
             if self.gathering.backward and output.requires_grad:
-                x = args[0].detach()
-                numbers = self._numbers(path, x)
-                output.register_hook(lambda g: self._add_gradients(path, mine, x, g, numbers))
+                call, x = self._calls[path], args[0].detach()
+                self._windows.expected[path] += 1
+                output.register_hook(lambda g: self._add_gradients(path, mine, call, x, g))
             return None
 
         return observe
 
     def _add_outputs(self, path: str, mine: LayerStatistics, module: nn.Module, x: Tensor, y: Tensor) -> None:
         bias = getattr(module, "bias", None)
-        rows = self._real(path, y if bias is None else y - bias)
+        numbers = self._calls[path].numbers
+        rows = self._tokens.real(y if bias is None else y - bias, numbers)
         mine.outputs = mine.outputs or GramSum.empty(mine.shape[0], self.device)
-        norms = token_norms(self._real(path, x))
+        norms = token_norms(self._tokens.real(x, numbers))
         mine.input_energy += float(norms.to(self.device).double().square().sum())
         self._check(path, mine.outputs.add(rows), "outputs")
 
@@ -181,26 +192,26 @@ class Collector:
     def _pulls(self, mine: LayerStatistics) -> bool:
         return "row" in self.gathering.needs and mine.shape[0] > mine.shape[1]
 
-    def _own_view(self, path: str, x: Tensor, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _own_view(self, path: str, call: _Call, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments with x as a view of its own, so that its gradient is that of this layer alone: W^T g."""
-        view, numbers = x.view_as(x), self._numbers(path, x)
-        view.register_hook(lambda pulled: self._add_pulled(path, self._tokens.real(pulled, numbers)))
+        view = args[0].view_as(args[0])
+        view.register_hook(lambda pulled: self._add_pulled(path, call, pulled))
         return (view, *args[1:])
 
-    def _add_gradients(self, path: str, mine: LayerStatistics, x: Tensor, g: Tensor, numbers: Tensor | None) -> None:
+    def _add_gradients(self, path: str, mine: LayerStatistics, call: _Call, x: Tensor, g: Tensor) -> None:
         needs = self.gathering.needs
-        places = self._tokens.places(x, numbers)
-        rows_g, rows_x = self._tokens.real(g, numbers), self._tokens.real(x, numbers)
+        places = self._tokens.places(x, call.numbers)
+        rows_g, rows_x = (self._tokens.real(part, call.numbers) for part in (g, x))
         if "row" in needs:
-            self._add_row(path, mine, rows_g, self._scales_of(mine, x, rows_g, places))
+            call.scales = self._scales_of(mine, x, rows_g, places)
+            self._add_row(path, mine, rows_g, call.scales)
         if "slope" in needs:
             self._add_slope(path, mine, rows_g, rows_x)
         if needs & {"weight_squares", "gradients"}:
-            by_window = [self._by_window(path, x, rows, places) for rows in (rows_g, rows_x)]
-            for window_g, window_x in zip(*by_window, strict=True):
-                self._add_sample(path, mine, window_g, window_x)
+            self._windows.add(path, *(self._by_window(path, x, rows, places) for rows in (rows_g, rows_x)))
+            self._add_samples(path, self._windows.complete(path))
 
-    def _by_window(self, path: str, x: Tensor, rows: Tensor, places: Places | None) -> Sequence[Tensor]:
+    def _by_window(self, path: str, x: Tensor, rows: Tensor, places: Places | None) -> dict[int, Tensor]:
         """The rows of each window.
 
         Raises:
@@ -210,7 +221,7 @@ class Collector:
             return places.by_window(rows)
         shape = self._tokens.shape_beside(x)
         if shape is None or shape[0] == 1:
-            return [rows]
+            return {0: rows}
         raise ModelError(
             f"the layer '{path}' reads tokens in the shape {tuple(x.shape)}, and nothing tells their windows apart.",
             f"take one window at a time: --batch-size 1; or leave the layer out: --ignore '{path}'",
@@ -227,19 +238,20 @@ class Collector:
         return scales_anywhere(norms, torch.full((shape[0],), shape[1]), trim)
 
     def _add_row(self, path: str, mine: LayerStatistics, g: Tensor, scales: Tensor) -> None:
-        """Add output gradients, trimmed and clipped, or remember by how much for when their pull-back comes."""
+        """Add output gradients, trimmed and clipped; only their energy, where their pull-back comes later."""
         if self._pulls(mine):
-            self._scales[path] = scales
             held = (scales * token_norms(g)).to(self.device).double()
             mine.gradient_energy += float(held.square().sum())
         else:
             mine.gradients = mine.gradients or GramSum.empty(mine.shape[0], self.device)
             self._check(path, mine.gradients.add(g * scales[:, None]), "gradients")
 
-    def _add_pulled(self, path: str, pulled: Tensor) -> None:
+    def _add_pulled(self, path: str, call: _Call, pulled: Tensor) -> None:
         mine = self.statistics[path]
         mine.pulled = mine.pulled or GramSum.empty(mine.shape[1], self.device)
-        self._check(path, mine.pulled.add(pulled * self._scales.pop(path)[:, None]), "gradients")
+        assert call.scales is not None  # the gradient by the output comes first
+        rows = self._tokens.real(pulled, call.numbers) * call.scales[:, None]
+        self._check(path, mine.pulled.add(rows), "gradients")
 
     def _add_slope(self, path: str, mine: LayerStatistics, g: Tensor, x: Tensor) -> None:
         if mine.slope is None:
@@ -248,6 +260,10 @@ class Collector:
         slope = (g.to(wide).t() @ x.to(wide)).to(mine.slope.device)
         mine.slope += slope
         self._check(path, bool(torch.isfinite(slope).all()), "gradients")
+
+    def _add_samples(self, path: str, windows: Iterable[Part]) -> None:
+        for g, x in windows:
+            self._add_sample(path, self.statistics[path], g, x)
 
     def _add_sample(self, path: str, mine: LayerStatistics, g: Tensor, x: Tensor) -> None:
         if "weight_squares" in self.gathering.needs:
@@ -266,6 +282,14 @@ class Collector:
                 f"NaN or infinity in the {what} of layer '{path}' (batch {self._batch}).",
                 "run in float32 (--dtype float32); check that the model itself is sound",
             )
+
+
+@dataclass
+class _Call:
+    """One call of a layer: the tokens that it reads, and what their gradients are multiplied with."""
+
+    numbers: Tensor | None
+    scales: Tensor | None = None
 
 
 def _same(known: Tensor, version: int, x: Tensor) -> bool:

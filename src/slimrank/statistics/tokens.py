@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -70,10 +69,10 @@ class Places:
     position: Tensor
     lengths: Tensor
 
-    def by_window(self, rows: Tensor) -> Sequence[Tensor]:
+    def by_window(self, rows: Tensor) -> dict[int, Tensor]:
         """The rows of each window that has some."""
-        counts = torch.unique_consecutive(self.window, return_counts=True)[1]
-        return rows.split(counts.tolist())
+        windows, counts = torch.unique_consecutive(self.window, return_counts=True)
+        return dict(zip(windows.tolist(), rows.split(counts.tolist()), strict=True))
 
 
 def rows_per_token(leading: tuple[int, ...], windows: int, tokens: int) -> int | None:
