@@ -29,7 +29,7 @@ class Container:
 
     Attributes:
         number: equal for all blocks that are handed the same object.
-        held: the mapping as the model made it.
+        held: the mapping as it was before any block wrote to it.
     """
 
     number: int
@@ -129,7 +129,7 @@ class Recorder(Patched):
     def _marked(self, value: Any) -> Any:
         """The value with a `Container` instead of every mapping in it."""
         if isinstance(value, MutableMapping):
-            return self._containers.setdefault(id(value), Container(len(self._containers), value))
+            return self._containers.setdefault(id(value), Container(len(self._containers), copy(value)))
         return mapped(value, self._marked)
 
 
