@@ -4,12 +4,14 @@ import functools
 
 import pytest
 import torch
+from test_refining import check_refined
 from torch.nn.functional import log_softmax
 
 from architectures import random_model
 from method_runs import assert_same, compress, interrupted_then_resumed, low_rank, product
+from slimrank.layers.experts import unfuse
+from slimrank.models.swap import swapped
 from slimrank.pipeline.probe import ModelProbe
-from test_refining import check_refined
 
 HANDING = ["gemma3n", "gemma4", "glm_moe_dsa"]
 SEARCH = {"search_samples": 3}
@@ -29,9 +31,15 @@ def test_resident_and_streamed_agree(method, name, monkeypatch):
 def test_refined_against_the_finished_model(name):
     """Errors are those of raw tokens through both whole models, in float64: neither stream reads the other's states."""
     settings = {"anchor": 1, "ridge": 0.0, "held_out": 0, "residual": False}
-    result = compress(random_model(name).double(), refine="regress", refine_options=settings, ignore=("*experts*",))
+    result = compress(random_model(name).double(), refine="regress", refine_options=settings)
     dense = random_model(name).double()
-    refined = [row["path"] for row in result.report["targets"] if "refined" in row]
+    unfuse(dense)  # fused experts know no float64
+    rows = result.report["targets"]
+    others = (
+        (".mlp.experts.", ".mlp.down_proj") if name == "gemma3n" else (".mlp.experts.",)
+    )  # several residual streams
+    refined = [row["path"] for row in rows if "refined" in row and not any(other in row["path"] for other in others)]
+    assert refined
     check_refined(result, dense, 1, "none", paths=refined, rel=1e-6, residual=False)
 
 
@@ -52,37 +60,30 @@ def whole(name):
 
 @pytest.mark.parametrize("name", HANDING)
 def test_measured_effects_are_those_of_the_whole_model(name, monkeypatch):
-    """Of single cuts, from the first block or a later one, and of a plan."""
+    """The last cut of every block, against whole passes."""
     seen, real = [], ModelProbe._block
 
     def spy(self, index, states, cuts):
         found = real(self, index, states, cuts)
-        seen.append((self, dict(list(cuts)[-1:]), found))
+        path, rank = cuts[-1]
+        seen.append((index, found[path][str(rank)][0], divergence(self, path, rank)))
         return found
 
     monkeypatch.setattr(ModelProbe, "_block", spy)
     compress(random_model(name), allocation="lems", **SEARCH)
-    model = random_model(name)
-    assert len(seen) == len({min(probe.units[p].blocks) for probe, cuts, _ in seen for p in cuts})
-    for probe, cuts, found in seen:
-        ((path, rank),) = cuts.items()
-        measuring = probe._scorer
-        expected = divergence(model, probe, path, rank, measuring.temperature, measuring.dropped)
-        assert found[path][str(rank)][0] == pytest.approx(expected, rel=1e-3, abs=1e-10)
+    assert len({index for index, _, _ in seen}) > 2
+    for _, found, expected in seen:
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-10)
 
 
-def divergence(model, probe, path, rank, temperature, dropped):
-    """KL in nats a token, from whole passes in float64 of the logits."""
-    from slimrank.layers.experts import unfuse
-    from slimrank.models.swap import swapped
-
-    unfuse(model)
+def divergence(probe, path, rank):
+    """KL in nats a token, from the logits of whole passes, in float64."""
+    model, temperature, dropped = probe.job.model, probe._scorer.temperature, probe._scorer.dropped
     windows = torch.cat([batch.input_ids for batch in probe._batches])
-    with torch.no_grad():
-        before = model(input_ids=windows).logits[:, dropped:].double() / temperature
-        with swapped(model, probe.spectra.layers(probe.units[path], rank)):
-            after = model(input_ids=windows).logits[:, dropped:].double() / temperature
-    p, q = log_softmax(before, -1), log_softmax(after, -1)
+    before = model(input_ids=windows).logits[:, dropped:].double()
+    with swapped(model, probe.spectra.layers(probe.units[path], rank)):
+        after = model(input_ids=windows).logits[:, dropped:].double()
+    p, q = (log_softmax(logits / temperature, dim=-1) for logits in (before, after))
     return float((p.exp() * (p - q)).sum()) / p[..., 0].numel()
 
 
@@ -90,7 +91,9 @@ def divergence(model, probe, path, rank, temperature, dropped):
 @pytest.mark.parametrize("allocation", ["fermigrad", "ada_cr"])
 def test_allocations_that_measure(allocation, name):
     options = {"steps": 4} if allocation == "fermigrad" else {}
-    result = compress(random_model(name), allocation=allocation, allocation_options=options, method="kfac_svd", **SEARCH)
+    result = compress(
+        random_model(name), allocation=allocation, allocation_options=options, method="kfac_svd", **SEARCH
+    )
     assert low_rank(result.model)
 
 

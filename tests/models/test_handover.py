@@ -148,7 +148,7 @@ class Keeps:
 
 
 def hands(monkeypatch, model, change):
-    """Every block is also called with an object and a mapping that `change` (index, hidden, object, mapping) may write."""
+    """Every block is also called with an object and a mapping, which `change` may write to."""
     keeps, mapping = Keeps(), {}
     for index, block in enumerate(model.model.layers):
         own = block.forward
@@ -173,7 +173,9 @@ def counts(index, hidden, keeps, mapping):
     return hidden
 
 
-@pytest.mark.parametrize("change, reason", [(remembers, "changes an argument"), (counts, "hands 'count' to later blocks")])
+@pytest.mark.parametrize(
+    "change, reason", [(remembers, "changes an argument"), (counts, "hands 'count' to later blocks")]
+)
 def test_what_cannot_be_handed_on_is_refused(monkeypatch, change, reason):
     runner = runner_of(hands(monkeypatch, tiny_model(), change))
     with runner.session(), pytest.raises(ModelError, match=reason):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import nn
 
-from slimrank.models.order import reading_order, run_until_read
+from slimrank.models.order import calls_of, reading_order, run_until_read
 from slimrank.models.recording import Batch
 from slimrank.models.residual import Place, answers_of, residual_places
 from slimrank.models.states import State
@@ -63,6 +64,7 @@ class TwoStreams:
         self.compressed: list[State] = []
         self._parts: list[range] = []  # numbers of batches
         self._known: dict[str, Place | None] = {}
+        self._times: Counter[str] = Counter()  # calls of a layer in one pass of its block
 
     def start(self) -> None:
         """Embed the windows."""
@@ -75,11 +77,11 @@ class TwoStreams:
 
     def stages(self, index: int, paths: list[str]) -> list[list[str]]:
         """Layers whose sums are gathered in one go, in order; at least one stage, for the streams to go on."""
-        if not self.following.true_sequential or not paths:
-            return [paths]
         layers = {path: self.job.model.get_submodule(path) for path in paths}
+        run = partial(self.runner.run, index, 0, self.compressed[0])
         with self.runner.placed_block(index):
-            return reading_order(layers, lambda: self.runner.run(index, 0, self.compressed[0]))
+            self._times = calls_of(layers, run) if paths else Counter()
+            return reading_order(layers, run) if self.following.true_sequential and paths else [paths]
 
     def gather(
         self, index: int, originals: Mapping[str, nn.Module], paths: list[str], last: bool
@@ -133,6 +135,7 @@ class TwoStreams:
     def _run(self, both: _Both, b: int, collector: StreamCollector) -> None:
         """One batch through the block, first as it was, then as it is; no further than is needed."""
         layers, originals, exits = both.layers, both.originals, both.at("exit")
+        calls = list(Counter({path: self._times[path] for path in layers}).elements())
         rest = {path: self.original[b].hidden for path in both.at("entry")}  # noqa: C420  (there may be no original stream)
         run, following = partial(self.runner.run, both.index, b), self.following
         if following.anchor:
@@ -142,12 +145,12 @@ class TwoStreams:
                     rest |= {path: after.hidden - answers[path].view_as(after.hidden) for path in exits}
                     self.original[b] = self.runner.kept(after) if both.last else self.original[b]
                 else:
-                    run_until_read([originals[path] for path in layers], partial(run, self.original[b]))
+                    run_until_read([originals[path] for path in calls], partial(run, self.original[b]))
         if exits:
             with answers_of({path: layers[path] for path in exits}) as answers:
                 output = run(self.compressed[b]).hidden
         elif layers:
-            run_until_read(layers.values(), partial(run, self.compressed[b]))
+            run_until_read([layers[path] for path in calls], partial(run, self.compressed[b]))
         for path, before in rest.items():
             now = self.compressed[b].hidden if path not in exits else output - answers[path].view_as(output)
             collector.add_lack(path, following.anchor * (before.to(now) - now))

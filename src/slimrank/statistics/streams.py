@@ -142,7 +142,7 @@ class StreamCollector:
     def __post_init__(self) -> None:
         self._read: dict[str, tuple[Tensor, Tensor]] = {}
         self._batch = Tokens()
-        self._original: dict[str, Tensor] = {}
+        self._original: dict[str, list[Tensor]] = {}  # one for each call of a layer
         self._seen: list[tuple[Tensor, str]] = []
         self._leaders: dict[str, str] = {}
         self._handles: list[Any] = []
@@ -177,7 +177,7 @@ class StreamCollector:
 
     def _remember(self, path: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._original[path] = args[0]
+            self._original.setdefault(path, []).append(args[0])
 
         return observe
 
@@ -214,12 +214,13 @@ class StreamCollector:
         """The mixture of what the layer reads in both models."""
         if self._own(path):
             return x
-        original = self._original.get(path)
+        original = next(iter(self._original.get(path, ())), None)
         if original is None or original.shape != x.shape:
             raise ModelError(
                 f"the layer '{path}' reads other tokens in the compressed model than in the original.",
                 "--refine-option anchor=0 does without the original",
             )
+        del self._original[path][0]
         return torch.lerp(x, original.to(x), self.anchor)
 
     def _own(self, path: str) -> bool:
