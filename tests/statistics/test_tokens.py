@@ -78,6 +78,17 @@ def test_another_shape_of_the_same_tokens(shape, m, n):
     assert found.notes == ()
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_windows_of_other_tokens(padded):
+    """Pooled or learnt tokens are no tokens of the text, but belong to its windows."""
+    x = torch.randn(W, T + 4, 6)
+    batch = Tokens(torch.zeros(W, T) if padded else None, (W, T))
+    places = batch.places(x, batch.numbers(x))
+    assert places.lengths.tolist() == [T + 4] * W
+    for window, rows in places.by_window(batch.real(x, batch.numbers(x))).items():
+        assert torch.equal(rows, x[window])
+
+
 def test_tokens_before_windows_are_not_mistaken():
     """Their gradients weigh as much as if they were trimmed, and windows that cannot be told apart are refused."""
     layer, row = nn.Linear(4, 3), Gathering(needs={"row"}, trim=0.25, clip=None)

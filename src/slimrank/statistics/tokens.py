@@ -16,11 +16,20 @@ class Tokens:
 
     Attributes:
         mask: windows x tokens, 1 = a real token; None: all are.
-        shape: (windows, tokens); None: that of the mask, or of a tensor of three dimensions.
+        shape: (windows, tokens); None: that of the mask, or of any tensor of three dimensions.
     """
 
     mask: Tensor | None = None
     shape: tuple[int, ...] | None = None
+
+    def shape_beside(self, x: Tensor) -> tuple[int, ...] | None:
+        """(windows, tokens) of a tensor (..., n), as far as it is known; it may count other tokens (pooled, learnt)."""
+        leading = tuple(x.shape[:-1])
+        shape = self.shape if self.mask is None else tuple(self.mask.shape)
+        if shape is None:
+            return leading if len(leading) == 2 else None
+        others = len(leading) == 2 and leading[0] == shape[0] and rows_per_token(leading, *shape) is None
+        return leading if others else shape
 
     def numbers(self, x: Tensor) -> Tensor | None:
         """The token of each row of a tensor (..., n), where its shape tells them: see `rows_per_token`."""
@@ -30,29 +39,26 @@ class Tokens:
             return None
         return torch.arange(shape[0] * shape[1], device=x.device).repeat_interleave(repeats)
 
-    def shape_beside(self, x: Tensor) -> tuple[int, ...] | None:
-        """(windows, tokens), as far as it is known."""
-        if self.shape is not None or self.mask is not None:
-            return self.shape if self.mask is None else tuple(self.mask.shape)
-        return tuple(x.shape[:2]) if x.dim() == 3 else None
-
     def real(self, x: Tensor, numbers: Tensor | None) -> Tensor:
         """The rows (rows x n) of a tensor (..., n) that belong to real tokens; all where that cannot be told."""
-        rows = x.reshape(-1, x.shape[-1])
-        if self.mask is None or numbers is None:
-            return rows
-        return rows[self.mask.to(rows.device, torch.bool).flatten()[numbers]]
+        rows, mask = x.reshape(-1, x.shape[-1]), self._mask_of(x)
+        return rows if mask is None or numbers is None else rows[mask.flatten()[numbers]]
 
     def places(self, x: Tensor, numbers: Tensor | None) -> Places | None:
         """Where the real rows of a tensor stand; None where that cannot be told."""
-        shape = self.shape_beside(x)
+        shape, mask = self.shape_beside(x), self._mask_of(x)
         if shape is None or numbers is None:
             return None
-        real = torch.ones(shape) if self.mask is None else self.mask
-        real = real.to(x.device, torch.bool)
+        real = torch.ones(shape, dtype=torch.bool, device=x.device) if mask is None else mask
         chosen = numbers[real.flatten()[numbers]]
         position = real.cumsum(dim=1).flatten()[chosen] - 1
         return Places(chosen // shape[1], position, real.sum(dim=1))
+
+    def _mask_of(self, x: Tensor) -> Tensor | None:
+        """Which tokens are real; None where all are, or a tensor counts others."""
+        if self.mask is None or self.shape_beside(x) != tuple(self.mask.shape):
+            return None
+        return self.mask.to(x.device, torch.bool)
 
 
 @dataclass(frozen=True)
