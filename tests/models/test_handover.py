@@ -182,6 +182,35 @@ def test_what_cannot_be_handed_on_is_refused(monkeypatch, change, reason):
         runner.embed(batches())
 
 
+def test_mappings_of_a_block_alone_are_not_mixed_up(monkeypatch):
+    """Every block gets a new one, at the place in memory where that of another block was."""
+    model, seen = tiny_model(), []
+    for index, block in enumerate(model.model.layers):
+        own = block.forward
+
+        def forward(hidden, *args, own=own, number=None, **kwargs):
+            seen.append(number["index"])
+            return own(hidden, *args, **kwargs)
+
+        monkeypatch.setattr(block, "forward", forward)
+        block.register_forward_pre_hook(
+            lambda module, args, kwargs, index=index: (args, {**kwargs, "number": {"index": index}}), with_kwargs=True
+        )
+    runner = runner_of(model)
+    with runner.session():
+        runner.embed(batches())
+        seen.clear()
+        for index in range(len(runner)):
+            with_hooks_off(runner, index)
+    assert seen == [0, 0, 1, 1, 2, 2]
+
+
+def with_hooks_off(runner, index):
+    """Run a block with nothing but what was recorded."""
+    runner.blocks[index]._forward_pre_hooks.clear()
+    runner.step(index)
+
+
 def test_blocks_that_remember_by_themselves_are_refused(monkeypatch):
     model, kept = tiny_model(), []
     for block in model.model.layers:

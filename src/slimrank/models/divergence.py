@@ -23,7 +23,8 @@ from slimrank.models.states import State
 
 CACHED = 2**18  # numbers: of a CPU's cache
 AT_ONCE = 2**26  # numbers: 256 MB of float32, on an accelerator
-NEAR = 0.1  # differences of logarithms below it: a series of four terms is exact to float32
+NEAR = 1e-2  # nats: rounding of float32 is a hundred thousandth of it
+LARGEST = 80.0  # of a difference of logarithms whose exponential float32 can hold
 
 
 class Scorer:
@@ -77,14 +78,22 @@ class Scorer:
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> float:
-    """KL(p || q), summed over all distributions (..., vocabulary): sum of p (e^d - 1 - d), d = log q - log p.
+    """KL(p || q), summed over all distributions (..., vocabulary); both in float32.
 
-    No term is negative, and errors of rounding in d count by their squares; those of -sum p d would count as they are.
+    With d = log q - log p it is -sum p d, in which errors of rounding in d count as they are. Where that is small it is
+    sum p (e^d - 1 - d): no term is negative, and those errors count by their squares.
     """
-    d, p = log_q - log_p, log_p.exp()
-    near = p * d.square() * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d / 120)))
-    far = log_q.exp() - p - torch.where(p > 0, p * d, 0)
-    return float(torch.where(d.abs() < NEAR, near, far).sum(dim=-1).cpu().double().sum())
+    p = log_p.exp()
+    never = p == 0
+    d = (log_q - log_p).masked_fill_(never, 0)
+    found = -(p * d).sum(dim=-1)
+    near = found < NEAR
+    if bool(near.any()):
+        terms = torch.expm1(d.clamp_(max=LARGEST)).sub_(d).clamp_(min=0).mul_(p)
+        if bool(never.any()):
+            terms += log_q.exp() * never
+        found = torch.where(near, terms.sum(dim=-1), found)
+    return float(found.cpu().double().sum())
 
 
 def _divergence(expected: Tensor, logits: Tensor, temperature: float) -> float:

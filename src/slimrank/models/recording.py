@@ -85,7 +85,7 @@ class Recorder(Patched):
     def record(self, model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, list[Call]]:
         """The hidden states that enter the first block, and what each block was called with."""
         self.calls, self.hidden = [None] * len(self.blocks), None
-        self._containers: dict[int, Container] = {}
+        self._containers: list[tuple[Any, Container]] = []
         mask = batch.attention_mask
         with suppress(_LastBlockReached):
             model(
@@ -128,9 +128,13 @@ class Recorder(Patched):
 
     def _marked(self, value: Any) -> Any:
         """The value with a `Container` instead of every mapping in it."""
-        if isinstance(value, MutableMapping):
-            return self._containers.setdefault(id(value), Container(len(self._containers), copy(value)))
-        return mapped(value, self._marked)
+        if not isinstance(value, MutableMapping):
+            return mapped(value, self._marked)
+        known = next((container for held, container in self._containers if held is value), None)
+        if known is None:
+            known = Container(len(self._containers), copy(value))
+            self._containers.append((value, known))
+        return known
 
 
 def opened(call: Call, mapping: Callable[[Container], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
