@@ -66,6 +66,10 @@ UNUSUAL = {  # what blocks are called with, or read, has another form; not put t
             "indexer_types": ["full", "shared", "shared"], "num_key_value_heads": 4,
         },
     ),
+    "zaya": (
+        "ZayaConfig",
+        {**SMALL, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 24},
+    ),
     "deepseek_v2": ("DeepseekV2Config", {**LATENT_ATTENTION, "moe_intermediate_size": 24, "num_experts_per_tok": 2}),
     "minicpm3": ("MiniCPM3Config", {**WIDTHS, **LATENT}),
     "deepseek_v4": (

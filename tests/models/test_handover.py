@@ -13,7 +13,7 @@ from slimrank.models.states import State, named, states_named
 from slimrank.models.structure import find_blocks
 
 CPU = torch.device("cpu")
-HANDING = {"gemma3n": 1, "gemma4": 0, "glm_moe_dsa": 0}  # name -> where hidden states count windows
+HANDING = {"gemma3n": 1, "gemma4": 0, "glm_moe_dsa": 0, "zaya": 0}  # name -> where hidden states count windows
 WINDOWS, TOKENS = 3, 9
 
 

@@ -113,9 +113,11 @@ class Collector:
                 self._seen.append((x, x._version, path))
                 leader = path
                 self._add_inputs(path, mine, rows)
-            if self.leaders.setdefault(path, leader) != leader:
+            known = self.leaders.setdefault(path, leader)
+            if known != leader:
                 raise ModelError(
-                    f"the layer '{path}' reads the same tensor as '{leader}' in some batches only.",
+                    f"the layer '{path}' reads the same tensor as '{known if leader == path else leader}' in some "
+                    "batches only.",
                     f"leave it out: --ignore '{path}'",
                 )
             first = self.statistics[leader]
