@@ -105,8 +105,7 @@ def test_those_of_plain_autograd(name):
         assert len(statistics.samples) == len(dense)
 
 
+@pytest.mark.skipif("zaya" not in UNUSUAL, reason="this transformers has no Zaya")
 def test_a_layer_that_reads_with_others_in_one_of_its_calls_is_refused():
-    with pytest.raises(
-        ModelError, match=r"v_proj_delayed' reads the same tensor as 'model\.layers\.3\..*q_proj' in some"
-    ):
+    with pytest.raises(ModelError, match=r"v_proj_delayed' reads the same tensor as 'model\..*q_proj' in some"):
         streamed(model_of("zaya"), batches(WINDOWS), PLAIN)

@@ -8,7 +8,8 @@ from torch import nn
 from architectures import random_model
 from slimrank.errors import ModelError
 from slimrank.layers.experts import Experts, unfuse
-from slimrank.statistics.collector import UNPLACED, Collector
+from slimrank.statistics.calls import UNPLACED
+from slimrank.statistics.collector import Collector
 from slimrank.statistics.needs import Gathering
 from slimrank.statistics.routing import Routing
 from slimrank.statistics.tokens import Tokens, rows_per_token

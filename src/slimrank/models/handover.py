@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from slimrank.errors import ModelError
 from slimrank.models.paging import page_out
 from slimrank.models.recording import Batch, Call, Container, Recorder, extras_of, first_of, opened
-from slimrank.models.states import State, tensors_in, with_tensors
+from slimrank.models.states import State, only_none, tensors_in, with_tensors
 
 PROBE_TOKENS = 8
 CLOSE = 1e-3  # of the largest output: a block that is run alone gives no more than rounding else
@@ -107,12 +107,12 @@ class Handover:
             return
         name = _name(number, key)
         tensors: dict[str, Tensor | None] = dict.fromkeys(dict(tensors_in(value, name)))
-        if not self.learning or not tensors:
+        rest = with_tensors(value, name, tensors)
+        if not self.learning or not only_none(rest):
             raise ModelError(
-                f"block {index} hands '{key}' to later blocks, which cannot be kept for them: {type(value).__name__}.",
-                _HINT,
+                f"block {index} hands '{key}' to later blocks, in which there is more than tensors ({rest}).", _HINT
             )
-        self.values[number, key] = with_tensors(value, name, tensors)
+        self.values[number, key] = rest
 
 
 def _name(number: int, key: Any) -> str:

@@ -86,6 +86,15 @@ def with_tensors(tree: Any, name: str, tensors: Mapping[str, Tensor | None]) -> 
     return tree
 
 
+def only_none(tree: Any) -> bool:
+    """Whether nothing but None is in nested tuples, lists and mappings."""
+    return all(only_none(value) for _, value in _parts(tree)) if _is_tree(tree) else tree is None
+
+
+def _is_tree(tree: Any) -> bool:
+    return isinstance(tree, (Mapping, tuple, list))
+
+
 def _parts(tree: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(tree, Mapping):
         yield from tree.items()

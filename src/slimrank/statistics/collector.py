@@ -16,20 +16,17 @@ from torch import Tensor, nn
 
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.layers.dense import weight_of
-from slimrank.statistics.gradients import scales_anywhere, token_norms, token_scales
+from slimrank.statistics.calls import LayerCall
+from slimrank.statistics.gradients import token_norms
 from slimrank.statistics.layer import LayerStatistics
 from slimrank.statistics.needs import Gathering
 from slimrank.statistics.routing import Routing
 from slimrank.statistics.sums import ChannelSums, GramSum, SampleGradients, weight_gradient_squares
-from slimrank.statistics.tokens import Places, Tokens
+from slimrank.statistics.tokens import Tokens
 from slimrank.statistics.truncation import truncate_output
 from slimrank.statistics.windows import BatchWindows, Part
 
 INPUT_NEEDS = {"column", "gram", "channels"}
-UNPLACED = (
-    "the positions of its tokens are not known: gradients are neither trimmed nor clipped, but weigh as much in all as "
-    "those of other layers"
-)
 
 
 @dataclass
@@ -62,7 +59,7 @@ class Collector:
         self._tokens = Tokens()
         self._batch = -1
         self._seen: list[tuple[Tensor, int, str]] = []
-        self._calls: dict[str, _Call] = {}
+        self._calls: dict[str, LayerCall] = {}
         self._windows = BatchWindows()
         self._batch_grams: dict[str, Tensor] = {}
         self._handles: list[Any] = []
@@ -105,8 +102,8 @@ class Collector:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> Any:
             x = args[0]
             mine = self._of(path, module)
-            call = self._calls[path] = _Call(self._numbers(path, x))
-            rows = self._tokens.real(x.detach(), call.numbers)
+            call = self._calls[path] = LayerCall(path, x.detach(), self._tokens, self._numbers(path, x))
+            rows = call.real(call.x)
             mine.tokens += len(rows)
             leader = next((name for known, version, name in self._seen if _same(known, version, x)), None)
             if leader is None:
@@ -126,7 +123,7 @@ class Collector:
             else:
                 mine.inputs = first.inputs
             mine.channels = first.channels
-            return self._own_view(path, call, args) if self._pulls(mine) and x.requires_grad else None
+            return self._own_view(call, args) if self._pulls(mine) and x.requires_grad else None
 
         return observe
 
@@ -166,25 +163,24 @@ class Collector:
         def observe(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
             mine = self.statistics[path]
             if "column" in self.gathering.needs and self._by_outputs(path, mine):
-                self._add_outputs(path, mine, module, args[0].detach(), output.detach())
+                self._add_outputs(self._calls[path], mine, module, output.detach())
             if "projectors" in self.gathering.needs and mine.rank is not None:
                 return truncate_output(mine, module, self._batch_grams[self.leaders[path]], output)
             if self.gathering.backward and output.requires_grad:
-                call, x = self._calls[path], args[0].detach()
+                call = self._calls[path]
                 self._windows.expected[path] += 1
-                output.register_hook(lambda g: self._add_gradients(path, mine, call, x, g))
+                output.register_hook(lambda g: self._add_gradients(call, mine, g))
             return None
 
         return observe
 
-    def _add_outputs(self, path: str, mine: LayerStatistics, module: nn.Module, x: Tensor, y: Tensor) -> None:
+    def _add_outputs(self, call: LayerCall, mine: LayerStatistics, module: nn.Module, y: Tensor) -> None:
         bias = getattr(module, "bias", None)
-        numbers = self._calls[path].numbers
-        rows = self._tokens.real(y if bias is None else y - bias, numbers)
+        rows = call.real(y if bias is None else y - bias)
         mine.outputs = mine.outputs or GramSum.empty(mine.shape[0], self.device)
-        norms = token_norms(self._tokens.real(x, numbers))
+        norms = token_norms(call.real(call.x))
         mine.input_energy += float(norms.to(self.device).double().square().sum())
-        self._check(path, mine.outputs.add(rows), "outputs")
+        self._check(call.path, mine.outputs.add(rows), "outputs")
 
     def _by_outputs(self, path: str, mine: LayerStatistics) -> bool:
         return path in self.alone and mine.shape[0] < mine.shape[1] and "gram" not in self.gathering.needs
@@ -194,50 +190,24 @@ class Collector:
     def _pulls(self, mine: LayerStatistics) -> bool:
         return "row" in self.gathering.needs and mine.shape[0] > mine.shape[1]
 
-    def _own_view(self, path: str, call: _Call, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _own_view(self, call: LayerCall, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments with x as a view of its own, so that its gradient is that of this layer alone: W^T g."""
         view = args[0].view_as(args[0])
-        view.register_hook(lambda pulled: self._add_pulled(path, call, pulled))
+        view.register_hook(lambda pulled: self._add_pulled(call, pulled))
         return (view, *args[1:])
 
-    def _add_gradients(self, path: str, mine: LayerStatistics, call: _Call, x: Tensor, g: Tensor) -> None:
-        needs = self.gathering.needs
-        places = self._tokens.places(x, call.numbers)
-        rows_g, rows_x = (self._tokens.real(part, call.numbers) for part in (g, x))
+    def _add_gradients(self, call: LayerCall, mine: LayerStatistics, g: Tensor) -> None:
+        needs, path = self.gathering.needs, call.path
+        rows_g, rows_x = call.real(g), call.real(call.x)
         if "row" in needs:
-            call.scales = self._scales_of(mine, x, rows_g, places)
-            self._add_row(path, mine, rows_g, call.scales)
+            scales, note = call.weigh(rows_g, self.gathering)
+            mine.notes = tuple(dict.fromkeys((*mine.notes, *filter(None, [note]))))
+            self._add_row(path, mine, rows_g, scales)
         if "slope" in needs:
             self._add_slope(path, mine, rows_g, rows_x)
         if needs & {"weight_squares", "gradients"}:
-            self._windows.add(path, *(self._by_window(path, x, rows, places) for rows in (rows_g, rows_x)))
+            self._windows.add(path, call.by_window(rows_g), call.by_window(rows_x))
             self._add_samples(path, self._windows.complete(path))
-
-    def _by_window(self, path: str, x: Tensor, rows: Tensor, places: Places | None) -> dict[int, Tensor]:
-        """The rows of each window.
-
-        Raises:
-            ModelError: there are several windows, and nothing tells which rows belong to which.
-        """
-        if places is not None:
-            return places.by_window(rows)
-        shape = self._tokens.shape_beside(x)
-        if shape is None or shape[0] == 1:
-            return {0: rows}
-        raise ModelError(
-            f"the layer '{path}' reads tokens in the shape {tuple(x.shape)}, and nothing tells their windows apart.",
-            f"take one window at a time: --batch-size 1; or leave the layer out: --ignore '{path}'",
-        )
-
-    def _scales_of(self, mine: LayerStatistics, x: Tensor, g: Tensor, places: Places | None) -> Tensor:
-        """What to multiply each row of gradients with: trimmed and clipped, as far as it is known where they stand."""
-        trim, shape, norms = self.gathering.trim, self._tokens.shape_beside(x), token_norms(g)
-        if places is not None:
-            return token_scales(norms, places, trim, self.gathering.clip)
-        if shape is None:
-            return torch.ones_like(norms)
-        mine.notes = tuple(dict.fromkeys((*mine.notes, UNPLACED)))
-        return scales_anywhere(norms, torch.full((shape[0],), shape[1]), trim)
 
     def _add_row(self, path: str, mine: LayerStatistics, g: Tensor, scales: Tensor) -> None:
         """Add output gradients, trimmed and clipped; only their energy, where their pull-back comes later."""
@@ -248,12 +218,11 @@ class Collector:
             mine.gradients = mine.gradients or GramSum.empty(mine.shape[0], self.device)
             self._check(path, mine.gradients.add(g * scales[:, None]), "gradients")
 
-    def _add_pulled(self, path: str, call: _Call, pulled: Tensor) -> None:
-        mine = self.statistics[path]
+    def _add_pulled(self, call: LayerCall, pulled: Tensor) -> None:
+        mine = self.statistics[call.path]
         mine.pulled = mine.pulled or GramSum.empty(mine.shape[1], self.device)
         assert call.scales is not None  # the gradient by the output comes first
-        rows = self._tokens.real(pulled, call.numbers) * call.scales[:, None]
-        self._check(path, mine.pulled.add(rows), "gradients")
+        self._check(call.path, mine.pulled.add(call.real(pulled) * call.scales[:, None]), "gradients")
 
     def _add_slope(self, path: str, mine: LayerStatistics, g: Tensor, x: Tensor) -> None:
         if mine.slope is None:
@@ -284,14 +253,6 @@ class Collector:
                 f"NaN or infinity in the {what} of layer '{path}' (batch {self._batch}).",
                 "run in float32 (--dtype float32); check that the model itself is sound",
             )
-
-
-@dataclass
-class _Call:
-    """One call of a layer: the tokens that it reads, and what their gradients are multiplied with."""
-
-    numbers: Tensor | None
-    scales: Tensor | None = None
 
 
 def _same(known: Tensor, version: int, x: Tensor) -> bool:
