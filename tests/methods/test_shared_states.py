@@ -18,10 +18,9 @@ SEARCH = {"search_samples": 3}
 
 
 @pytest.mark.parametrize("name", HANDING)
-@pytest.mark.parametrize("method", ["kfac_svd", "fwsvd", "gfwsvd"])
-def test_resident_and_streamed_agree(method, name, monkeypatch):
+def test_resident_and_streamed_agree(name, monkeypatch):
     monkeypatch.setattr("slimrank.models.gradients.LOGITS_AT_ONCE", 1)
-    streamed, resident = (compress(random_model(name), method=method, resident=r) for r in (False, True))
+    streamed, resident = (compress(random_model(name), method="kfac_svd", resident=r) for r in (False, True))
     for path, layer in low_rank(streamed.model).items():
         one, other = product(layer), product(resident.model.get_submodule(path))
         assert float((one - other).norm() / one.norm()) < 1e-3
