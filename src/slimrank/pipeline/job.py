@@ -299,13 +299,3 @@ class Job:
                 self.model, self.tokenizer, self.texts.evaluation, self.texts.bos, self.progress
             )
         return {**fresh, "peak_memory": peak_memory(self.device)}
-
-
-def hidden_states(tensors: dict[str, Tensor], prefix: str, count: int) -> list[Tensor]:
-    """The stored hidden states of each batch."""
-    return [tensors[f"{prefix}{b}"] for b in range(count)]
-
-
-def named(prefix: str, hidden: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Hidden states of each batch under the names that `hidden_states` reads."""
-    return {f"{prefix}{b}": h for b, h in enumerate(hidden)}

@@ -17,11 +17,12 @@ from slimrank.linalg.forms import Form
 from slimrank.linalg.regression import Regression, best_b
 from slimrank.linalg.ridge import RIDGES, cross_validated
 from slimrank.models.paging import page_out
+from slimrank.models.states import named, states_named
 from slimrank.models.structure import without_numbers
 from slimrank.models.targets import Target
 from slimrank.pipeline.cutting import Cutter
 from slimrank.pipeline.held_out import HeldOut
-from slimrank.pipeline.job import Job, hidden_states, named
+from slimrank.pipeline.job import Job
 from slimrank.pipeline.two_streams import TwoStreams
 from slimrank.refine.registry import Following
 from slimrank.run import Stage
@@ -70,11 +71,11 @@ class Refinement:
     def _take_up(self, first: int) -> None:
         streams, _ = self.stage.load("streams")
         count = len(self.runner.batches)
-        self.streams.compressed = hidden_states(streams, "compressed.", count)
+        self.streams.compressed = states_named(streams, "compressed.", count)
         if self.streams.original:
-            self.streams.original = hidden_states(streams, "original.", count)
+            self.streams.original = states_named(streams, "original.", count)
         if self.held_out is not None:
-            self.held_out.hidden = hidden_states(streams, "held-out.", len(self.held_out.hidden))
+            self.held_out.states = states_named(streams, "held-out.", len(self.held_out.states))
         for index in range(first):
             self.cutter.cut_block(index)
             tensors, about = self.stage.load(f"refined-{index:04d}")
@@ -180,8 +181,8 @@ class Refinement:
         self.stage.save(f"refined-{index:04d}", tensors, about)
         streams = {"original.": self.streams.original, "compressed.": self.streams.compressed}
         if self.held_out is not None:
-            streams["held-out."] = self.held_out.hidden
-        both = {name: state for prefix, hidden in streams.items() for name, state in named(prefix, hidden).items()}
+            streams["held-out."] = self.held_out.states
+        both = {name: state for prefix, states in streams.items() for name, state in named(prefix, states).items()}
         self.stage.save("streams", both, {"next": index + 1})
 
     def _row(self, target: Target) -> Form:

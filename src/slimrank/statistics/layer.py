@@ -109,28 +109,3 @@ class LayerStatistics:
             rank=self.rank,
             tokens=self.tokens + other.tokens,
         )
-
-
-def window_tokens(tensor: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """The real tokens of each window of a (windows x tokens x n) tensor; one window for any other shape."""
-    if tensor.dim() != 3:
-        return [tensor.reshape(-1, tensor.shape[-1])]
-    if mask is None or mask.shape != tensor.shape[:2]:
-        return list(tensor)
-    kept = mask.to(tensor.device, torch.bool)
-    return [window[keep] for window, keep in zip(tensor, kept, strict=True)]
-
-
-def all_tokens(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """The real tokens (tokens x n) of a tensor of any shape (..., n)."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    if mask is None or mask.numel() != len(rows):
-        return rows
-    return rows[mask.reshape(-1).to(rows.device, torch.bool)]
-
-
-def as_windows(tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
-    """A (tokens x n) tensor of a batch of that shape as (windows x tokens x n); any other as it is."""
-    if shape is None or tensor.dim() != 2 or len(tensor) != shape[0] * shape[1]:
-        return tensor
-    return tensor.reshape(*shape, -1)
