@@ -231,10 +231,10 @@ def _state(source: str) -> list[tuple[str, int, int]]:
     """Names, sizes and times of the files there, by which a change is seen; none for what is no path."""
     path = Path(source).expanduser()
     try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+        files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
     except OSError:  # a name that no file system allows: that of something else
         return []
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _work(request: dict[str, Any], log: Path, progress: Progress) -> int:
