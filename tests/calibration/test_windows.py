@@ -3,14 +3,13 @@ import torch
 
 from helpers import byte_tokenizer, tiny_model
 from slimrank.calibration.sampling import sample_windows
+from slimrank.calibration.tokens import bos_of, tokenise
 from slimrank.calibration.windows import (
-    bos_of,
     count_windows,
     draw_apart,
     draw_spread,
     draw_windows,
     leading_windows,
-    tokenise,
     tokens_digest,
 )
 from slimrank.errors import DataError, NonFiniteError

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from slimrank.calibration.sources import read_source
-from slimrank.calibration.windows import bos_of, tokens_digest
+from slimrank.calibration.tokens import bos_of
+from slimrank.calibration.windows import tokens_digest
 from slimrank.errors import SlimrankError
 from slimrank.evaluate.material import Material, compare, measure
 from slimrank.evaluate.memory import peak_memory
@@ -86,15 +87,15 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 
 def _material(asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progress) -> Material:
-    length, bos = window_length(model, asked["seq_len"]), bos_of(tokenizer)
+    length, bos = window_length(model, asked["seq_len"]), bos_of(tokenizer) is not None
     texts = {
-        source: windows_of(source, read_source(source, "evaluation"), tokenizer, asked["windows"], length, bos, LEAST)
+        source: windows_of(source, read_source(source, "evaluation"), model, tokenizer, asked["windows"], length, LEAST)
         for source in asked["texts"]
     }
     if asked["tasks"] is None:
-        return Material(texts, bos is not None)
+        return Material(texts, bos)
     request = TaskRequest(**{**asked["tasks"], "names": tuple(asked["tasks"]["names"])})
-    return Material(texts, bos is not None, Tasks(request, progress))
+    return Material(texts, bos, Tasks(request, progress))
 
 
 def _shown(model: Any, tokenizer: Any, material: Material) -> dict[str, Any]:
