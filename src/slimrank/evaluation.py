@@ -17,7 +17,7 @@ from slimrank.errors import DataError, ModelError, RecipeError
 from slimrank.evaluate.material import Material, compare, measure
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.paired import LEAST, check_windows
-from slimrank.evaluate.sample import PROMPT_TOKENS, sample
+from slimrank.evaluate.sample import sample
 from slimrank.evaluate.speed import measure_speed, measure_speeds
 from slimrank.evaluate.tasks import TaskRequest, Tasks
 from slimrank.inputs import window_length
@@ -65,20 +65,17 @@ def evaluate(
     if against is not None:
         check_windows(windows)
     place = resolve_device(device)
-    notes: list[str] = []
-    sources = {source: read_source(source, "evaluation", notes.append) for source in named}
-    for note in notes:
-        progress.note(note)
+    sources, notes = _read(named or ("demo",), progress)
     suite = None if tasks is None else Tasks(tasks, progress)
     loaded, tokenizer = load(model, dtype, progress)
     length = window_length(loaded, seq_len)
     least = 1 if against is None else LEAST
+    wanted = windows if named else 1  # without a text, for the sample and to compare tokenizers
     cut = {
-        source: windows_of(source, text, loaded, tokenizer, windows, length, least) for source, text in sources.items()
+        source: windows_of(source, text, loaded, tokenizer, wanted, length, least) for source, text in sources.items()
     }
-    prompt = prompt_of(cut, loaded, tokenizer)
     dense = None if against is None else _load_dense(against, dtype, progress, sources, cut)
-    material = Material(cut, bos_of(tokenizer) is not None, suite)
+    material = Material(cut if named else {}, bos_of(tokenizer) is not None, suite)
     with placed([loaded] if dense is None else [loaded, dense], place, upcast=False):
         if dense is None:
             measured, compared = measure(loaded, tokenizer, material, progress), None
@@ -86,8 +83,8 @@ def evaluate(
             measured, differences = compare(loaded, dense, tokenizer, material, progress)
             compared = {"model": str(against), "parameters": parameters_of(dense), **differences}
         speed = measure_speed(loaded)
-        text = sample(loaded, tokenizer, prompt)
-    for source, ids in cut.items():
+        text = sample(loaded, tokenizer, next(iter(cut.values()))[0])
+    for source, ids in material.texts.items():
         measured["texts"][source]["tokens_sha256"] = tokens_digest(ids)
     first = next(iter(measured["texts"].values()), None)
     return {
@@ -104,6 +101,15 @@ def evaluate(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(place),
     }
+
+
+def _read(names: Sequence[str], progress: Progress) -> tuple[dict[str, str], list[str]]:
+    """Read texts by the names of their sources; name what reading skipped or changed."""
+    notes: list[str] = []
+    texts = {name: read_source(name, "evaluation", notes.append) for name in names}
+    for note in notes:
+        progress.note(note)
+    return texts, notes
 
 
 def _load_dense(
@@ -183,13 +189,6 @@ def windows_of(
         return leading_windows(tokens, windows or max(least, count_windows(tokens, seq_len, bos)), seq_len, bos)
     except DataError as error:
         raise DataError(f"'{source}': {error.message}", error.hint) from error
-
-
-def prompt_of(windows: Mapping[str, Tensor], model: Any, tokenizer: Any) -> Tensor:
-    """Take the first window of the first text for a sample; without a text, the beginning of the demo text."""
-    if windows:
-        return next(iter(windows.values()))[0]
-    return windows_of("demo", read_source("demo", "evaluation"), model, tokenizer, 1, PROMPT_TOKENS)[0]
 
 
 def _texts_of(

@@ -187,16 +187,21 @@ def _overlap(evaluation: Tensor, draws: Draws, drawn: Sequence[Tensor | None], b
     """Say how many evaluation windows are found in the calibration text, and in the windows drawn from it."""
     skipped = int(bos is not None)
     windows = evaluation[:, skipped:]
-    in_text = draws.holds(windows)
-    if not bool(in_text.any()):
+    found = draws.holds(windows)
+    if not bool(found.any()):
         return ""
-    in_drawn = torch.zeros_like(in_text)
+    in_drawn = torch.zeros_like(found)
     for some in drawn:
         if some is not None:
             in_drawn |= windows_found(windows, some[:, skipped:])
+    return f"{found_note(found)}, {int(in_drawn.sum())} of them among the windows that were drawn"
+
+
+def found_note(found: Tensor) -> str:
+    """Say how many evaluation windows are found in the calibration text."""
     return (
-        f"perplexity is measured on the calibration text: it holds {int(in_text.sum())} of {len(windows)} evaluation "
-        f"windows, {int(in_drawn.sum())} of them in windows that were drawn; other text shows the loss better"
+        "perplexity is measured on the calibration text, so it shows less of the loss than other text would: "
+        f"that text holds {int(found.sum())} of {len(found)} evaluation windows"
     )
 
 

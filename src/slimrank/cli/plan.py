@@ -37,7 +37,7 @@ def plan(
     from slimrank.export.output import OutputFolder
 
     if out is not None:
-        OutputFolder(out, overwrite).rehearse()
+        OutputFolder(out, overwrite)
     if save is not None:
         check_place(save)
     say_quietly()

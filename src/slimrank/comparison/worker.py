@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from slimrank.calibration.overlap import windows_found
 from slimrank.calibration.sources import read_source
-from slimrank.calibration.tokens import bos_of
+from slimrank.calibration.tokens import bos_of, tokenise
 from slimrank.calibration.windows import tokens_digest
 from slimrank.errors import SlimrankError
 from slimrank.evaluate.material import Material, compare, measure
@@ -29,7 +30,7 @@ from slimrank.evaluate.sample import sample
 from slimrank.evaluate.speed import measure_speeds
 from slimrank.evaluate.tasks import TaskRequest, Tasks
 from slimrank.evaluation import windows_of
-from slimrank.inputs import window_length
+from slimrank.inputs import found_note, window_length
 from slimrank.models.load import load
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.structure import parameters_of
@@ -80,7 +81,7 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "seconds": seconds,
         "stages": result.report["seconds"],
         "peak_memory": peak,
-        "notes": result.report["notes"],
+        "notes": [*result.report["notes"], *_overlaps(result.report, recipe, tokenizer, material)],
         "inputs": result.report["provenance"]["inputs"],
         **shown,
     }
@@ -96,6 +97,16 @@ def _material(asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progr
         return Material(texts, bos)
     request = TaskRequest(**{**asked["tasks"], "names": tuple(asked["tasks"]["names"])})
     return Material(texts, bos, Tasks(request, progress))
+
+
+def _overlaps(report: dict[str, Any], recipe: Recipe, tokenizer: Any, material: Material) -> list[str]:
+    """Name the texts whose windows are found in the text that calibrated."""
+    if report["provenance"]["inputs"]["calibration"] is None or recipe.calibration == "self":
+        return []
+    tokens = tokenise(read_source(recipe.calibration, "calibration"), tokenizer)
+    skipped = int(material.bos)
+    found = {name: windows_found(windows[:, skipped:], tokens) for name, windows in material.texts.items()}
+    return [f"{name}: {found_note(some)}" for name, some in found.items() if bool(some.any())]
 
 
 def _shown(model: Any, tokenizer: Any, material: Material) -> dict[str, Any]:

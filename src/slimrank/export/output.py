@@ -37,7 +37,6 @@ class OutputFolder:
             raise OutputError(f"'{path}' is no place for a model.", "give a folder that does not exist yet")
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
-        self._trial = path.with_name(path.name + ".partial-trial")
         self._old = path.with_name(path.name + ".old")
         try:
             self._check_path(overwrite)
@@ -49,17 +48,30 @@ class OutputFolder:
         path = self.path
         if path.is_file():
             raise OutputError(f"'{path}' is a file.", "give a folder that does not exist yet")
-        if path.is_dir() and any(path.iterdir()):
-            if not overwrite:
-                raise OutputError(f"the output folder '{path}' exists.", "--overwrite, or another --out")
-            if not (path / MANIFEST).is_file():
-                raise OutputError(
-                    f"'{path}' was not written by slimrank (it has no {MANIFEST}), so it is not overwritten.",
-                    "choose another --out",
-                )
-            _written_by_us(path)
+        if not path.exists():
+            return
+        if any(path.iterdir()) and not overwrite:
+            raise OutputError(f"the output folder '{path}' exists.", "--overwrite, or another --out")
+        if any(path.iterdir()) and not (path / MANIFEST).is_file():
+            raise OutputError(
+                f"'{path}' was not written by slimrank (it has no {MANIFEST}), so it is not overwritten.",
+                "choose another --out",
+            )
+        self._check_old()
+
+    def _check_old(self) -> None:
+        """Make sure that the folder that is there can be replaced, and the files in it removed."""
+        for place in (self.path, *self.path.iterdir()):
+            if place.is_mount():
+                raise OutputError(f"'{place}' is a mount point, which cannot be replaced.", f"--out '{place}/model'")
+        for folder in {self.path, *(self.path / name for name in _folders(_written_by_us(self.path)))}:
+            if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+                raise OutputError(f"nothing can be removed from '{folder}'.", "check its permissions")
 
     def _check_neighbours(self) -> None:
+        around = next(folder for folder in self.path.parents if folder.exists())
+        if not os.access(around, os.W_OK | os.X_OK):
+            raise OutputError(f"nothing can be written to '{around}'.", "check its permissions, or another --out")
         if self._partial.exists() and not (self._partial / _MARK).is_file():
             raise OutputError(f"'{self._partial}' is in the way.", "move it elsewhere")
         if self._old.exists():
@@ -71,32 +83,22 @@ class OutputFolder:
         return (self.path / CARD).is_file() and CARD not in _written_by_us(self.path)
 
     def rehearse(self) -> None:
-        """Try everything that writing will do to folders, before any work. Nothing is left behind.
+        """Make, rename and remove a folder beside the output, and move the old output there and back.
 
         Raises:
-            OutputError: a folder cannot be made, renamed or removed there.
+            OutputError: one of this is impossible.
         """
+        trial = self.path.with_name(f"{self.path.name}.trial-{os.getpid()}")
         try:
-            self._rehearse_old()
             with _absent_again(self.path.parent):
-                self._begin()
-                self._partial.rename(self._trial)
-                shutil.rmtree(self._trial)
+                trial.mkdir(parents=True)
+                trial = trial.rename(trial.with_name(trial.name + "-renamed"))
+                trial.rmdir()
+            if self.path.exists():
+                self.path.rename(self._old)
+                self._old.rename(self.path)
         except OSError as error:
-            raise _explained(error, self.path) from error
-
-    def _rehearse_old(self) -> None:
-        """Make sure that the old output can be moved aside, and taken apart there."""
-        if not self.path.exists():
-            return
-        for place in (self.path, *self.path.iterdir()):
-            if place.is_mount():
-                raise OutputError(f"'{place}' is a mount point, which cannot be replaced.", f"--out '{place}/model'")
-        for folder in {self.path, *(self.path / name for name in _folders(_written_by_us(self.path)))}:
-            if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
-                raise OutputError(f"nothing can be removed from '{folder}'.", "check its permissions")
-        self.path.rename(self._old)
-        self._old.rename(self.path)
+            raise disk_error(error, self.path) from error
 
     def check_names(self, files: Path) -> None:
         """Make sure that new files take the name of no file of someone else's.
@@ -132,9 +134,7 @@ class OutputFolder:
             raise _explained(error, self.path) from error
 
     def _begin(self) -> None:
-        for left in (self._partial, self._trial):
-            if (left / _MARK).is_file():
-                shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
         (self._partial / _MARK).touch()
 
