@@ -32,16 +32,15 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        path = path.expanduser().resolve()
-        if not path.name:
-            raise OutputError(f"'{path}' is no place for a model.", "give a folder that does not exist yet")
-        self.path = path
-        self._partial = path.with_name(path.name + ".partial")
-        self._old = path.with_name(path.name + ".old")
         try:
+            self.path = path = path.expanduser().resolve()
+            if not path.name:
+                raise OutputError(f"'{path}' is no place for a model.", "give a folder that does not exist yet")
+            self._partial = path.with_name(path.name + ".partial")
+            self._old = path.with_name(path.name + ".old")
             self._check_path(overwrite)
             self._check_neighbours()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # names that no disk allows, and unknown users (~name)
             raise _explained(error, path) from error
 
     def _check_path(self, overwrite: bool) -> None:
@@ -90,10 +89,9 @@ class OutputFolder:
         """
         trial = self.path.with_name(f"{self.path.name}.trial-{os.getpid()}")
         try:
-            with _absent_again(self.path.parent):
+            with _absent_again(trial):
                 trial.mkdir(parents=True)
-                trial = trial.rename(trial.with_name(trial.name + "-renamed"))
-                trial.rmdir()
+                trial.rename(trial.with_name(trial.name + "-renamed")).rmdir()
             if self.path.exists():
                 self.path.rename(self._old)
                 self._old.rename(self.path)
@@ -179,7 +177,7 @@ class OutputFolder:
 
 @contextmanager
 def _absent_again(folder: Path) -> Iterator[None]:
-    """Remove this folder and those around it in the end, as far as they are empty and were not there before."""
+    """Remove a folder and those around it in the end, if they are empty and were not there before."""
     absent = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield
@@ -212,7 +210,7 @@ def _same(one: Path, other: Path) -> bool:
     return one.is_file() and other.is_file() and _sha256(one) == _sha256(other)
 
 
-def _explained(error: OSError | ValueError, path: Path) -> OutputError:
+def _explained(error: Exception, path: Path) -> OutputError:
     return error if isinstance(error, OutputError) else disk_error(error, path)
 
 
