@@ -14,7 +14,8 @@ from slimrank.calibration import tokens
 from slimrank.calibration.tokens import check_tokens, tokenise
 from slimrank.errors import ModelError
 
-WORDS = [*['the', 'a', 'river', 'token', 'matrix', 'é', '漢字', 'x1', "don't", '2024', '---', '"quoted",', 'end.'], "</s>", "👩\u200d👧", "e\u0301"]
+WORDS = ["the", "a", "river", "token", "matrix", "é", "漢字", "x1", "don't", "2024", "---", '"quoted",', "end.", "</s>"]
+WORDS += ["👩\u200d👧", "e\u0301"]
 GAPS = [" "] * 12 + ["\n", "\n\n", "\n\n\n", "  ", "\t", "\r\n\r\n", ".\n\n"]
 LLAMA3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 

@@ -51,7 +51,7 @@ def test_a_configuration_or_tokenizer_that_cannot_be_saved(tmp_path, no_work, mo
     with pytest.raises(ModelError, match="the configuration cannot be saved"):
         slimrank.compress(model, byte_tokenizer(), **OPTIONS, out=tmp_path / "out")
     del model.config.odd
-    with pytest.raises(ModelError, match="the tokenizer cannot be saved: .*save_pretrained"):
+    with pytest.raises(ModelError, match=r"the tokenizer cannot be saved: .*save_pretrained"):
         slimrank.compress(model, object(), **OPTIONS, out=tmp_path / "out")
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert not list(tmp_path.iterdir())
@@ -65,7 +65,7 @@ def test_a_foreign_file_in_the_old_output(tmp_path, monkeypatch):
     (out / "slimrank.json").write_text(json.dumps(manifest))
     (out / "tokenizer.json").write_text("mine")
     monkeypatch.setattr("slimrank.pipeline.walk.decompose", lambda *_: pytest.fail("work began"))
-    with pytest.raises(OutputError, match="tokenizer.json' was not written by slimrank"):
+    with pytest.raises(OutputError, match=r"tokenizer\.json' was not written by slimrank"):
         slimrank.compress(tiny_model(), byte_tokenizer(), **OPTIONS, out=out, overwrite=True)
     assert (out / "tokenizer.json").read_text() == "mine"
 

@@ -171,7 +171,7 @@ def test_names_of_foreign_files_are_found_beforehand(tmp_path):
     (out / "templates" / "a.jinja").write_text("new")
     output.check_names(files)
     (out / "templates" / "a.jinja").write_text("mine")
-    with pytest.raises(OutputError, match="a.jinja' was not written by slimrank"):
+    with pytest.raises(OutputError, match=r"a\.jinja' was not written by slimrank"):
         output.check_names(files)
 
 
