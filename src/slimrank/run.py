@@ -94,12 +94,21 @@ class Run:
 
 
 def remove_run(folder: Path) -> None:
-    """Delete what a run has stored; whatever else lies in the folder stays."""
+    """Delete what a run has stored; whatever else lies in the folder stays.
+
+    Raises:
+        OutputError: it cannot be deleted.
+    """
     shutil.rmtree(folder / "store", ignore_errors=True)
-    (folder / "run.json").unlink(missing_ok=True)
-    (folder / LOCK).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    try:
+        (folder / "run.json").unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        raise OutputError(
+            f"the model is written, but the run directory '{folder}' cannot be removed: {error}", "delete it yourself"
+        ) from error
 
 
 class Stage:

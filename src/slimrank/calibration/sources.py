@@ -52,19 +52,20 @@ def _rows(source: Source, part: str, tell: Tell) -> Iterable[Row]:
         return (("demo", text) for text in demo_documents(part))
     if str(source).startswith("hub:"):
         return _hub(str(source))
-    return _local(Path(source).expanduser(), tell)
+    return _local(str(source), tell)
 
 
-def _local(path: Path, tell: Tell) -> Iterator[Row]:
+def _local(name: str, tell: Tell) -> Iterator[Row]:
     try:
+        path = Path(name).expanduser()
         folder, file = path.is_dir(), path.is_file()
-    except (OSError, ValueError):  # a name that no file system allows
+    except (OSError, ValueError, RuntimeError):  # a name that no file system allows, or an unknown user
         folder = file = False
     if folder:
         return _folder(path, tell)
     if not file:
         raise DataError(
-            f"the text source '{_short(str(path))}' does not exist.", f"{WHAT_A_SOURCE_IS}; in Python, text in a list"
+            f"the text source '{_short(name)}' does not exist.", f"{WHAT_A_SOURCE_IS}; in Python, text in a list"
         )
     return file_rows(path)
 

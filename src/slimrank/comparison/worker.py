@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from slimrank.calibration.overlap import windows_found
+from slimrank.calibration.rows import Tell
 from slimrank.calibration.sources import read_source
 from slimrank.calibration.tokens import bos_of, tokenise
 from slimrank.calibration.windows import tokens_digest
@@ -63,7 +64,8 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
     result = compress(asked["model"], recipe=recipe, run_dir=asked["run_dir"], progress=progress, keep_statistics=True)
     seconds, peak = time.perf_counter() - start, peak_memory(resolve_device(asked["device"]))
     dense, tokenizer = load(asked["model"], asked["dtype"], progress)
-    material = _material(asked, dense, tokenizer, progress)
+    notes = result.report["notes"]
+    material = _material(asked, dense, tokenizer, progress, notes.append)
     texts, tasks = replace(material, tasks=None), replace(material, texts={})
     with placed([result.model, dense], resolve_device(asked["device"]), upcast=False):
         measured, against = compare(result.model, dense, tokenizer, texts, progress)
@@ -81,17 +83,21 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "seconds": seconds,
         "stages": result.report["seconds"],
         "peak_memory": peak,
-        "notes": [*result.report["notes"], *_overlaps(result.report, recipe, tokenizer, material)],
+        "notes": [*notes, *_overlaps(result.report, recipe, tokenizer, material)],
         "inputs": result.report["provenance"]["inputs"],
         **shown,
     }
 
 
-def _material(asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progress) -> Material:
+def _material(
+    asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progress, tell: Tell = lambda _: None
+) -> Material:
+    """Read what models are measured on; `tell` is called with what is skipped or changed."""
     length, bos = window_length(model, asked["seq_len"]), bos_of(tokenizer) is not None
+    read = {source: read_source(source, "evaluation", tell) for source in asked["texts"]}
     texts = {
-        source: windows_of(source, read_source(source, "evaluation"), model, tokenizer, asked["windows"], length, LEAST)
-        for source in asked["texts"]
+        source: windows_of(source, text, model, tokenizer, asked["windows"], length, LEAST)
+        for source, text in read.items()
     }
     if asked["tasks"] is None:
         return Material(texts, bos)
