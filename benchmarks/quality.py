@@ -23,7 +23,8 @@ import torch
 
 import slimrank
 from slimrank.calibration.sources import read_source
-from slimrank.calibration.windows import bos_of, count_windows, leading_windows, tokenise
+from slimrank.calibration.tokens import bos_of, tokenise
+from slimrank.calibration.windows import count_windows, leading_windows
 from slimrank.models.load import load
 from slimrank.recipe import Recipe
 

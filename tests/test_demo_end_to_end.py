@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slimrank.calibration.sources import read_source
-from slimrank.calibration.windows import leading_windows, tokenise
+from slimrank.calibration.tokens import tokenise
+from slimrank.calibration.windows import leading_windows
 from slimrank.layers.convert import compressed_layers, pair_of, stored_layer
 
 pytestmark = pytest.mark.demo

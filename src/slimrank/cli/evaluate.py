@@ -17,7 +17,8 @@ def evaluate(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to measure perplexity on (as for compress --calibration); repeatable.  \\[default: demo]"
+            help="Text to measure perplexity on (as for compress --calibration); repeatable.  "
+            "\\[default: demo; none with --tasks]"
         ),
     ] = None,
     windows: Annotated[int | None, typer.Option(help="First windows of each text.  \\[default: all]", min=1)] = None,
@@ -50,7 +51,7 @@ def evaluate(
     request = requested_tasks(tasks, tasks_dir, shots, limit)
     say_quietly()
     with ConsoleProgress() as progress:
-        record = library_evaluate(model, text or ["demo"], windows, seq_len, device, dtype, progress, request, against)
+        record = library_evaluate(model, text or None, windows, seq_len, device, dtype, progress, request, against)
     if json:
         print_json(record)
     else:
@@ -93,7 +94,8 @@ def _show_texts(record: dict[str, Any]) -> None:
         (name, f"{m['perplexity']:.3f}", str(m["windows"]), str(m["seq_len"]), f"{m['tokens']:,}")
         for name, m in record["texts"].items()
     ]
-    print_table("", ("text", "perplexity", "windows", "seq-len", "predictions"), rows)
+    if rows:
+        print_table("", ("text", "perplexity", "windows", "seq-len", "predictions"), rows)
 
 
 def _show_tasks(record: dict[str, Any]) -> None:
@@ -119,7 +121,8 @@ def _show_differences(against: dict[str, Any]) -> None:
         for name, m in against["texts"].items()
     ]
     columns = ("text", "its perplexity", "ratio (95 %)", "significant", "KL, nats/token", "same top token")
-    print_table(f"against {against['model']}", columns, texts)
+    if texts:
+        print_table(f"against {against['model']}", columns, texts)
     tasks = [
         (
             task,

@@ -22,6 +22,8 @@ from slimrank.errors import RecipeError
 from slimrank.estimate import Workload, measure_machine, run_bytes, stage_seconds
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.quality import measure_quality
+from slimrank.export.companions import rehearse_saving
+from slimrank.export.output import OutputFolder
 from slimrank.export.save import check_loadable
 from slimrank.inputs import Texts, prepare_texts, window_length
 from slimrank.linalg.cost import COST_MODELS
@@ -84,12 +86,20 @@ class Job:
         resumable: whether finished parts are stored.
         keeps: whether statistics are, too.
         cuts: whether the model will be; if not, the work ends with the plan.
+        output: where it will be written, if anywhere.
     """
 
     def __init__(
-        self, recipe: Recipe, progress: Progress, resumable: bool, keeps: bool = False, cuts: bool = True
+        self,
+        recipe: Recipe,
+        progress: Progress,
+        resumable: bool,
+        keeps: bool = False,
+        cuts: bool = True,
+        output: OutputFolder | None = None,
     ) -> None:
         self.recipe, self.progress, self.resumable, self.keeps, self.cuts = recipe, progress, resumable, keeps, cuts
+        self.output = output
         self.method: Configured = DECOMPOSERS.get(recipe.method).configured(recipe.method_options)
         self.refiner = configured_refiner(recipe, self.method)
         check_corrections(recipe, self.method)
@@ -134,6 +144,8 @@ class Job:
         self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore, COST_MODELS[recipe.factor_form])
         check_loadable(model)
         self.size = ModelBytes.of(model, self.targets)
+        if self.output is not None:
+            rehearse_saving(model, tokenizer, self.output)
         self.units: list[Unit] = units_of(self.method, self.targets, recipe.stored_as)
         self._plan()
         self.digest = digest(model)
@@ -141,6 +153,8 @@ class Job:
         if differentiates:
             check_differentiable(model)
         self.texts: Texts = texts.tokenised(recipe, model, tokenizer, self.progress)
+        if self.texts.overlap:
+            self.progress.note(self.texts.overlap)
         self.notes += [*self.texts.notes, *self._fewer_held_out()]
         self.notes += [
             f"{t.path}: shared with {', '.join(t.ties)}; its own inputs count" for t in self.targets if t.ties

@@ -39,6 +39,7 @@ class Facts:
     method: dict[str, Any]
     allocation: dict[str, Any]
     corrections: list[dict[str, Any]]
+    overlap: str
 
 
 def build_record(facts: Facts) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def build_record(facts: Facts) -> dict[str, Any]:
         "targets": _targets(facts),
         "spectra": facts.spectra,
         "notes": facts.notes,
+        "overlap": facts.overlap,
         "seconds": facts.seconds,
         "provenance": _provenance(facts),
     }
