@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from architectures import UNUSUAL, random_model
 from helpers import tiny_model
+from method_runs import compress
 from slimrank.errors import ModelError
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import loss_gradients, step_back
@@ -137,8 +138,22 @@ def test_hidden_states_in_which_windows_are_not_found():
         runner.embed([Batch(torch.arange(8)[None])])
         runner._handover.axis = None
         assert runner.windows(runner.hidden[0], slice(None)) is runner.hidden[0]
-        with pytest.raises(ModelError, match="windows and tokens are not to be found"):
+        with pytest.raises(ModelError, match="do not count windows and tokens"):
             runner.windows(runner.hidden[0], slice(None), 4)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"allocation": "lems"}, {"refine": "update"}, {"corrections": 1, "correction_windows": 2}]
+)
+def test_what_measures_a_divergence_is_refused_before_any_work(asked, monkeypatch):
+    from slimrank.models import handover
+    from slimrank.pipeline.job import Job
+
+    monkeypatch.setattr(handover, "_axis", lambda hidden, ids: None)
+    monkeypatch.setattr(Job, "measure_original", None)
+    options = {"method": "kfac_svd", "samples": 4, "search_samples": 2, **asked}
+    with pytest.raises(ModelError, match="do not count windows and tokens"):
+        compress(tiny_model(), **options)
 
 
 class Keeps:

@@ -140,12 +140,29 @@ class BlockRunner:
         if axis is None:
             if first == 0 and rows == slice(None):
                 return hidden
-            raise ModelError(
-                f"hidden states of {type(self.model).__name__} have the shape {tuple(hidden.shape)}, in which windows "
-                "and tokens are not to be found.",
-                "what needs no divergence works: --allocation uniform, --refine none, --corrections 0",
-            )
+            raise self._no_axis()
         return hidden[(*[slice(None)] * axis, rows, slice(first, None))]
+
+    def check(self, ids: Tensor, apart: bool) -> None:
+        """Make sure, on a few tokens, that the blocks can be run one by one.
+
+        Args:
+            ids: some windows.
+            apart: whether windows and tokens of hidden states must be told apart, as divergences need it.
+
+        Raises:
+            ModelError: they cannot.
+        """
+        with self.session():
+            self._handover = handover_of(self.model, self.path, self.blocks, ids)
+        if apart and self._handover.axis is None:
+            raise self._no_axis()
+
+    def _no_axis(self) -> ModelError:
+        return ModelError(
+            f"hidden states of {type(self.model).__name__} do not count windows and tokens one after the other.",
+            "what needs no divergence works: --allocation uniform, --refine none, --corrections 0",
+        )
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Hidden states of some windows each, as of all of them."""

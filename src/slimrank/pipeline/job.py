@@ -153,6 +153,8 @@ class Job:
         if differentiates:
             check_differentiable(model)
         self.texts: Texts = texts.tokenised(recipe, model, tokenizer, self.progress)
+        if self.texts.calibration is not None:
+            self.runner(resident=False).check(self.texts.calibration, apart=searches)
         if self.texts.overlap:
             self.progress.note(self.texts.overlap)
         self.notes += [*self.texts.notes, *self._fewer_held_out()]
