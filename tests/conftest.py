@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,18 @@ from helpers import byte_tokenizer, save_tiny, text
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
     torch.set_num_threads(1)
+
+
+class Deprecations(logging.Handler):
+    """What transformers logs as deprecated is an error, as a warning of that kind is (see pyproject.toml)."""
+
+    def emit(self, record):
+        if "deprecated" in record.getMessage():
+            raise DeprecationWarning(record.getMessage())
+
+
+def pytest_configure(config):
+    logging.getLogger("transformers").addHandler(Deprecations(logging.WARNING))
 
 
 def pytest_collection_modifyitems(items):
