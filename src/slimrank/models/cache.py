@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Of transformers 5.24 on; before it, of attention and of state-space models.
@@ -22,4 +23,7 @@ def next_inputs(model: Any, output: Any, ids: Tensor) -> dict[str, Any]:
     cache = next((values[name] for name in NAMES if values.get(name) is not None), None)
     if name is None or cache is None:
         return {"input_ids": ids}
-    return {"input_ids": ids[:, -1:], name: cache}
+    inputs = {"input_ids": ids[:, -1:], name: cache}
+    if "cache_position" in taken:  # which transformers 5.0 does not count by itself for a state-space model
+        inputs["cache_position"] = torch.arange(ids.shape[1] - 1, ids.shape[1], device=ids.device)
+    return inputs
