@@ -19,7 +19,8 @@ import torch
 import slimrank
 from slimrank.allocate.registry import ALLOCATORS
 from slimrank.calibration.sources import read_source
-from slimrank.calibration.windows import bos_of, leading_windows, tokenise
+from slimrank.calibration.tokens import bos_of, tokenise
+from slimrank.calibration.windows import leading_windows
 from slimrank.models.load import load
 
 VARIANTS = {

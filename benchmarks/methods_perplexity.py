@@ -19,7 +19,8 @@ import torch
 
 import slimrank
 from slimrank.calibration.sources import read_source
-from slimrank.calibration.windows import bos_of, leading_windows, tokenise
+from slimrank.calibration.tokens import bos_of, tokenise
+from slimrank.calibration.windows import leading_windows
 from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.models.load import load
 
@@ -38,10 +39,12 @@ REFINED = {
         ("ada_comp 15", "ada_comp", {"iterations": 15, "anchor": 0.5}),
     ]
 }
+LEMS = {"row_shrink": 0.3, "column_shrink": 0.1, "shrink_target": "identity"}
 VARIANTS = {
     "asvd max": {"method": "asvd", "method_options": {"scale": "max"}},
     "coala mu=0.1": {"method": "coala", "method_options": {"mu": 0.1}},
     "basis_sharing within block": {"method": "basis_sharing", "method_options": {"layers": 1, "within": True}},
+    "kfac_svd, LEMS' shrinkage": {"method": "kfac_svd", "method_options": LEMS},
     "kfac_svd unshrunk": {"method": "kfac_svd", "method_options": {"row_shrink": 0.01, "column_shrink": 0.001}},
 }
 

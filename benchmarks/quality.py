@@ -23,11 +23,12 @@ import torch
 
 import slimrank
 from slimrank.calibration.sources import read_source
-from slimrank.calibration.windows import bos_of, count_windows, leading_windows, tokenise
+from slimrank.calibration.tokens import bos_of, tokenise
+from slimrank.calibration.windows import count_windows, leading_windows
 from slimrank.models.load import load
 from slimrank.recipe import Recipe
 
-KFAC = {"method": "kfac_svd"}
+KFAC = {"method": "kfac_svd", "method_options": {"row_shrink": 0.3, "column_shrink": 0.1, "shrink_target": "identity"}}
 PAPERS = {
     "SVD-LLM": {"method": "svd_llm"},
     "SVD-LLM, updated": {

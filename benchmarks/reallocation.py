@@ -21,10 +21,10 @@ from slimrank.recipe import Recipe
 @slimrank.allocator(
     id="again", title="spectra, scaled by what refining saved", paper="benchmark", needs=["spectra"], solves=True
 )
-def again(problem, *, left: dict[str, float] = {}, **solving):
+def again(problem, *, left: dict[str, float] | None = None, **solving):
     """The same as `spectrum`, of curves times what is left of each layer's squared error (layer -> fraction)."""
     return least_error(
-        problem, problem.curves({item.path: left.get(item.path, 1.0) for item in problem.items}), solving
+        problem, problem.curves({item.path: (left or {}).get(item.path, 1.0) for item in problem.items}), solving
     )
 
 

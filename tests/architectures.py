@@ -47,10 +47,50 @@ ARCHITECTURES = {
     "llava": ("LlavaConfig", {"text": ("LlamaConfig", GROUPED), "vision": ("CLIPVisionConfig", VISION)}),
 }
 
+SHARING = {**SMALL, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 259, "num_kv_shared_layers": 2}
+LATENT_ATTENTION = {**WIDTHS, **LATENT, **SHARED}
+UNUSUAL = {  # what blocks are called with, or read, has another form; not put through all of test_architectures.py
+    "gemma3n": ("Gemma3nTextConfig", {**SHARING, "num_hidden_layers": 4, "sliding_window": 16}),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            **SHARING, "num_hidden_layers": 4, "sliding_window": 16, "global_head_dim": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "glm_moe_dsa": (
+        "GlmMoeDsaConfig",
+        {
+            **LATENT_ATTENTION, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
+            "num_hidden_layers": 3, "index_topk": 6, "index_n_heads": 2, "index_head_dim": 8,
+            "indexer_types": ["full", "shared", "shared"], "num_key_value_heads": 4,
+        },
+    ),
+    "zaya": (
+        "ZayaConfig",
+        {**SMALL, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 24},
+    ),
+    "deepseek_v2": ("DeepseekV2Config", {**LATENT_ATTENTION, "moe_intermediate_size": 24, "num_experts_per_tok": 2}),
+    "minicpm3": ("MiniCPM3Config", {**WIDTHS, **LATENT}),
+    "deepseek_v4": (
+        "DeepseekV4Config",
+        {
+            **SMALL, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 16,
+            "o_lora_rank": 8, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4,
+            "qk_rope_head_dim": 4, "sliding_window": 16, "hc_mult": 2, "num_key_value_heads": 1,
+            "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+            "mlp_layer_types": ["hash_moe", "moe"],
+            "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        },
+    ),
+}  # fmt: skip
+
+UNUSUAL = {name: of for name, of in UNUSUAL.items() if hasattr(transformers, of[0])}  # older ones know fewer
+
 
 def random_model(name, seed=0, **changes):
     """Biases, norms and routers random as well, so that nothing is hidden behind zeros and ones."""
-    kind, settings = ARCHITECTURES[name]
+    kind, settings = {**ARCHITECTURES, **UNUSUAL}[name]
     config = _config(kind, {**settings, **changes})
     auto = AutoModelForImageTextToText if name == "llava" else AutoModelForCausalLM
     with torch.random.fork_rng():

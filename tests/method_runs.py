@@ -7,7 +7,8 @@ import torch
 
 import slimrank
 from helpers import byte_tokenizer, text, tiny_model
-from slimrank.calibration.windows import draw_windows, tokenise
+from slimrank.calibration.tokens import tokenise
+from slimrank.calibration.windows import draw_windows
 from slimrank.cli import main
 from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.layers import LowRankLinear

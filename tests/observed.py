@@ -120,6 +120,16 @@ def damped(c, alpha):
     return (1 - alpha) * c + alpha * c.trace() / len(c) * torch.eye(len(c), dtype=c.dtype)
 
 
+def shrunk_to_diagonal(c, alpha):
+    """(1 - alpha) C + alpha diag(C), the median of the others for channels that are zero."""
+    energies = c.diagonal().clone()
+    energies[energies == 0] = energies[energies > 0].median()
+    return (1 - alpha) * c + alpha * energies.diag()
+
+
+SHRUNK = {"identity": damped, "diagonal": shrunk_to_diagonal}
+
+
 def ridged(c, alpha):
     """C + alpha tr(C)/n I."""
     return c + alpha * c.trace() / len(c) * torch.eye(len(c), dtype=c.dtype)
@@ -153,13 +163,15 @@ def _coala(observed, mu=0.0):
     return Metric.of(column=ridged(gram_of(observed.inputs), mu))
 
 
-def _gfwsvd(observed, iterations=3, shrink=0.1):
+def _gfwsvd(observed, iterations=100, shrink=0.1, shrink_target="diagonal"):
     row, column = kronecker(weight_gradients(observed), iterations)
-    return Metric.of(damped(row, shrink), damped(column, shrink))
+    shrunk = SHRUNK[shrink_target]
+    return Metric.of(shrunk(row, shrink), shrunk(column, shrink))
 
 
-def _kfac(observed, row_shrink=0.3, column_shrink=0.1):
-    return Metric.of(damped(gram_of(observed.gradients), row_shrink), damped(gram_of(observed.inputs), column_shrink))
+def _kfac(observed, row_shrink=0.1, column_shrink=0.03, shrink_target="diagonal"):
+    shrunk = SHRUNK[shrink_target]
+    return Metric.of(shrunk(gram_of(observed.gradients), row_shrink), shrunk(gram_of(observed.inputs), column_shrink))
 
 
 METRICS = {

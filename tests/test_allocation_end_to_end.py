@@ -14,7 +14,8 @@ from slimrank.allocate.additivity import additivity
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.problem import Allocation
 from slimrank.allocate.registry import ALLOCATORS, allocator
-from slimrank.calibration.windows import draw_apart, draw_windows, tokenise
+from slimrank.calibration.tokens import tokenise
+from slimrank.calibration.windows import draw_apart, draw_windows
 from slimrank.errors import BudgetError, NonFiniteError, PlanError, RecipeError
 from slimrank.layers.dense import weight_of
 from slimrank.models.targets import find_targets

@@ -167,6 +167,8 @@ def test_methods(capsys):
         (["evaluate", "{model}", "--tasks", "sums", "--tasks-dir", "/no/tasks"], "does not exist"),
         (["evaluate", "{model}", "--tasks-dir", "/no/tasks"], "about tasks, and none is named"),
         (["evaluate", "{model}", "--shots", "1"], "--shots is about tasks"),
+        (["evaluate", "{model}", "--tasks", "sums", "--windows", "2"], "--windows is about text"),
+        (["evaluate", "{model}", "--tasks", "sums", "--seq-len", "24"], "--seq-len is about text"),
         (["evaluate", "{model}", "--windows", "1", "--seq-len", "24", "--against", "{model}"], "at least two windows"),
         (["evaluate", "{model}", "--against", "/no/model"], "not a model folder"),
         (["plan", "{model}", "--keep", "0.0001"], "keep_ratio of at least"),
@@ -329,7 +331,60 @@ def test_evaluate_tasks_against_the_original(capsys, tiny_folder, text_file, tmp
     assert (alone["tasks"], alone["task_settings"], alone["against"]) == ({}, None, None)
     shown = run(capsys, *arguments[:-1], 1)[1]
     assert "sums (acc) is not compared" in shown
+    without_text = ["evaluate", other, *arguments[8:]]
+    shown = run(capsys, *without_text)[1]
+    assert "perplexity" not in shown
+    assert "tokens/s" in shown
+    tasks_only = json.loads(run(capsys, *without_text, "--json")[1])
+    assert (tasks_only["perplexity"], tasks_only["texts"], tasks_only["against"]["texts"]) == (None, {}, {})
+    assert tasks_only["tasks"] == record["tasks"]
+    assert tasks_only["sample"]["prompt"]
     other_tokens = save_tiny(tmp_path / "bos", bos=True)
-    code, _, error = run(capsys, *arguments[:8], "--against", other_tokens)
-    assert code == 1
-    assert "as other tokens" in error
+    for same in (arguments[:8], without_text):
+        code, _, error = run(capsys, *same, "--against", other_tokens)
+        assert code == 1
+        assert "as other tokens" in error
+
+
+@pytest.mark.parametrize("name", ["data[train]", "runs[/x]", ":smile:", "[red]a[/red]"])
+def test_names_are_no_markup(capsys, name, text_file, tiny_folder, monkeypatch):
+    monkeypatch.chdir(text_file.parent)
+    folder = text_file.parent / name
+    folder.mkdir(parents=True)
+    text_file.rename(folder / "a.txt")
+    code, shown, progress = run(capsys, "evaluate", tiny_folder, "--text", name, "--windows", 2, "--seq-len", 24)
+    assert code == 0
+    assert name in shown
+    assert f"perplexity of {name}" in progress
+
+
+def test_a_name_that_is_no_unicode_ends_no_command(capsys, text_file, tiny_folder, monkeypatch):
+    monkeypatch.chdir(text_file.parent)
+    name = os.fsdecode(b"caf\xe9.txt")
+    text_file.rename(name)
+    asked = "--keep", 0.6, "--method", "svd", "--eval-text", name, "--out", "out"
+    code, _, _ = run(capsys, "compress", tiny_folder, *asked, *SMALL)
+    assert code == 0
+    assert "caf\\udce9.txt" in (text_file.parent / "out" / "report.md").read_text()
+    code, shown, _ = run(capsys, "evaluate", "out", "--text", name, "--windows", 2, "--seq-len", 24)
+    assert code == 0
+    assert "caf\\udce9.txt" in shown
+
+
+def test_tables_and_bars_show_brackets(capsys):
+    from slimrank.cli import console
+
+    console.print_numbers("[/title]", ("[a]", "[/b]"), [("[red]x", "[1]")], [])
+    console.print_table("[/title]", ("[a]", "[/b]"), [("[red]x", "[1]")])
+    shown = capsys.readouterr().out
+    for words in ("[/title]", "[a]", "[/b]", "[red]x", "[1]"):
+        assert shown.count(words) == 2
+    progress = console.ConsoleProgress()
+    progress.console = console.plain_console(file=io.StringIO(), force_terminal=True, width=80, highlight=False)
+    with progress:
+        progress.plan({"perplexity of [/x]": 1.0})
+        progress.stage("perplexity of [/x]", 2)
+        progress.note("read [/y] :smile:")
+        progress._bar.refresh()
+    assert "perplexity of [/x]" in progress.console.file.getvalue()
+    assert "read [/y] :smile:" in progress.console.file.getvalue()

@@ -17,7 +17,7 @@ from slimrank import comparison
 from slimrank.cli import main
 from slimrank.cli.compare import _show
 from slimrank.comparison import Cell, running, worker
-from slimrank.errors import BudgetError, DataError, RecipeError, RunError, SlimrankError
+from slimrank.errors import BudgetError, DataError, OutputError, RecipeError, RunError, SlimrankError
 from slimrank.evaluate.tasks import TaskRequest
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
@@ -443,3 +443,28 @@ def test_numbers_are_whole_at_80_columns(perplexity, capsys, monkeypatch, tmp_pa
     for word in (f"{perplexity:.2f}", f"{perplexity / 10:.3f}", "12.5000", "constrained_exact", "0.8 *"):
         assert word in table
     assert "12,345" not in table
+
+
+def test_notes_on_texts_are_those_of_the_cell(model, tmp_path, in_this_process):
+    """Rows without text, and windows that are found in the calibration text, even in a copy of it."""
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(json.dumps({"text": (model / "text.txt").read_text()}) + '\n{"text": null}\n')
+    options = {
+        "keep_ratio": 0.6,
+        "method": "svd_llm",
+        "samples": 2,
+        "seq_len": 64,
+        "calibration": str(model / "text.txt"),
+    }
+    record = comparison.compare(
+        model, [Cell("one", options)], tmp_path / "cmp", texts=["demo", str(copy)], windows=2, seq_len=64
+    )
+    skipped, found = record["cells"]["one"]["notes"]
+    assert "1 rows without text" in skipped
+    assert found.startswith(f"{copy}: perplexity is measured on the calibration text")
+
+
+def test_a_folder_that_cannot_be_made(model, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="Not a directory"):
+        comparison.compare(model, [Cell("one", {"keep_ratio": 0.6, "method": "svd"})], tmp_path / "file" / "cmp")

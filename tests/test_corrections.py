@@ -54,12 +54,12 @@ def test_slopes_are_those_of_autograd(name):
         for model in (original, changed):
             mine = BlockRunner(model, torch.device("cpu"), upcast=False, resident=False)
             mine.embed([Batch(ids)])
-            finals.append(mine.through(mine.hidden, 0, len(mine)))
+            finals.append(mine.finals(mine.states, 0))
         runner.embed([Batch(ids)])
         inputs = [
             [h]
             for h in itertools.accumulate(
-                range(len(runner)), lambda h, i: runner.run(i, 0, h), initial=runner.hidden[0]
+                range(len(runner)), lambda h, i: runner.run(i, 0, h), initial=runner.states[0]
             )
         ]
         gradients, total = divergence_gradients(runner, finals[1], finals[0])

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimrank import compress
 from slimrank.calibration.sources import read_source
-from slimrank.calibration.windows import leading_windows, tokenise
+from slimrank.calibration.tokens import tokenise
+from slimrank.calibration.windows import leading_windows
 from slimrank.evaluate.perplexity import perplexity
 from slimrank.layers.convert import compressed_layers, pair_of, stored_layer
 

@@ -248,7 +248,8 @@ def test_a_model_of_which_only_the_configuration_is_here(machine, tmp_path):
 def test_a_model_in_the_cache(machine, tmp_path):
     snapshot = in_the_hub_cache(tmp_path, "config.json", "model.safetensors")
     assert doctor.diagnose("org/name")["model"]["cached"]
-    index = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
+    index = {"weight_map": {"a": "part.safetensors", "b": "other.safetensors"}}
+    (snapshot / "model.safetensors").rename(snapshot / "part.safetensors")
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     assert not doctor.diagnose("org/name")["model"]["cached"]
 
@@ -333,7 +334,7 @@ def test_every_accelerator_is_listed(machine):
     "options, whole", [({}, True), ({"evaluation": None}, False), ({"evaluation": None, "resident": True}, True)]
 )
 def test_an_accelerator_holds_all_weights_only_where_it_runs_the_whole_model(options, whole):
-    record = {"peak_memory": LIBRARIES + 30, "size": {"bytes_before": 10}}
+    record = {"peak_memory": LIBRARIES + 30, "size": {"bytes_loaded": 10}}
     found = doctor._memory(record, Recipe(keep_ratio=0.8, **options), "cuda")
     assert found == {"cpu": LIBRARIES + 10, "cuda": 30 if whole else 20}
 

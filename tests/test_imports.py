@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import slimrank
+from helpers import byte_tokenizer, tiny_model
 
 ROOT = Path(slimrank.__file__).parent
 BASE = {"errors", "progress", "registry", "options", "_version"}
@@ -29,7 +30,8 @@ ALLOWED = {  # room -> rooms it may know, besides itself and BASE
     "report": {"run", "recipe", "allocate", "models"},
     "estimate": {"models"},
     "inputs": {"calibration", "models", "recipe"},
-    "planning": {"allocate", "decompose", "estimate", "linalg", "models", "recipe", "refine"},
+    "sizes": {"allocate", "linalg", "models", "recipe"},
+    "planning": {"allocate", "decompose", "estimate", "linalg", "models", "recipe", "refine", "sizes"},
     "evaluation": {"calibration", "evaluate", "inputs", "models"},
 }
 ANYTHING = {"cli", "pipeline", "dry_run", "doctor", "comparison", "__init__", "__main__"}
@@ -56,12 +58,37 @@ def test_imports_point_down(path):
     assert set(imported_rooms(path)) <= allowed
 
 
-@pytest.mark.parametrize("name", ["low_rank", "pivot", "experts"])
+def modules_of(path):
+    """Names of the modules that a file imports, relative ones with their dots."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+LOADER = [ROOT / "export" / f"{name}_slimrank.py" for name in ("configuration", "modeling")]
+COPIED_LAYERS = [name for name in modules_of(LOADER[1]) if name.startswith("slimrank.")]
+
+
+@pytest.mark.parametrize("name", COPIED_LAYERS)
 def test_layers_that_go_into_saved_models_need_nothing_but_torch(name):
-    tree = ast.walk(ast.parse((ROOT / "layers" / f"{name}.py").read_text()))
-    modules = [[node.module] if isinstance(node, ast.ImportFrom) else [n.name for n in node.names]
-               for node in tree if isinstance(node, (ast.Import, ast.ImportFrom))]  # fmt: skip
-    assert {m.split(".")[0] for found in modules for m in found} <= {"__future__", "typing", "torch"}
+    found = {module.split(".")[0] for module in modules_of(ROOT.parent / f"{name.replace('.', '/')}.py")}
+    assert found <= sys.stdlib_module_names | {"torch"}
+
+
+@pytest.mark.parametrize("path", LOADER, ids=lambda path: path.stem)
+def test_the_loader_in_saved_models_needs_nothing_but_transformers(path):
+    found = {module.split(".")[0] for module in modules_of(path) if module not in COPIED_LAYERS}
+    assert found <= sys.stdlib_module_names | {"torch", "transformers", ""}  # "": .configuration_slimrank
+
+
+def test_all_code_in_a_saved_model_is_looked_at(tmp_path):
+    slimrank.compress(tiny_model(), byte_tokenizer(), keep_ratio=0.6, method="svd", evaluation=None, out=tmp_path / "o")
+    expected = {path.name for path in LOADER} | {f"{name.rsplit('.', 1)[1]}.py" for name in COPIED_LAYERS}
+    assert {path.name for path in (tmp_path / "o").glob("*.py")} == expected
+    table = (ROOT.parents[1] / "docs" / "saved-models.md").read_text()
+    assert not [path.name for path in (tmp_path / "o").iterdir() if f"`{path.name}`" not in table]
 
 
 def test_files_stay_short():

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import slimrank.report.html
 from helpers import CONFIGS, VOCABULARY, byte_tokenizer, nothing_drawn, save_tiny, text, tiny_model
-from slimrank.calibration.windows import draw_windows, tokenise
+from slimrank.calibration.tokens import tokenise
+from slimrank.calibration.windows import draw_windows
 from slimrank.errors import (
     BudgetError,
     DataError,

@@ -3,10 +3,12 @@
 from itertools import pairwise
 
 import pytest
+import torch
 
 from slimrank.cli.console import ConsoleProgress
 from slimrank.errors import NonFiniteError
 from slimrank.pipeline import probe
+from slimrank.pipeline.probe import _hook
 from slimrank.run import Stage
 from test_allocation_end_to_end import SEARCH, SEQ_LEN, allocated
 
@@ -75,6 +77,14 @@ class Watched(ConsoleProgress):
     def _see(self):
         if self.current == "allocate":
             self.seen.append((self.fraction() * sum(self.costs.values()) - self.done_cost) / self.costs["allocate"])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_transform_sees_outputs_without_the_bias(bias):
+    """A factored layer keeps its bias, so what a rank leaves of W x says nothing about it."""
+    layer, x = torch.nn.Linear(3, 5, bias=bias), torch.ones(2, 3)
+    layer.register_forward_hook(_hook(lambda given, output, rows: 2 * output, slice(0, 5)))
+    torch.testing.assert_close(layer(x), 2 * x @ layer.weight.t() + (layer.bias if bias else 0))
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,7 @@ def _needs(
         "memory": memory,
         "run_bytes": record["run_bytes"],
         "seconds": sum(record["seconds"].values()),
+        "notes": record["notes"],
     }
 
 
@@ -289,7 +290,7 @@ def _memory(record: dict[str, Any], recipe: Recipe, device: str) -> dict[str, in
     """
     from slimrank.estimate import LIBRARIES
 
-    peak, weights = record["peak_memory"], record["size"]["bytes_before"]
+    peak, weights = record["peak_memory"], record["size"]["bytes_loaded"]
     if device == "cpu":
         return {"cpu": peak}
     whole = recipe.resident or recipe.evaluation is not None
@@ -306,7 +307,8 @@ def _on_this_machine(model: str | Path) -> tuple[str, bool]:
     from huggingface_hub.errors import HFValidationError
 
     from slimrank.models.demo import demo_place
-    from slimrank.models.load import resolve, shard_names
+    from slimrank.models.files import weight_files
+    from slimrank.models.load import resolve
 
     fetching = f"'slimrank plan {model} --keep 0.8' fetches what is needed to look at it"
     if str(model) == "demo":
@@ -323,8 +325,8 @@ def _on_this_machine(model: str | Path) -> tuple[str, bool]:
     if not isinstance(config, str):
         raise ModelError(f"'{model}' is not in the cache of the hub, and the doctor fetches nothing.", fetching)
     folder = Path(config).parent
-    weights = shard_names(folder) or {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")}
-    return str(folder), bool(weights) and all((folder / name).is_file() for name in weights)
+    weights = weight_files(folder)
+    return str(folder), bool(weights) and all(path.is_file() for path in weights)
 
 
 def gigabytes(count: float) -> str:

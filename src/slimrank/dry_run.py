@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from slimrank.allocate.plan import RankPlan
 from slimrank.allocate.registry import ALLOCATORS, ConfiguredAllocator
 from slimrank.decompose.registry import DECOMPOSERS
@@ -16,9 +14,10 @@ from slimrank.estimate import measure_machine, peak_bytes, run_bytes, stage_seco
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
 from slimrank.inputs import window_length
 from slimrank.linalg.cost import COST_MODELS
-from slimrank.models.load import skeleton, stored_dtype
+from slimrank.models.load import skeleton
 from slimrank.models.placement import resolve_device
 from slimrank.models.splitting import take_apart
+from slimrank.models.storage import stored_dtype
 from slimrank.models.structure import short_names, without_numbers
 from slimrank.models.targets import TargetSet, find_targets
 from slimrank.planning import (
@@ -29,8 +28,6 @@ from slimrank.planning import (
     following_plan,
     given_plan,
     make_problem,
-    new_biases,
-    order_bytes,
     plan_of,
     reads_text,
     units_of,
@@ -38,6 +35,7 @@ from slimrank.planning import (
 )
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
+from slimrank.sizes import ModelBytes, new_biases
 
 
 def preview(
@@ -47,24 +45,26 @@ def preview(
 
     Returns:
         A record with "plan" (as `RankPlan`), "blocks_path", "size", "coverage", "kinds" (one row for each layer name),
-        "seconds" (by stage), "peak_memory" and "run_bytes" (of the run directory). All but sizes are estimates.
+        "seconds" (by stage), "peak_memory", "run_bytes" (of the run directory) and "notes" (what of the model is left
+        out or done otherwise). All but sizes are estimates.
 
     Raises:
         SlimrankError: whatever `compress` would refuse for the same model and budget.
     """
     made = following_plan(Recipe.merged(recipe, options))
     device = resolve_device(made.device)
-    bones = skeleton(model, progress)
+    read = skeleton(model, made.dtype, progress)
+    bones = read.model
     take_apart(bones, made.split)
     seq_len = window_length(bones, made.seq_len)
     targets = find_targets(bones, made.targets, made.ignore, COST_MODELS[made.factor_form])
     coverage = targets.coverage
-    itemsize = stored_dtype(bones).itemsize if made.dtype == "auto" else getattr(torch, made.dtype).itemsize
+    size = ModelBytes.of(bones, targets)
     method = DECOMPOSERS.get(made.method).configured(made.method_options)
     refiner = configured_refiner(made, method)
     check_corrections(made, method)
     allocator = ALLOCATORS.get(made.allocation).configured(made.allocation_options)
-    plan = _plan(made, bones, targets, units_of(method, targets, made.stored_as), itemsize, allocator)
+    plan = _plan(made, bones, targets, units_of(method, targets, made.stored_as), size, allocator)
     work = workload(
         made,
         bones,
@@ -79,17 +79,20 @@ def preview(
     return {
         "plan": plan,
         "blocks_path": targets.blocks_path,
-        "size": {**_size(made, plan, targets, itemsize), "stored_as": plan.stored_as},
+        "size": {**_size(made, plan, targets, size, read.file_bytes), "stored_as": plan.stored_as},
         "coverage": {**asdict(coverage), "of_matrices": coverage.of_matrices},
         "kinds": _kinds(plan),
         "seconds": stage_seconds(work, measure_machine(device)),
-        "peak_memory": peak_bytes(work, logits, itemsize, upcast=device.type == "cpu"),
+        "peak_memory": peak_bytes(work, logits, stored_dtype(bones).itemsize, upcast=device.type == "cpu"),
         "run_bytes": run_bytes(work, plan.stored_parameters, resumable=True),
+        "notes": read.notes,
     }
 
 
-def _size(recipe: Recipe, plan: RankPlan, targets: TargetSet, itemsize: int) -> dict[str, Any]:
-    """Before and after: of the linears, and of the whole model."""
+def _size(
+    recipe: Recipe, plan: RankPlan, targets: TargetSet, size: ModelBytes, file_bytes: int | None
+) -> dict[str, Any]:
+    """Count before and after: of the linears, and of the whole model."""
     coverage = targets.coverage
     factored = [t for t in targets if plan.targets[t.path].rank != "dense"]
     linears = plan.stored_parameters + new_biases(recipe, (t for t in factored if not t.bias))
@@ -99,18 +102,24 @@ def _size(recipe: Recipe, plan: RankPlan, targets: TargetSet, itemsize: int) -> 
         "keep_total": after / coverage.total,
         "parameters_before": coverage.total,
         "parameters_after": after,
-        "bytes_before": coverage.total * itemsize,
-        "bytes_after": after * itemsize + order_bytes(plan.stored_as, factored),
+        "bytes_before": file_bytes or size.total,
+        "bytes_loaded": size.total,
+        "bytes_after": size.compressed(recipe, plan, targets),
     }
 
 
 def _plan(
-    recipe: Recipe, model: Any, targets: TargetSet, units: Sequence[Unit], itemsize: int, allocator: ConfiguredAllocator
+    recipe: Recipe,
+    model: Any,
+    targets: TargetSet,
+    units: Sequence[Unit],
+    size: ModelBytes,
+    allocator: ConfiguredAllocator,
 ) -> RankPlan:
     plan = given_plan(recipe, targets, units)
     if plan is not None:
         return plan
-    problem = make_problem(recipe, model, targets, units, itemsize)
+    problem = make_problem(recipe, model, targets, units, size)
     return plan_of(at_first(problem, allocator), recipe, problem, targets, units)
 
 

@@ -67,6 +67,12 @@ class MissingExtraError(SlimrankError, ImportError):
         super().__init__(f"{purpose} needs the package '{module}'.", f"pip install 'slimrank[{extra}]'")
 
 
+def first_line(error: BaseException) -> str:
+    """Shorten what an error says to its first line; the name of its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint that names the closest known names, or lists them all when none is close and they are not too many."""
     names = sorted(known)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from slimrank.calibration.sources import read_source
-from slimrank.calibration.windows import bos_of, count_windows, leading_windows, tokenise, tokens_digest
-from slimrank.errors import DataError, ModelError
+from slimrank.calibration.tokens import bos_of, check_tokens, tokenise
+from slimrank.calibration.windows import count_windows, leading_windows, tokens_digest
+from slimrank.errors import DataError, ModelError, RecipeError
 from slimrank.evaluate.material import Material, compare, measure
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.paired import LEAST, check_windows
@@ -22,13 +23,14 @@ from slimrank.evaluate.tasks import TaskRequest, Tasks
 from slimrank.inputs import window_length
 from slimrank.models.load import load
 from slimrank.models.placement import placed, resolve_device
+from slimrank.models.storage import saved_bytes
 from slimrank.models.structure import parameters_of
 from slimrank.progress import Progress
 
 
 def evaluate(
     model: str | Path,
-    texts: Sequence[str] = ("demo",),
+    texts: Sequence[str] | None = None,
     windows: int | None = None,
     seq_len: int | None = None,
     device: str = "auto",
@@ -41,7 +43,7 @@ def evaluate(
 
     Args:
         model: hub id, local folder, GGUF file, or "demo".
-        texts: sources (see `calibration.sources`).
+        texts: sources (see `calibration.sources`); None takes "demo", or no text if tasks are given.
         windows: first windows of each text; None takes all.
         seq_len: tokens per window; None takes 512 or the model's context.
         device: where to compute.
@@ -51,27 +53,30 @@ def evaluate(
         against: a model of the same tokens to compare with, mostly the one that this one was made of.
 
     Returns:
-        A record; with one text its perplexity stands under "perplexity", with several each text's stands under
-        "texts" and "perplexity" is that of the first. "tasks" holds the result of each task, "task_settings" what was
-        asked, "against" the comparison (see `evaluate.material`); the last two are None where not wanted.
+        A record. "texts" holds the perplexity of each text, and "perplexity" that of the first; None without a text.
+        "tasks" holds the result of each task, "task_settings" what was asked, "against" the comparison (see
+        `evaluate.material`); the last two are None where not wanted. "notes" name what was skipped or changed.
 
     Raises:
         SlimrankError: an unreadable text, an unknown model or task, models of different tokens, one window to compare
-            models on, non-finite logits.
+            models on, windows without a text, non-finite logits.
     """
     progress = progress or Progress()
+    named = _texts_of(texts, tasks, windows, seq_len)
     if against is not None:
         check_windows(windows)
     place = resolve_device(device)
-    sources = {source: read_source(source, "evaluation") for source in texts}
+    sources, notes = _read(named or ("demo",), progress)
     suite = None if tasks is None else Tasks(tasks, progress)
     loaded, tokenizer = load(model, dtype, progress)
     length = window_length(loaded, seq_len)
-    bos = bos_of(tokenizer)
     least = 1 if against is None else LEAST
-    cut = {source: windows_of(source, text, tokenizer, windows, length, bos, least) for source, text in sources.items()}
+    wanted = windows if named else 1  # without a text, for the sample and to compare tokenizers
+    cut = {
+        source: windows_of(source, text, loaded, tokenizer, wanted, length, least) for source, text in sources.items()
+    }
     dense = None if against is None else _load_dense(against, dtype, progress, sources, cut)
-    material = Material(cut, bos is not None, suite)
+    material = Material(cut if named else {}, bos_of(tokenizer) is not None, suite)
     with placed([loaded] if dense is None else [loaded, dense], place, upcast=False):
         if dense is None:
             measured, compared = measure(loaded, tokenizer, material, progress), None
@@ -80,13 +85,14 @@ def evaluate(
             compared = {"model": str(against), "parameters": parameters_of(dense), **differences}
         speed = measure_speed(loaded)
         text = sample(loaded, tokenizer, next(iter(cut.values()))[0])
-    for source, ids in cut.items():
+    for source, ids in material.texts.items():
         measured["texts"][source]["tokens_sha256"] = tokens_digest(ids)
-    first = next(iter(measured["texts"].values()))
+    first = next(iter(measured["texts"].values()), None)
     return {
         "model": str(model),
-        "perplexity": first["perplexity"],
+        "perplexity": None if first is None else first["perplexity"],
         **measured,
+        "notes": notes,
         "task_settings": None if suite is None else suite.described(),
         "against": compared,
         "speed": asdict(speed),
@@ -98,6 +104,15 @@ def evaluate(
     }
 
 
+def _read(names: Sequence[str], progress: Progress) -> tuple[dict[str, str], list[str]]:
+    """Read texts by the names of their sources; name what reading skipped or changed."""
+    notes: list[str] = []
+    texts = {name: read_source(name, "evaluation", notes.append) for name in names}
+    for note in notes:
+        progress.note(note)
+    return texts, notes
+
+
 def _load_dense(
     spec: str | Path, dtype: str, progress: Progress, sources: Mapping[str, str], cut: Mapping[str, Tensor]
 ) -> Any:
@@ -107,10 +122,9 @@ def _load_dense(
         ModelError: it does not.
     """
     dense, tokenizer = load(spec, dtype, progress)
-    bos = bos_of(tokenizer)
     for source, windows in cut.items():
         window_length(dense, windows.shape[1])
-        own = windows_of(source, sources[source], tokenizer, len(windows), windows.shape[1], bos)
+        own = windows_of(source, sources[source], dense, tokenizer, len(windows), windows.shape[1])
         if not torch.equal(own, windows):
             raise ModelError(
                 f"'{spec}' reads '{source}' as other tokens than the model does.",
@@ -145,7 +159,7 @@ def benchmark(
             **asdict(speed),
             "name": str(name),
             "parameters": parameters_of(m),
-            "bytes": sum(p.numel() * p.element_size() for p in m.parameters()),
+            "bytes": saved_bytes(m),
             "dtype": str(m.dtype).removeprefix("torch."),
         }
         for name, m, speed in zip((model, against), loaded, speeds, strict=True)
@@ -161,15 +175,33 @@ def benchmark(
 
 
 def windows_of(
-    source: str, text: str, tokenizer: Any, windows: int | None, seq_len: int, bos: int | None, least: int = 1
+    source: str, text: str, model: Any, tokenizer: Any, windows: int | None, seq_len: int, least: int = 1
 ) -> Tensor:
-    """The first windows of a text (windows x seq_len); without a number all, and at least `least`.
+    """Cut the first windows of a text (windows x seq_len); without a number all, and at least `least`.
 
     Raises:
         DataError: the text, named by its source, is too short.
+        ModelError: it holds tokens that the model has no embedding for.
     """
-    tokens = tokenise(text, tokenizer)
+    bos = bos_of(tokenizer)
+    tokens = tokenise(text, tokenizer, most=None if windows is None else windows * seq_len)
+    check_tokens(tokens, tokenizer, model)
     try:
         return leading_windows(tokens, windows or max(least, count_windows(tokens, seq_len, bos)), seq_len, bos)
     except DataError as error:
         raise DataError(f"'{source}': {error.message}", error.hint) from error
+
+
+def _texts_of(
+    texts: Sequence[str] | None, tasks: TaskRequest | None, windows: int | None, seq_len: int | None
+) -> Sequence[str]:
+    """Name the texts to measure: those given, or the demo text if nothing else is asked for.
+
+    Raises:
+        RecipeError: an option about texts, and no text.
+    """
+    named = texts if texts is not None else ("demo",) if tasks is None else ()
+    for option, value in {"--windows": windows, "--seq-len": seq_len}.items():
+        if value is not None and not named:
+            raise RecipeError(f"{option} is about text, and none is named.", "--text demo, or a file of your own")
+    return named

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slimrank.calibration.draws import Draws, FromModel, FromText
+from slimrank.calibration.overlap import windows_found
 from slimrank.calibration.sampling import sample_windows
 from slimrank.calibration.sources import read_source
-from slimrank.calibration.windows import (
-    bos_of,
-    count_windows,
-    leading_windows,
-    tokenise,
-    tokens_digest,
-)
+from slimrank.calibration.tokens import bos_of, check_tokens, tokenise
+from slimrank.calibration.windows import count_windows, leading_windows, tokens_digest
 from slimrank.errors import RecipeError
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.structure import context_of
@@ -29,7 +27,10 @@ TOO_SHORT = "the calibration text is too short for windows of their own to searc
 
 @dataclass(frozen=True)
 class Texts:
-    """Token windows of a run; None where a text is not needed. `refinement`: where it is not that of calibration."""
+    """Token windows of a run; None where a text is not needed. `refinement`: where it is not that of calibration.
+
+    `overlap` says that evaluation windows are found in the calibration text; empty if they are not.
+    """
 
     calibration: Tensor | None = None
     refinement: Tensor | None = None
@@ -38,6 +39,7 @@ class Texts:
     evaluation: Tensor | None = None
     bos: bool = False
     notes: list[str] = field(default_factory=list)
+    overlap: str = ""
 
     @property
     def calibration_tokens(self) -> int:
@@ -95,6 +97,7 @@ class RawTexts:
     """The texts as read; `calibration` is None for text that the model samples, or none at all.
 
     `refining` counts the windows that factors are refined on, where they are others than those of calibration.
+    `notes` name what reading skipped or changed.
     """
 
     calibrates: bool
@@ -102,12 +105,14 @@ class RawTexts:
     refining: int | None
     calibration: str | None
     evaluation: str | None
+    notes: list[str]
 
     def tokenised(self, recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Texts:
         """Token windows, of the length that the recipe says.
 
         Raises:
             DataError: too little text.
+            ModelError: tokens that the model has no embedding for.
             RecipeError: no tokenizer, or windows longer than the model's context.
         """
         if not self.calibrates and not self.searches and self.evaluation is None:
@@ -117,10 +122,10 @@ class RawTexts:
                 "a tokenizer is needed to read text.", "compress(model, tokenizer, ...), or evaluation=None"
             )
         bos = bos_of(tokenizer)
-        notes: list[str] = []
+        notes = list(self.notes)
         evaluation = None
         if self.evaluation is not None:
-            evaluation = _evaluation(recipe, tokenise(self.evaluation, tokenizer), bos, notes)
+            evaluation = _evaluation(recipe, self.evaluation, model, tokenizer, bos, notes)
         if not (self.calibrates or self.searches):
             return Texts(evaluation=evaluation, bos=bos is not None, notes=notes)
         draws = self._draws(recipe, model, tokenizer, bos, progress)
@@ -129,14 +134,18 @@ class RawTexts:
             (search, correction), apart = draws.kept_apart()
             if not apart:
                 notes.append(TOO_SHORT)
+        calibration = draws.calibration() if self.calibrates else None
+        refinement = self._refinement(draws, notes)
+        overlap = "" if evaluation is None else _overlap(evaluation, draws, [calibration, refinement], bos)
         return Texts(
-            calibration=draws.calibration() if self.calibrates else None,
-            refinement=self._refinement(draws, notes),
+            calibration=calibration,
+            refinement=refinement,
             search=search,
             correction=correction if recipe.corrections else None,
             evaluation=evaluation,
             bos=bos is not None,
-            notes=notes,
+            notes=[*notes, overlap] if overlap else notes,
+            overlap=overlap,
         )
 
     def _refinement(self, draws: Draws, notes: list[str]) -> Tensor | None:
@@ -159,15 +168,41 @@ class RawTexts:
         shared = samples, apart, recipe.seq_len or DEFAULT_SEQ_LEN, recipe.seed
         if self.calibration is None:
             return FromModel(*shared, sampled)
-        return FromText(*shared, tokenise(self.calibration, tokenizer), bos)
+        tokens = tokenise(self.calibration, tokenizer)
+        check_tokens(tokens, tokenizer, model)
+        return FromText(*shared, tokens, bos)
 
 
-def _evaluation(recipe: Recipe, tokens: Tensor, bos: int | None, notes: list[str]) -> Tensor:
+def _evaluation(recipe: Recipe, text: str, model: Any, tokenizer: Any, bos: int | None, notes: list[str]) -> Tensor:
     wanted, seq_len = recipe.windows, recipe.seq_len or DEFAULT_SEQ_LEN
+    tokens = tokenise(text, tokenizer, most=wanted * seq_len)
+    check_tokens(tokens, tokenizer, model)
     available = count_windows(tokens, seq_len, bos)
     if available < wanted:
         notes.append(f"the evaluation text holds {available} windows of {seq_len}, not {wanted}")
     return leading_windows(tokens, max(1, min(available, wanted)), seq_len, bos)
+
+
+def _overlap(evaluation: Tensor, draws: Draws, drawn: Sequence[Tensor | None], bos: int | None) -> str:
+    """Say how many evaluation windows are found in the calibration text, and in the windows drawn from it."""
+    skipped = int(bos is not None)
+    windows = evaluation[:, skipped:]
+    found = draws.holds(windows)
+    if not bool(found.any()):
+        return ""
+    in_drawn = torch.zeros_like(found)
+    for some in drawn:
+        if some is not None:
+            in_drawn |= windows_found(windows, some[:, skipped:])
+    return f"{found_note(found)}, {int(in_drawn.sum())} of them among the windows that were drawn"
+
+
+def found_note(found: Tensor) -> str:
+    """Say how many evaluation windows are found in the calibration text."""
+    return (
+        "perplexity is measured on the calibration text, so it shows less of the loss than other text would: "
+        f"that text holds {int(found.sum())} of {len(found)} evaluation windows"
+    )
 
 
 def prepare_texts(recipe: Recipe, calibrates: bool, searches: bool = False, refining: int | None = None) -> RawTexts:
@@ -177,12 +212,14 @@ def prepare_texts(recipe: Recipe, calibrates: bool, searches: bool = False, refi
         DataError: a missing, unreadable or empty source.
     """
     own = recipe.calibration == "self" or not (calibrates or searches)
+    notes: list[str] = []
     return RawTexts(
         calibrates,
         searches,
         refining,
-        None if own else read_source(recipe.calibration, "calibration"),
-        None if recipe.evaluation is None else read_source(recipe.evaluation, "evaluation"),
+        None if own else read_source(recipe.calibration, "calibration", notes.append),
+        None if recipe.evaluation is None else read_source(recipe.evaluation, "evaluation", notes.append),
+        notes,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -23,9 +23,7 @@ from slimrank.models.structure import find_blocks, parameters_of
 from slimrank.models.targets import Target, TargetSet, matches, role_of
 from slimrank.recipe import Recipe
 from slimrank.refine.registry import REFINERS, ConfiguredRefiner
-
-HEADER_BYTES = 160  # of a safetensors file, per tensor: more than any name and shape take
-INDEX_BYTES = 4  # of an entry of a pivot layer's order
+from slimrank.sizes import ModelBytes, new_biases
 
 
 @dataclass(frozen=True)
@@ -141,24 +139,6 @@ def units_of(method: Configured, targets: TargetSet, form: FactorForm) -> list[U
     return [Unit(tuple(known[path] for path in group)) for group in groups]
 
 
-def new_biases(recipe: Recipe, targets: Iterable[Target]) -> int:
-    """Parameters of the biases that refining would give to these targets."""
-    given = recipe.refine is not None and recipe.refine_options.get("bias") == "all"
-    return sum(t.shape[0] for t in targets if not t.ties) if given else 0
-
-
-def order_bytes(form: FactorForm, targets: Iterable[Target]) -> int:
-    """Bytes beside the parameters: of the order of each pivot layer, one for every place that a target stands in."""
-    places = sum(min(t.shape) * (1 + len(t.ties)) for t in targets)
-    return INDEX_BYTES * places if form == "pivot" else 0
-
-
-def _overhead(form: FactorForm, model: Any, targets: TargetSet) -> int:
-    """Bytes of a model's files that are no parameters, or more."""
-    added = len(targets) if form == "pair" else 2 * sum(1 + len(t.ties) for t in targets)
-    return HEADER_BYTES * (len(list(model.parameters())) + added + 2) + order_bytes(form, targets)
-
-
 def _named_plan(recipe: Recipe) -> RankPlan | None:
     return RankPlan.load(recipe.plan) if isinstance(recipe.plan, str) else recipe.plan
 
@@ -176,14 +156,14 @@ def given_plan(recipe: Recipe, targets: TargetSet, units: Sequence[Unit]) -> Ran
     return plan.model_copy(update={"secondary": recipe.secondary})
 
 
-def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence[Unit], itemsize: int) -> Problem:
+def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence[Unit], size: ModelBytes) -> Problem:
     """What there is to allocate, without spectra.
 
     Raises:
         PlanError: the recipe's `ranks` leave targets that share a factor no common one.
         RecipeError: a pattern in `ranks` matches no target.
     """
-    stated = _budget(recipe, model, targets, itemsize)
+    stated = _budget(recipe, model, targets, size)
     limits = _limits(recipe, [t.path for t in targets])
     items = tuple(_item(unit, limits, targets.blocks_path) for unit in units)
     return Problem(items, stated.parameters, recipe.rank_multiple, COST_MODELS[recipe.factor_form], stated=stated)
@@ -206,12 +186,12 @@ def _common(unit: Unit, limits: Mapping[str, Limits]) -> Limits:
     return Limits.all_of(limits[t.path] for t in unit.targets)
 
 
-def _budget(recipe: Recipe, model: Any, targets: TargetSet, itemsize: int) -> Budget:
+def _budget(recipe: Recipe, model: Any, targets: TargetSet, size: ModelBytes) -> Budget:
     option: Any = next(name for name in ("keep_ratio", "keep_total", "max_bytes") if getattr(recipe, name) is not None)
-    headers = _overhead(recipe.stored_as, model, targets)
+    besides = size.besides(recipe, model, targets)
     added = new_biases(recipe, (t for t in targets if not t.bias))
     sizes = targets.coverage.targets, targets.coverage.total
-    return Budget(option, getattr(recipe, option), *sizes, itemsize, headers, added)
+    return Budget(option, getattr(recipe, option), *sizes, size.largest_item, besides, added)
 
 
 def plan_of(

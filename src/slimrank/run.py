@@ -6,6 +6,7 @@ schema). safetensors and JSON only, each file written under a temporary name and
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from torch import Tensor
 from slimrank.errors import OutputError, RunError
 
 LOCK = "lock"
-SCHEMA = 3  # raise it when the content of stored files changes meaning
+SCHEMA = 4  # raise it when the content of stored files changes meaning
 
 
 def content_key(parts: dict[str, Any]) -> str:
@@ -35,12 +36,15 @@ def locked(folder: Path, hint: str) -> FileLock:
 
     Raises:
         RunError: another one is at work in it.
+        OutputError: no file can be made or locked there.
     """
     lock = FileLock(folder / LOCK, is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise RunError(f"another slimrank is at work in the folder '{folder}'.", hint) from error
+    except (OSError, NotImplementedError) as error:  # the latter on disks without locks
+        raise disk_error(error, folder) from error
     return lock
 
 
@@ -90,12 +94,21 @@ class Run:
 
 
 def remove_run(folder: Path) -> None:
-    """Delete what a run has stored; whatever else lies in the folder stays."""
+    """Delete what a run has stored; whatever else lies in the folder stays.
+
+    Raises:
+        OutputError: it cannot be deleted.
+    """
     shutil.rmtree(folder / "store", ignore_errors=True)
-    (folder / "run.json").unlink(missing_ok=True)
-    (folder / LOCK).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    try:
+        (folder / "run.json").unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        raise OutputError(
+            f"the model is written, but the run directory '{folder}' cannot be removed: {error}", "delete it yourself"
+        ) from error
 
 
 class Stage:
@@ -150,7 +163,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no Unicode
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -158,11 +171,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def disk_error(error: Exception, path: Path) -> OutputError:
-    """The error to raise when writing `path` failed."""
-    return OutputError(
-        f"'{path}' cannot be written: {error}",
-        "free some disk space or choose another folder; running the same command again resumes",
-    )
+    """Make the error to raise when writing `path` failed; a full disk may be mended, so that the run resumes."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+    resumes = "free some disk space; running the same command again resumes"
+    hint = resumes if full else "check its permissions and those of the folder around it, or choose another folder"
+    return OutputError(f"'{path}' cannot be written: {error}", hint)
 
 
 def _check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from problems import SHAPES, KnownModel, problem
 from slimrank.allocate.curve import Curve, Limits
-from slimrank.allocate.dobi import SoftTruncation
+from slimrank.allocate.dobi import SoftTruncation, _truncating
 from slimrank.allocate.hull import Table
 from slimrank.allocate.knapsack import solve
 from slimrank.allocate.lems import depth_bias
@@ -412,6 +412,18 @@ def test_a_sharp_step_cuts_at_the_rank():
     u, s, vh = torch.linalg.svd(y, full_matrices=False)
     cut = SoftTruncation.apply(y, torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64))
     torch.testing.assert_close(cut, (u[:, :2] * s[:2]) @ vh[:2])
+
+
+@pytest.mark.parametrize("tokens, m, n", [(200, 96, 32), (200, 32, 96), (20, 96, 32), (20, 32, 96)])
+def test_a_layer_loses_what_lies_beyond_its_rank(tokens, m, n):
+    """Outputs of a tall layer have n singular values: a fraction of min(tokens, m) hardly cut anything."""
+    generator = torch.Generator().manual_seed(1)
+    x, w = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((tokens, n), (m, n)))
+    y = x @ w.T
+    count = min(tokens, m, n)
+    cut = _truncating(torch.tensor((count // 2 + 0.5) / count), 1e6)(x, y, slice(0, m))
+    tail = torch.linalg.svdvals(y)[count // 2 : count].square().sum()
+    torch.testing.assert_close((cut - y).square().sum(), tail)
 
 
 def test_projection_keeps_what_it_should():

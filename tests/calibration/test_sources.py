@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -37,6 +38,98 @@ def test_a_folder_and_a_list(tmp_path):
     (tmp_path / "c.bin").write_text("ignored")
     assert read_source(tmp_path, "calibration") == "one\n\ntwo"
     assert read_source(["one", "two"], "calibration") == "one\n\ntwo"
+
+
+def test_a_folder_as_the_hub_lays_it_out(tmp_path):
+    for name in (".cache/x.txt", "._a.txt", "data/b.TXT", "data/en/a.jsonl", "dataset_infos.json", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('"one"' if name.endswith("jsonl") else name)
+    notes = []
+    assert read_source(tmp_path, "calibration", notes.append) == "data/b.TXT\n\none"
+    assert [note.split(": ", 1)[1] for note in notes] == ["1 .json files in the folder were not read"]
+    (tmp_path / "data" / "test-00000-of-00001.jsonl").write_text('"two"')
+    (tmp_path / "data" / "train-00000-of-00001.jsonl").write_text('"three"')
+    assert read_source(tmp_path, "calibration", notes.append) == "data/b.TXT\n\none\n\ntwo\n\nthree"
+    assert notes[-1].endswith("all splits in the folder were read: test, train")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_says_the_encoding_and_is_no_text(tmp_path, name, encoding):
+    content = "one é\r\n" if name == "a.txt" else json.dumps("one é\r\n", ensure_ascii=False)
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    assert read_source(tmp_path / name, "calibration") == "one é\r\n"
+
+
+@pytest.mark.parametrize("order", ["le", "be"])
+def test_utf16_without_a_mark_names_its_byte_order(tmp_path, order):
+    (tmp_path / "a.txt").write_bytes("one two".encode(f"utf-16-{order}"))
+    with pytest.raises(DataError, match=f"iconv -f UTF-16{order.upper()}"):
+        read_source(tmp_path / "a.txt", "calibration")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"text": "one"}\n{"text": "two"}\n',
+        '[{"text": "one"}, {"text": "two"}]',
+        '[\n"one",\n"two"\n]',
+        '"one\\n\\ntwo"',
+    ],
+)
+def test_json_as_lines_and_as_one_document(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    (tmp_path / "A.JSON.GZ").write_bytes(gzip.compress(content.encode()))
+    for name in ("a.json", "A.JSON.GZ"):
+        assert read_source(tmp_path / name, "calibration") == "one\n\ntwo"
+    (tmp_path / "A.JSON.GZ").write_bytes(gzip.compress(content.encode())[:-9])
+    with pytest.raises(DataError, match="cannot be read"):
+        read_source(tmp_path / "A.JSON.GZ", "calibration")
+
+
+def test_rows_without_text_are_skipped_and_noted(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["one", None, None, "two"]}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('"one"\n\n{"text": null}\nnull\n"two"\n')
+    for name, first in (("a.parquet", "row 2 of"), ("a.jsonl", "line 3 of")):
+        notes = []
+        assert read_source(tmp_path / name, "evaluation", notes.append) == "one\n\ntwo"
+        assert len(notes) == 1
+        assert f"2 rows without text (null) were skipped, the first is {first}" in notes[0]
+
+
+def test_half_characters_are_replaced_and_noted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('"a"\n"b \\ud83d c"\n"\\ud83d\\ude00"\n')
+    for source in (tmp_path / "a.jsonl", ["a", "b \ud83d c", "\ud83d\ude00"]):
+        notes = []
+        assert read_source(source, "calibration", notes.append) == "a\n\nb \ufffd c\n\n\U0001f600"
+        assert "half characters" in notes[0]
+        assert "2 of" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "hi"}]},
+        {"text": [{"role": "user", "content": "hi"}]},
+        [{"from": "human", "value": "hi"}],
+    ],
+)
+def test_a_chat_is_refused_with_what_to_do(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match="chat") as raised:
+        read_source(tmp_path / "a.jsonl", "calibration")
+    assert "apply_chat_template" in raised.value.hint
+
+
+def test_text_in_the_place_of_a_name():
+    for source in ("word " * 2000, "a\0b", "~nobody-of-that-name/a.txt"):
+        with pytest.raises(DataError, match="does not exist") as raised:
+            read_source(source, "calibration")
+        assert "a list" in raised.value.hint
+        assert len(raised.value.message) < 300
 
 
 def test_the_two_demo_parts_do_not_overlap():
@@ -93,7 +186,8 @@ def test_a_hub_data_set(monkeypatch):
         def __getitem__(self, column):
             return ["one", "two"]
 
-    def load_dataset(name, config, split):
+    def load_dataset(name, config, split, trust_remote_code):
+        assert trust_remote_code is False  # datasets before 4 would ask, or run code of the repository
         asked.update(name=name, config=config, split=split)
         if name == "broken/set":
             raise RuntimeError("offline\nmore")

@@ -3,14 +3,13 @@ import torch
 
 from helpers import byte_tokenizer, tiny_model
 from slimrank.calibration.sampling import sample_windows
+from slimrank.calibration.tokens import bos_of
 from slimrank.calibration.windows import (
-    bos_of,
     count_windows,
     draw_apart,
     draw_spread,
     draw_windows,
     leading_windows,
-    tokenise,
     tokens_digest,
 )
 from slimrank.errors import DataError, NonFiniteError
@@ -88,10 +87,6 @@ def test_bos_stands_before_every_window():
     assert windows[:, 0].tolist() == [256] * 3
     assert windows[:, 1:].flatten().tolist() == list(range(57))
     assert draw_windows(TOKENS, 2, 101, 0, bos=256).shape == (2, 101)
-
-
-def test_tokenised_whole_and_without_specials():
-    assert tokenise("ab\n", byte_tokenizer(bos=True)).shape == (3,)
 
 
 def test_the_model_samples_its_own_text():

@@ -1,11 +1,14 @@
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from slimrank.errors import OutputError
 from slimrank.export.output import CARD, MANIFEST, OutputFolder, need_space, write_manifest
+from slimrank.run import disk_error
 
 
 def write(path, content, overwrite=False, **files):
@@ -127,3 +130,128 @@ def test_odd_places(tmp_path, monkeypatch):
     write(tmp_path / "link", "two", overwrite=True)
     assert (tmp_path / "real" / "model.safetensors").read_text() == "two"
     assert (tmp_path / "link").is_symlink()
+
+
+def test_subfolders_are_ours_too(tmp_path):
+    out = tmp_path / "out"
+    for content in ("one", "two"):
+        with OutputFolder(out, overwrite=True).writing() as partial:
+            (partial / "templates").mkdir()
+            (partial / "templates" / f"{content}.jinja").write_text(content)
+            write_manifest(partial, {})
+        if content == "one":
+            assert "templates/one.jinja" in json.loads((out / MANIFEST).read_text())["files"]
+            (out / "templates" / "mine.jinja").write_text("mine")
+    assert names(out / "templates") == ["mine.jinja", "two.jinja"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_equal_file_that_no_manifest_names_is_replaced(tmp_path):
+    """As earlier versions left them: subfolders stood in no manifest."""
+    out = tmp_path / "out"
+    write(out, "one")
+    for _ in range(2):
+        with OutputFolder(out, overwrite=True).writing() as partial:
+            (partial / "templates").mkdir()
+            (partial / "templates" / "a.jinja").write_text("a")
+            (partial / MANIFEST).write_text('{"files": {}, "reports": []}')
+    assert (out / "templates" / "a.jinja").read_text() == "a"
+    assert names(tmp_path) == ["out"]
+
+
+def test_names_of_foreign_files_are_found_beforehand(tmp_path):
+    out, files = tmp_path / "out", tmp_path / "files"
+    write(out, "one")
+    (files / "templates").mkdir(parents=True)
+    (files / "model.safetensors").write_text("ours")
+    (files / "templates" / "a.jinja").write_text("new")
+    output = OutputFolder(out, overwrite=True)
+    output.check_names(files)
+    (out / "templates").mkdir()
+    (out / "templates" / "a.jinja").write_text("new")
+    output.check_names(files)
+    (out / "templates" / "a.jinja").write_text("mine")
+    with pytest.raises(OutputError, match=r"a\.jinja' was not written by slimrank"):
+        output.check_names(files)
+
+
+def test_a_rehearsal_leaves_nothing_behind(tmp_path):
+    write(tmp_path / "out", "one")
+    OutputFolder(tmp_path / "out", overwrite=True).rehearse()
+    OutputFolder(tmp_path / "new" / "folder" / "out").rehearse()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["model.safetensors", MANIFEST]
+
+
+def test_a_rehearsal_disturbs_no_other_process(tmp_path):
+    with OutputFolder(tmp_path / "out").writing() as partial:
+        (partial / "model.safetensors").touch()
+        OutputFolder(tmp_path / "out").rehearse()
+        assert (partial / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_what_cannot_be_renamed_is_found_beforehand(tmp_path, monkeypatch, existing):
+    out = tmp_path / "new" / "out"
+    if existing:
+        write(out, "one")
+
+    def refuse(self, target):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match="busy") as raised:
+        OutputFolder(out, overwrite=existing).rehearse()
+    assert "resumes" not in raised.value.hint
+    assert existing or not (tmp_path / "new").exists()
+
+
+def test_mount_points_and_locked_folders_are_found_beforehand(tmp_path, monkeypatch):
+    write(tmp_path / "out", "one")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out" / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name in ("empty", "disk"))
+    for place, point in (("empty", "empty"), ("out", "disk")):
+        with pytest.raises(OutputError, match=f"{point}' is a mount point"):
+            OutputFolder(tmp_path / place, overwrite=True)
+    monkeypatch.undo()
+    for locked, message in (("out", "nothing can be removed from"), ("", "nothing can be written to")):
+        monkeypatch.setattr(os, "access", lambda path, mode, locked=locked: Path(path) != tmp_path / locked)
+        with pytest.raises(OutputError, match=message):
+            OutputFolder(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"files": {}}', '{"files": {"../other": 1}, "reports": []}'])
+def test_a_damaged_manifest_is_found_beforehand(tmp_path, content):
+    write(tmp_path / "out", "one")
+    (tmp_path / "out" / MANIFEST).write_text(content)
+    with pytest.raises(OutputError, match="does not say which files"):
+        OutputFolder(tmp_path / "out", overwrite=True)
+
+
+def test_what_is_left_of_the_old_output_is_said(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write(out, "one")
+
+    def refuse(self, missing_ok=False):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    folder, unlink, mark = OutputFolder(out, overwrite=True), Path.unlink, ".slimrank-partial"
+    monkeypatch.setattr(Path, "unlink", lambda self, **k: (unlink if self.name == mark else refuse)(self, **k))
+    with pytest.raises(OutputError, match=r"is written to .* cannot be removed"), folder.writing() as partial:
+        (partial / "model.safetensors").write_text("two")
+    assert (out / "model.safetensors").read_text() == "two"
+    assert names(tmp_path) == ["out", "out.old"]
+
+
+def test_names_that_no_disk_allows(tmp_path):
+    for name in ("a" * 300, "a\0b"):
+        with pytest.raises(OutputError, match="cannot be written"):
+            OutputFolder(tmp_path / name).rehearse()
+
+
+def test_only_a_full_disk_lets_the_run_resume(tmp_path):
+    for number, resumes in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False), (errno.EXDEV, False)):
+        hint = disk_error(OSError(number, "x"), tmp_path).hint
+        assert ("resumes" in hint) is resumes
+    assert "resumes" in disk_error(SafetensorError("I/O error: No space left on device (os error 28)"), tmp_path).hint

@@ -255,15 +255,17 @@ def test_a_refit_after_casting_makes_up_for_rounding(m, n, seed):
     assert exact < problem.loss(refit.bfloat16().double() @ cast_a.double()) <= both
 
 
+@pytest.mark.parametrize("unit", ["diagonal", "identity"])
 @pytest.mark.parametrize("alpha", [1e-3, 0.5])
 @pytest.mark.parametrize("m, n", SHAPES)
-def test_damping_is_unit_inputs_that_ask_for_the_weight(m, n, alpha):
+def test_damping_is_inputs_of_single_channels_that_ask_for_the_weight(m, n, alpha, unit):
     x, t, weight = tokens(m, n)
-    root = (alpha * (x.t() @ x).trace() / n).sqrt()
-    more_x, more_t = torch.cat([x, root * torch.eye(n, dtype=torch.float64)]), torch.cat([t, root * weight.t()])
+    energies = x.square().sum(dim=0)
+    channels = (alpha * (energies if unit == "diagonal" else energies.mean().expand(n))).sqrt().diag()
+    more_x, more_t = torch.cat([x, channels]), torch.cat([t, channels @ weight.t()])
     problem = Regression.of(x, t)
     before = problem.gram.clone(), problem.cross.clone()
-    damped = problem.towards(weight, alpha)
+    damped = problem.towards(weight, alpha, unit)
     close(damped.gram, more_x.t() @ more_x)
     close(damped.cross, more_t.t() @ more_x)
     assert damped.energy == pytest.approx(float(more_t.square().sum()))
@@ -272,6 +274,18 @@ def test_damping_is_unit_inputs_that_ask_for_the_weight(m, n, alpha):
         assert damped.loss(w) == pytest.approx(raw_loss(more_x, more_t, w))
     assert torch.equal(problem.gram, before[0])
     assert torch.equal(problem.cross, before[1])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e5])
+@pytest.mark.parametrize("m, n", SHAPES)
+def test_a_ridge_does_not_depend_on_the_scale_of_a_channel(m, n, scale):
+    x, t, weight = tokens(m, n)
+    scales = torch.ones(n, dtype=torch.float64)
+    scales[1] = scale
+    expected, best = reduced_rank(Regression.of(x, t).towards(weight, 0.1))
+    found, scaled = reduced_rank(Regression.of(x * scales, t).towards(weight / scales, 0.1))
+    close(scaled * scales, best, 1e-7)
+    close(product(found, scaled, 3) * scales, product(expected, best, 3), 1e-7)
 
 
 @pytest.mark.parametrize("m, n", SHAPES)

@@ -26,15 +26,16 @@ def halves(x, t, **more):
     return tuple(replace(Regression.of(x[i::2], t[i::2]), **more) for i in range(2))
 
 
-def by_tokens(x, t, weight, form):
+def by_tokens(x, t, weight, form, unit="diagonal"):
     """The best of RIDGES, by fitting and testing on tokens."""
-    unit = float(x.square().sum()) / x.shape[1]
+    energies = x.square().sum(dim=0)
+    penalty = (energies if unit == "diagonal" else energies.mean().expand_as(energies)).diag()
     errors = []
     for ridge in RIDGES:
         error = 0.0
         for i in range(2):
             xa, xb, lacking = x[i::2], x[1 - i :: 2], (t - x @ weight.t())[i::2]
-            damped = xa.t() @ xa + ridge * unit * torch.eye(x.shape[1], dtype=torch.float64)
+            damped = xa.t() @ xa + ridge * penalty
             change = torch.linalg.solve(damped, xa.t() @ lacking)
             left = t[1 - i :: 2] - xb @ weight.t() - xb @ change
             error += float((left @ form * left).sum())
@@ -49,7 +50,9 @@ def test_it_is_the_best_by_raw_tokens(m, n, noise, seed):
     x, t, weight = tokens(m, n, noise, seed)
     g = random(m, m, seed=9)
     for form, row in ((torch.eye(m, dtype=torch.float64), Form()), (g @ g.t(), Form(g @ g.t()))):
-        assert cross_validated(halves(x, t, row=row), weight) == by_tokens(x, t, weight, form)
+        for unit in ("diagonal", "identity"):
+            found = cross_validated(halves(x, t, row=row), weight, unit)
+            assert found == by_tokens(x, t, weight, form, unit)
 
 
 @pytest.mark.parametrize("noise", [0.1, 2.0])

@@ -219,7 +219,7 @@ def same(observed, one, other):
         ("drone", {}),
         ("drone", {"min_norm": True}),
         ("coala", {"mu": 0.0}),
-        ("kfac_svd", {"row_shrink": 1.0, "column_shrink": 0.0}),
+        ("kfac_svd", {"row_shrink": 1.0, "column_shrink": 0.0, "shrink_target": "identity"}),
         ("basis_sharing", {}),
     ],
 )
@@ -234,8 +234,8 @@ def test_methods_that_are_svd_llm(m, n, method, options):
     [
         ("asvd", {"alpha": 0.0}),
         ("coala", {"mu": 1e12}),
-        ("kfac_svd", {"row_shrink": 1.0, "column_shrink": 1.0}),
-        ("gfwsvd", {"shrink": 1.0}),
+        ("kfac_svd", {"row_shrink": 1.0, "column_shrink": 1.0, "shrink_target": "identity"}),
+        ("gfwsvd", {"shrink": 1.0, "shrink_target": "identity"}),
     ],
 )
 @pytest.mark.parametrize("m, n", M_N)
@@ -247,7 +247,7 @@ def test_methods_that_are_svd(m, n, method, options):
 @pytest.mark.parametrize("m, n", M_N)
 def test_kfac_without_inputs_is_svd_llm_of_the_transpose(m, n):
     observed = observe(ALL_NEEDS, m, n)
-    found = solved("kfac_svd", observed, row_shrink=0.0, column_shrink=1.0)
+    found = solved("kfac_svd", observed, row_shrink=0.0, column_shrink=1.0, shrink_target="identity")
     gradients = GramSum.empty(m)
     gradients.add(torch.cat([g.reshape(-1, m) for g in observed.gradients]))
     turned = DECOMPOSERS.get("svd_llm").solve(observed.weight.t(), LayerStatistics((n, m), inputs=gradients))
@@ -360,6 +360,7 @@ def test_massive_activations_in_float32_on_both_sides(m, n):
 DAMPING = {
     "none": lambda form: form,
     "shrunk": lambda form: form.shrunk(0.3),
+    "shrunk to the identity": lambda form: form.shrunk(0.3, "identity"),
     "ridge": lambda form: form.with_ridge(0.2),
     "both": lambda form: form.with_ridge(0.2).shrunk(0.3),
     "twice": lambda form: form.shrunk(0.1).shrunk(0.3),
@@ -368,7 +369,7 @@ DAMPING = {
 
 def seen(form, w):
     c = form.matrix()
-    return Form(w @ c @ w.t(), seen=True, mean=float(c.diagonal().mean()))
+    return Form(w @ c @ w.t(), seen=True, diagonal=c.diagonal())
 
 
 @pytest.mark.parametrize("rows", [None, "dense"])
@@ -400,13 +401,53 @@ def test_a_seen_form_of_the_gradients_gives_the_same(m, n, damping):
 def test_damping_is_what_it_says():
     c = psd(6, 1)
     eye = torch.eye(6, dtype=torch.float64)
-    torch.testing.assert_close(Form(c).shrunk(0.3).matrix(), damped(c, 0.3))
+    torch.testing.assert_close(Form(c).shrunk(0.3).matrix(), 0.7 * c + 0.3 * c.diagonal().diag())
+    torch.testing.assert_close(Form(c).shrunk(0.3, "identity").matrix(), damped(c, 0.3))
     torch.testing.assert_close(Form(c).with_ridge(0.3).matrix(), ridged(c, 0.3))
-    torch.testing.assert_close(Form(c).shrunk(0.3).shrunk(0.5).matrix(), damped(damped(c, 0.3), 0.5))
-    torch.testing.assert_close(Form(c).shrunk(1).matrix(), c.trace() / 6 * eye)
-    torch.testing.assert_close(Form(c.diagonal()).shrunk(0.3).matrix().diag(), damped(c.diagonal().diag(), 0.3))
+    twice = Form(c).shrunk(0.3, "identity").shrunk(0.5, "identity")
+    torch.testing.assert_close(twice.matrix(), damped(damped(c, 0.3), 0.5))
+    torch.testing.assert_close(Form(c).shrunk(1).matrix(), c.diagonal().diag())
+    torch.testing.assert_close(Form(c).shrunk(1, "identity").matrix(), c.trace() / 6 * eye)
+    diagonal = Form(c.diagonal())
+    torch.testing.assert_close(diagonal.shrunk(0.3).matrix(), c.diagonal())
+    torch.testing.assert_close(diagonal.shrunk(0.3, "identity").matrix().diag(), damped(c.diagonal().diag(), 0.3))
     assert Form().shrunk(0.3).matrix() is None
     assert torch.equal(c, psd(6, 1))  # damping copies
+
+
+def test_a_dead_channel_counts_as_a_typical_one():
+    """A ridge of zero would leave the weights that read it unprotected."""
+    c = psd(6, 1)
+    c[2] = c[:, 2] = 0
+    alive = c.diagonal()[c.diagonal() > 0]
+    assert Form(c).shrunk(0.3).matrix()[2, 2] == pytest.approx(0.3 * float(alive.median()))
+    assert not bool(Form(torch.zeros(3, 3)).shrunk(0.3).matrix().any())
+    assert Form(torch.zeros(3, 3)).shrunk(0.3).is_zero
+
+
+SCALES = [1e-3, 1.0, 30.0, 1e4]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("through", ["whole", "seen"])
+@pytest.mark.parametrize("m, n", [(8, 8), (6, 12), (12, 6)])
+def test_shrinkage_does_not_depend_on_the_scale_of_a_channel(m, n, through, scale):
+    """The same function with one input channel times k, its weights over k, one output times k: the same cut."""
+    w, metric = problem(m, n, condition=100)
+    left, right = torch.ones(m, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
+    left[1] = right[2] = scale
+
+    def cut(weight, row, column):
+        if through == "seen":
+            row, column = (row, seen(column, weight)) if m <= n else (seen(row, weight.t()), column)
+        return solve(weight, Metric(row.shrunk(0.3), column.shrunk(0.1)))
+
+    row, column = metric.row.matrix(), metric.column.matrix()
+    scaled = left[:, None] * w / right
+    found = cut(scaled, Form(row / torch.outer(left, left)), Form(column * torch.outer(right, right)))
+    expected = cut(w, Form(row), Form(column))
+    close(found.values, expected.values, 1e-6)
+    close(product(scaled, found, 3) / left[:, None] * right, product(w, expected, 3), 1e-6)
 
 
 def test_what_a_seen_form_cannot_do():
@@ -418,7 +459,7 @@ def test_what_a_seen_form_cannot_do():
         solve(w, Metric(row, metric.column), side="out")
     with pytest.raises(ValueError, match="cannot measure"):
         Metric(column=column).squared(w)
-    with pytest.raises(ValueError, match="mean is given"):
+    with pytest.raises(ValueError, match="diagonal is given"):
         Form(column.data, seen=True).shrunk(0.1)
 
 

@@ -22,7 +22,7 @@ BAD_OPTIONS = [
     ("svd_llm", {"alpha": 0.5}, "has no option 'alpha'", "it takes none"),
     ("coala", {"alpha": 0.5}, "has no option 'alpha'", "mu"),
     ("coala", {"mu": -1}, "greater than or equal to 0", "mu: number >= 0 or adaptive"),
-    ("kfac_svd", {"row_shrink": 1.5}, "less than or equal to 1", "number >= 0, <= 1; 0.3 by default"),
+    ("kfac_svd", {"row_shrink": 1.5}, "less than or equal to 1", "number >= 0, <= 1; 0.1 by default"),
     ("kfac_svd", {"trim": 0.5}, "less than 0.5", "trim: number >= 0, < 0.5"),
     ("kfac_svd", {"clip": [2, 0.5]}, "0 <= low <= 1 <= high", "clip: list or null"),
     ("kfac_svd", {"accumulate": 2}, "has no option 'accumulate'", "known"),
@@ -69,6 +69,7 @@ def test_bad_options_of_refiners(options, message, monkeypatch, tmp_path):
     [
         ("asvd", {"alpha": 0}), ("asvd", {"scale": "max"}), ("drone", {"min_norm": True}), ("coala", {"mu": 0.5}),
         ("coala", {"mu0": 30}), ("kfac_svd", {"row_shrink": 0.9}), ("kfac_svd", {"column_shrink": 0.9}),
+        ("kfac_svd", {"shrink_target": "identity"}),
         ("kfac_svd", {"clip": [0.9, 1.1]}), ("kfac_svd", {"trim": 0.4}), ("gfwsvd", {"iterations": 1}),
         ("gfwsvd", {"shrink": 0.9}), ("gfwsvd", {"accumulate": 1}), ("basis_sharing", {"share": ["up_proj"]}),
     ],
@@ -95,7 +96,7 @@ def test_asvd_at_power_zero_is_the_plain_svd():
 
 
 def test_kfac_without_a_row_side_is_svd_llm():
-    settings = {"row_shrink": 1.0, "column_shrink": 0.0}
+    settings = {"row_shrink": 1.0, "column_shrink": 0.0, "shrink_target": "identity"}
     ours, plain = compress(method="kfac_svd", method_options=settings), result_of("svd_llm", "llama")
     for path, layer in low_rank(ours.model).items():
         one, other = product(layer), product(plain.model.get_submodule(path))
@@ -236,8 +237,8 @@ def test_a_method_and_an_allocation_of_one_name(capsys):
 
 def test_ranges_and_defaults_of_a_method(capsys):
     options = json.loads(run(capsys, "methods", "kfac_svd", "--json")[1])["options"]
-    assert set(options) == {"row_shrink", "column_shrink", "trim", "clip"}
-    assert options["row_shrink"]["default"] == 0.3
+    assert set(options) == {"row_shrink", "column_shrink", "shrink_target", "trim", "clip"}
+    assert options["row_shrink"]["default"] == 0.1
     assert options["row_shrink"]["range"] == "number >= 0, <= 1"
     assert options["trim"]["range"] == "number >= 0, < 0.5"
     assert options["clip"]["default"] == [0.1, 10.0]

@@ -25,7 +25,8 @@ from method_runs import (
     result_of,
     tied_between_layers,
 )
-from slimrank.calibration.windows import draw_apart, draw_spread, tokenise
+from slimrank.calibration.tokens import tokenise
+from slimrank.calibration.windows import draw_apart, draw_spread
 from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.errors import RecipeError
 from slimrank.layers import LowRankLinear

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from helpers import tiny_model
-from slimrank.models.order import reading_order, run_until_read
+from slimrank.models.order import calls_of, reading_order, run_until_read
 from slimrank.models.targets import find_targets
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -86,6 +86,21 @@ def test_nothing_runs_after_the_last_layer_is_read(until, called):
         layer.register_forward_pre_hook(lambda module, args, name=name: seen.append(name))
     run_until_read([layers[name] for name in until], lambda: nn.Sequential(*layers.values())(torch.ones(1, 4)))
     assert "".join(seen) == called
+
+
+def test_layers_that_are_called_again():
+    layers, seen = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"}), []
+
+    def run():
+        for name in "abacab":
+            seen.append(name)
+            layers[name](torch.ones(1, 4))
+
+    assert calls_of({name: layers[name] for name in "ac"}, run) == {"a": 3, "c": 1}
+    seen.clear()
+    run_until_read([layers["a"], layers["a"], layers["b"]], run)
+    assert "".join(seen) == "aba"
+    assert calls_of({"b": layers["b"]}, list) == {"b": 1}
 
 
 def test_without_any_layer_everything_runs():

@@ -21,7 +21,8 @@ def places(model, dtype=torch.float32, outlier=0.0):
         runner.embed([Batch(ids)])
         runner.step(0)
         runner.hidden[0][0, 0, 0] += outlier
-        found = residual_places(runner.blocks[1], layers, lambda: runner.run(1, 0, runner.hidden[0]), runner.hidden[0])
+        state = runner.states[0]
+        found = residual_places(runner.blocks[1], layers, lambda: runner.run(1, 0, state).hidden, state.hidden)
     assert not any(layer._forward_hooks for layer in layers.values())
     return {path.partition(".1.")[2]: place for path, place in found.items()}
 

@@ -12,12 +12,16 @@ from slimrank.errors import ModelError, NonFiniteError
 from slimrank.layers.dense import weight_of
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import frozen, loss_gradients, next_token_loss, step_back, whole_model_gradients
+from slimrank.models.states import State
+from slimrank.models.structure import experts_by_kind, find_blocks
 from slimrank.models.targets import find_targets
 from slimrank.pipeline.decomposing import alone
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.gradients import token_scales
 from slimrank.statistics.needs import Gathering
+from slimrank.statistics.routing import Routing
 from slimrank.statistics.sums import SampleGradients, weight_gradient_squares
+from slimrank.statistics.tokens import Tokens
 
 CPU = torch.device("cpu")
 NAMES = list(CONFIGS)
@@ -47,7 +51,10 @@ def padded():
 def collector_of(model, block, gathering):
     targets = find_targets(model).in_block(block)
     layers = {t.path: model.get_submodule(t.path) for t in targets}
-    return Collector(layers, gathering, CPU, alone(targets))
+    path, blocks = find_blocks(model)
+    routed = frozenset(p for kind in experts_by_kind(blocks[block], f"{path}.{block}.", layers) for p in kind)
+    own, routing = alone(targets) - routed, Routing.among(model, routed)
+    return Collector(layers, gathering, CPU, own, routed=routed, routing=routing)
 
 
 def streamed(model, batches, gathering=ALL, before=None):
@@ -58,7 +65,7 @@ def streamed(model, batches, gathering=ALL, before=None):
         runner.embed(batches)
         inputs = []
         for index in range(len(runner)):
-            inputs.append(list(runner.hidden))
+            inputs.append(list(runner.states))
             runner.step(index)
         gradients = loss_gradients(runner, runner.hidden)
         for index in reversed(range(len(runner))):
@@ -136,7 +143,7 @@ def check_row(found, g, weight):
     if found.shape[0] > found.shape[1]:
         assert found.gradients is None
         close(found.pulled.gram, pulled)
-        close(found.gradient_energy, gram.trace())
+        close(found.gradient_energies, gram.diagonal())
         close(found.row.data, pulled)
     else:
         assert found.pulled is None
@@ -271,7 +278,7 @@ def test_gradients_of_the_loss_equal_plain_autograd(name):
     for batch, gradient in zip(batches, ours, strict=True):
         logits = plain(input_ids=batch.input_ids, use_cache=False).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch.input_ids[:, 1:].flatten(), reduction="sum")
-        close(gradient, torch.autograd.grad(loss, seen.pop())[0])
+        close(gradient.hidden, torch.autograd.grad(loss, seen.pop())[0])
 
 
 def test_logits_may_be_computed_window_by_window(monkeypatch):
@@ -363,7 +370,8 @@ def test_an_error_leaves_flags_and_blocks_as_they_were(place):
 
 
 def scales_of(g, trim, clip):
-    return token_scales(g.norm(dim=-1), trim, clip)
+    batch = Tokens(shape=g.shape[:2])
+    return token_scales(g.norm(dim=-1).flatten(), batch.places(g, batch.numbers(g)), trim, clip).view(g.shape[:2])
 
 
 def scales_by_a_loop(g, trim, clip):
@@ -544,10 +552,10 @@ def test_a_non_finite_gradient_names_the_block():
     runner = BlockRunner(model, CPU, upcast=True, resident=False)
     with runner.session():
         runner.embed(two_batches())
-        gradients = [torch.ones_like(h) for h in runner.hidden]
-        gradients[1][0, 3, 0] = float("nan")
+        gradients = [State(torch.ones_like(h)) for h in runner.hidden]
+        gradients[1].hidden[0, 3, 0] = float("nan")
         with pytest.raises(NonFiniteError, match=r"input of block 'model\.layers\.0' \(batch 1\)"):
-            step_back(runner, 0, runner.hidden, gradients)
+            step_back(runner, 0, runner.states, gradients)
 
 
 def test_a_non_finite_loss_names_the_batch():

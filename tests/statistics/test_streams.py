@@ -262,3 +262,39 @@ def test_numbers_that_are_not_finite_name_the_layer(stream):
     {"original": original, "compressed": compressed}[stream][1][2, 3, 1] = float("nan")
     with pytest.raises(NonFiniteError, match="inputs of layer 'layer'"):
         gathered(original, compressed, 0.5)
+
+
+def test_calls_of_one_layer_in_the_same_batch_are_paired_in_order():
+    """A layer that a block calls twice reads other tokens each time, in either model."""
+    w, _ = weights()
+    original, compressed = streams((4, 4))
+    first, second = nn.Linear(N, M), nn.Linear(N, M)
+    with torch.no_grad(), StreamCollector({"layer": first}, {"layer": second}, 1.0, 1, CPU) as collector:
+        collector.begin(None, (4, TOKENS))
+        for layer, xs in ((first, original), (second, compressed)):
+            for x in xs:
+                layer(x)
+    y, t = raw(original, compressed, 1.0, w)
+    problem = collector.sums["layer"].problem(w, centred=False)
+    close(problem.gram, y.T @ y)
+    close(problem.cross, t.T @ y)
+
+
+def test_windows_that_a_layer_reads_in_another_shape_are_stacked():
+    """windows x 1 x tokens x n, and flattened; experts' tokens are no windows, however many they are."""
+    x = streams((4,))[0][0]
+    grams = []
+    for shape in ((4, TOKENS, N), (4, 1, TOKENS, N), (4 * TOKENS, N)):
+        layer = nn.Linear(N, M)
+        with torch.no_grad(), StreamCollector({}, {"layer": layer}, 0.0, 2, CPU) as collector:
+            collector.begin(None, (4, TOKENS))
+            layer(x.reshape(shape))
+        grams.append(collector.sums["layer"].inputs.gram)
+    rows = tokens([x], stack=2)
+    for gram in grams:
+        close(gram, rows.T @ rows)
+    layer = nn.Linear(N, M)
+    with torch.no_grad(), StreamCollector({}, {"layer": layer}, 0.0, 2, CPU, routed=frozenset({"layer"})) as collector:
+        collector.begin(None, (4, TOKENS))
+        layer(x.flatten(0, 1))
+    close(collector.sums["layer"].inputs.gram, x.flatten(0, 1).double().T @ x.flatten(0, 1).double())

@@ -19,8 +19,9 @@ class Budget:
         value: a fraction, or bytes.
         targets: parameters of the targets before compression.
         total: parameters of the whole model.
-        itemsize: bytes per stored parameter.
-        headers: bytes that files take besides parameters.
+        itemsize: bytes per parameter of the targets, of the widest ones where they differ.
+        headers: bytes that files take besides all parameters at that size: headers, buffers, and what wider parts
+            take more. Less than 0 where many parts are narrower.
         added: parameters that compressing adds to the model.
     """
 

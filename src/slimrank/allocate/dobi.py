@@ -36,7 +36,7 @@ def dobi(
     """Minimise perplexity + penalty |P / budget - 1| over g, from the uniform ranks.
 
     The outputs of a layer on one window are U diag(s t) V^T with t_i = 1/2 tanh(beta (g - i)) + 1/2; g, as a fraction
-    of min(tokens, m), is the rank as a fraction of min(m, n). Of the result and the uniform plan, the one of less
+    of min(tokens, m, n), is the rank as a fraction of min(m, n). Of the result and the uniform plan, the one of less
     measured divergence is taken.
     """
     top = full_ranks(problem)
@@ -56,7 +56,7 @@ def dobi(
 
 def _truncating(fraction: Tensor, sharpness: float) -> Transform:
     def transform(x: Tensor, y: Tensor, rows: slice) -> Tensor:
-        count = min(y.shape[-2:])
+        count = min(*y.shape[-2:], x.shape[-1])
         index = torch.arange(1, count + 1, dtype=torch.float64)
         soft = 0.5 * torch.tanh(sharpness * (fraction * count - index)) + 0.5
         return SoftTruncation.apply(y, soft.to(y.dtype).to(y.device))  # first the dtype: mps has no float64
@@ -74,8 +74,12 @@ class SoftTruncation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, t: Tensor) -> Tensor:
-        """Batches of matrices y (... x tokens x m), t (k)."""
+        """Truncate batches of matrices y (... x tokens x m) to their k largest singular values times t (k).
+
+        Where k < min(tokens, m), the other singular values are zero: y is W x with n = k inputs.
+        """
         u, s, vh = torch.linalg.svd(y.float() if y.dtype != torch.float64 else y, full_matrices=False)
+        u, s, vh = u[..., : len(t)], s[..., : len(t)], vh[..., : len(t), :]
         ctx.save_for_backward(u, s, vh, t)
         return ((u * (s * t.to(s))[..., None, :]) @ vh).to(y)
 

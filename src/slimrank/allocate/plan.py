@@ -161,7 +161,7 @@ class RankPlan(BaseModel):
             PlanError: no such file, or not a plan.
         """
         try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise PlanError(
                 f"the plan '{path}' cannot be read: {error.strerror}.", "slimrank plan MODEL --save FILE"

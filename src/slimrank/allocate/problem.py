@@ -59,7 +59,7 @@ class Effect(NamedTuple):
     nll: float
 
 
-Transform = Callable[[Tensor, Tensor, slice], Tensor]  # (input, output, rows of the item's weight) -> new output
+Transform = Callable[[Tensor, Tensor, slice], Tensor]  # (input, output without bias, rows of the weight) -> new output
 
 
 class Probe(Protocol):

@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from slimrank.calibration.overlap import windows_found
 from slimrank.calibration.windows import draw_apart, draw_spread, draw_windows
 
 
@@ -39,6 +41,10 @@ class Draws(ABC):
     def refinement(self, count: int) -> Tensor:
         """Up to so many windows that factors are refined on (... x seq_len); those kept apart are none of them."""
 
+    @abstractmethod
+    def holds(self, windows: Tensor) -> Tensor:
+        """Tell which of other windows (without BOS) are found in the text."""
+
 
 @dataclass(frozen=True)
 class FromText(Draws):
@@ -56,6 +62,9 @@ class FromText(Draws):
     def refinement(self, count: int) -> Tensor:  # noqa: D102
         return draw_spread(self.tokens, count, self.apart, self.samples, self.seq_len, self.seed, self.bos)
 
+    def holds(self, windows: Tensor) -> Tensor:  # noqa: D102
+        return windows_found(windows, self.tokens)
+
 
 @dataclass(frozen=True)
 class FromModel(Draws):
@@ -71,3 +80,6 @@ class FromModel(Draws):
 
     def refinement(self, count: int) -> Tensor:  # noqa: D102
         return self.sampled(count, self.seq_len, self.seed + 2)
+
+    def holds(self, windows: Tensor) -> Tensor:  # noqa: D102
+        return torch.zeros(len(windows), dtype=torch.bool)

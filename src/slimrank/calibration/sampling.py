@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimrank.calibration.tokens import check_tokens
 from slimrank.errors import DataError, NonFiniteError
 from slimrank.models.cache import next_inputs
 from slimrank.models.mode import evaluating
@@ -25,12 +26,14 @@ def sample_windows(
 
     Raises:
         DataError: a tokenizer with neither BOS nor EOS.
+        ModelError: the model has no embedding for it.
         NonFiniteError: NaN or infinity in the logits.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise DataError("the tokenizer has neither a BOS nor an EOS token to begin a text with.", "give a text file")
     progress = progress or Progress()
+    check_tokens(torch.tensor([first]), tokenizer, model)
     starts = torch.full((samples, 1), first, dtype=torch.long).split(AT_ONCE)
     progress.stage("sample", seq_len * len(starts))
     generator = torch.Generator().manual_seed(seed)

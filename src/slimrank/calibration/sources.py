@@ -1,30 +1,33 @@
 """Text for calibration and evaluation, out of files, a hub data set, a list, or Python's own documentation.
 
-A source is a local file or folder (.txt, .jsonl, .parquet), `hub:ID[:CONFIG[:SPLIT]]`, `demo`, or a list of
+A source is a local file or folder (.txt, .jsonl, .json, .parquet), `hub:ID[:CONFIG[:SPLIT]]`, `demo`, or a list of
 strings. (`self`, text that the model samples, is in `calibration.sampling`.)
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from slimrank.errors import DataError, MissingExtraError
+from slimrank.calibration.files import WHAT_A_SOURCE_IS, file_rows, kind_of
+from slimrank.calibration.rows import Row, Tell, documents, text_column
+from slimrank.errors import DataError, MissingExtraError, first_line
 
-TEXT_COLUMNS = ("text", "content", "document", "sentence")
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-_WHAT_A_SOURCE_IS = "a .txt, .jsonl or .parquet file, a folder of them, hub:ID[:CONFIG[:SPLIT]], demo, or self"
+Source = str | Path | Sequence[str]
+_SPLIT = re.compile(r"(?:^|/)(train|test|validation|valid|val|dev|eval)(?=[-_./])", re.IGNORECASE)
 
 
-def read_source(source: str | Path | Sequence[str], part: Literal["calibration", "evaluation"]) -> str:
-    """The whole text of a source; documents are joined by blank lines, a .txt file is taken as it is.
+def read_source(source: Source, part: Literal["calibration", "evaluation"], tell: Tell = lambda _: None) -> str:
+    """Read the whole text of a source. Documents are joined by blank lines; a .txt file is taken as it is.
 
     Args:
         source: see the module's text; a list holds one document per item.
         part: which of the two disjoint parts of the `demo` text is wanted.
+        tell: called with one sentence for each kind of thing that is skipped or changed.
 
     Raises:
         DataError: a missing, unreadable or empty source, or `self` for evaluation.
@@ -32,78 +35,60 @@ def read_source(source: str | Path | Sequence[str], part: Literal["calibration",
     """
     if source == "self" and part == "evaluation":
         raise DataError("a model is not evaluated on text that it sampled itself.", "a text of its own, or demo")
-    text = "\n\n".join(_documents(source, part))
+
+    def named(note: str) -> None:
+        tell(f"{part} text {_name(source)}: {note}")
+
+    text = "\n\n".join(documents(_rows(source, part, named), named))
     if not text.strip():
         raise DataError(f"the text source {_name(source)} is empty.", "give text with at least a few thousand words")
     return text
 
 
-def _documents(source: str | Path | Sequence[str], part: str) -> Iterable[str]:
+def _rows(source: Source, part: str, tell: Tell) -> Iterable[Row]:
     if not isinstance(source, (str, Path)):
-        return [_string(item, "the list") for item in source]
+        return ((f"item {number} of the list", item) for number, item in enumerate(source, start=1))
     if str(source) == "demo":
-        return demo_documents(part)
+        return (("demo", text) for text in demo_documents(part))
     if str(source).startswith("hub:"):
         return _hub(str(source))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-        if not files:
-            raise DataError(f"the folder '{path}' holds no text.", _WHAT_A_SOURCE_IS)
-        return [doc for file in files for doc in _file(file)]
-    if not path.is_file():
-        raise DataError(f"the text source '{source}' does not exist.", _WHAT_A_SOURCE_IS)
-    return _file(path)
+    return _local(str(source), tell)
 
 
-def _file(path: Path) -> Iterable[str]:
-    if path.suffix == ".jsonl":
-        return _jsonl(path)
-    if path.suffix == ".parquet":
-        return _parquet(path)
-    if path.suffix == ".txt":
-        return [_decode(path)]
-    raise DataError(f"slimrank cannot read text out of '{path}'.", _WHAT_A_SOURCE_IS)
-
-
-def _decode(path: Path) -> str:
+def _local(name: str, tell: Tell) -> Iterator[Row]:
     try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
+        path = Path(name).expanduser()
+        folder, file = path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError):  # a name that no file system allows, or an unknown user
+        folder = file = False
+    if folder:
+        return _folder(path, tell)
+    if not file:
         raise DataError(
-            f"'{path}' is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}.",
-            f"convert it, e.g. iconv -f latin1 -t utf-8 '{path}'",
-        ) from error
+            f"the text source '{_short(name)}' does not exist.", f"{WHAT_A_SOURCE_IS}; in Python, text in a list"
+        )
+    return file_rows(path)
 
 
-def _jsonl(path: Path) -> list[str]:
-    documents = []
-    for number, line in enumerate(_decode(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"line {number} of '{path}' is not JSON: {error.msg}.", "one JSON object per line"
-                ) from error
-            documents.append(_row_text(row, f"line {number} of '{path}'"))
-    return documents
+def _folder(path: Path, tell: Tell) -> Iterator[Row]:
+    """Read all files of text in a folder and in the folders inside it, in the order of their names.
+
+    Hidden ones are left out. So is plain .json, which mostly is not text there but describes other files.
+    """
+    names = sorted(file.relative_to(path) for file in path.rglob("*") if kind_of(file) and file.is_file())
+    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    read = [name for name in shown if name.suffix.lower() != ".json"]
+    if not read:
+        raise DataError(f"the folder '{path}' holds no text.", WHAT_A_SOURCE_IS + "; a .json file is given by itself")
+    if len(read) < len(shown):
+        tell(f"{len(shown) - len(read)} .json files in the folder were not read")
+    splits = {match[1].lower() for name in read if (match := _SPLIT.search(name.as_posix()))}
+    if len(splits) > 1:
+        tell(f"all splits in the folder were read: {', '.join(sorted(splits))}")
+    return chain.from_iterable(file_rows(path / name) for name in read)
 
 
-def _parquet(path: Path) -> list[str]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise MissingExtraError("pyarrow", "data", f"reading '{path.name}'") from error
-    try:
-        table = parquet.read_table(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"'{path}' is not a readable parquet file: {error}.", _WHAT_A_SOURCE_IS) from error
-    column = _text_column(table.column_names, f"'{path}'")
-    return [_string(value, f"column '{column}' of '{path}'") for value in table[column].to_pylist()]
-
-
-def _hub(source: str) -> list[str]:
+def _hub(source: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as error:
@@ -115,40 +100,13 @@ def _hub(source: str) -> list[str]:
             "hub:ID[:CONFIG[:SPLIT]], e.g. hub:Salesforce/wikitext:wikitext-2-raw-v1:train",
         )
     try:
-        data = datasets.load_dataset(name, config or None, split=split or "train")
+        data = datasets.load_dataset(name, config or None, split=split or "train", trust_remote_code=False)
     except Exception as error:  # the library raises many unrelated classes
-        reason = str(error).strip().splitlines()[0]
         raise DataError(
-            f"the data set '{source}' cannot be loaded: {reason}", "check the id and the network"
+            f"the data set '{source}' cannot be loaded: {first_line(error)}", "check the id and the network"
         ) from error
-    column = _text_column(data.column_names, f"'{source}'")
-    return [_string(value, f"'{source}'") for value in data[column]]
-
-
-def _row_text(row: Any, where: str) -> str:
-    if isinstance(row, str):
-        return row
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{where} is neither a string nor an object.", "one JSON object per line, its text under 'text'"
-        )
-    return _string(row[_text_column(list(row), where)], where)
-
-
-def _text_column(names: Sequence[str], where: str) -> str:
-    for name in TEXT_COLUMNS:
-        if name in names:
-            return name
-    raise DataError(
-        f"{where} has no text column: {', '.join(map(str, names))}.",
-        f"name it one of {', '.join(TEXT_COLUMNS)}",
-    )
-
-
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where} holds a {type(value).__name__} where text is expected.", "give strings")
-    return value
+    column = text_column(data.column_names, f"'{source}'")
+    return ((f"row {number} of '{source}'", value) for number, value in enumerate(data[column], start=1))
 
 
 def demo_documents(part: str) -> list[str]:
@@ -160,5 +118,9 @@ def demo_documents(part: str) -> list[str]:
     return [topics[name].strip() for name in wanted]
 
 
-def _name(source: object) -> str:
-    return f"'{source}'" if isinstance(source, (str, Path)) else "given as a list"
+def _name(source: Source) -> str:
+    return f"'{_short(str(source))}'" if isinstance(source, (str, Path)) else "given as a list"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 200 else name[:200] + "..."

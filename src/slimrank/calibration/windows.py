@@ -9,25 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimrank.errors import DataError
-
-
-def tokenise(text: str, tokenizer: Any) -> Tensor:
-    """Token ids of the whole text (1-D, int64), without special tokens."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
-
-
-def bos_of(tokenizer: Any) -> int | None:
-    """The BOS id, where the tokenizer itself begins a text with it."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    begins = tokenizer("a")["input_ids"][:1]
-    return bos if bos is not None and begins == [bos] else None
 
 
 def draw_windows(tokens: Tensor, samples: int, seq_len: int, seed: int, bos: int | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from typing import Annotated, Any
@@ -56,6 +57,9 @@ def _root(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 (a slimrank error), 2 (wrong usage) or 130 (interrupted)."""
     given = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):  # no name of a file and no text of a model ends a command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(given)
     except SlimrankError as error:

@@ -72,6 +72,8 @@ def show_report(report: dict[str, Any], out: Path) -> None:
         print_text(f"\n{one_line(report['before']['sample']['prompt'])} ...")
         for name in ("before", "after"):
             print_text(f"  {name}: {one_line(report[name]['sample']['text'])}")
+    if report["overlap"]:
+        print_text(f"\nbeware: {report['overlap']}")
     asked = report["provenance"]["recipe"]
     if report["before"] and asked["evaluation"] == "demo" and asked["calibration"] != "demo":
         print_text("\nperplexity is on Python's documentation, not on text like yours: give --eval-text FILE")

@@ -1,4 +1,7 @@
-"""What the user sees while a job runs, and after it. Progress goes to standard error."""
+"""What the user sees while a job runs, and after it. Progress goes to standard error.
+
+Names of files, models and layers are shown as they are: no console here reads markup or emoji codes in them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class ConsoleProgress(LibraryProgress):
     """One bar for the whole job with the time left; plain lines where standard error is no terminal."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
+        self.console = plain_console(stderr=True, highlight=False)
         self.costs: dict[str, float] = {}
         self.done_cost = 0.0
         self.current, self.steps, self.done = "", 1, 0
@@ -58,7 +61,8 @@ class ConsoleProgress(LibraryProgress):
         self.done_cost, self.current, self.steps, self.done = 0.0, "", 1, 0
         self.note(f"this will take about {duration(sum(costs.values()))}")
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+            description = TextColumn("{task.description}", markup=False)
+            columns = (description, BarColumn(), TextColumn("{task.fields[left]}"))
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task("starting", total=1.0, left="")
             self._bar.start()
@@ -78,7 +82,7 @@ class ConsoleProgress(LibraryProgress):
 
     def note(self, message: str) -> None:
         """See `slimrank.progress`."""
-        self.console.print(message, highlight=False, markup=False)
+        self.console.print(message)
 
     def _leave_stage(self) -> None:
         names = list(self.costs)
@@ -109,7 +113,7 @@ class ConsoleProgress(LibraryProgress):
             self._bar.update(self._task, completed=self.fraction(), description=text, left=self._left())
         elif force or time.monotonic() - self.last_line > LINE_EVERY:
             self.last_line = time.monotonic()
-            self.console.print(f"  {text}  {self._left()}".rstrip(), highlight=False, markup=False)
+            self.console.print(f"  {text}  {self._left()}".rstrip())
 
 
 def duration(seconds: float) -> str:
@@ -162,7 +166,12 @@ def print_numbers(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str
 
 
 def _stdout() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 100)
+    return plain_console(width=None if sys.stdout.isatty() else 100)
+
+
+def plain_console(**options: Any) -> Console:
+    """Make a console that shows text as it is."""
+    return Console(markup=False, emoji=False, **options)
 
 
 def _numbers(title: str, cells: Mapping[str, Sequence[str]]) -> Table:

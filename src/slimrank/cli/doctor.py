@@ -87,6 +87,8 @@ def _show_needs(model: dict[str, Any]) -> None:
     memory = ", ".join(f"about {_bytes(needed)} of {name}" for name, needed in model["memory"].items())
     print_text(f"{model['name']}: {millions(model['parameters'])} parameters, {_bytes(model['bytes_before'])}")
     print_text(f"memory: {memory}\ntime: about {duration(model['seconds'])}")
+    for note in model["notes"]:
+        print_text(f"note: {note}")
 
 
 def _bytes(count: float) -> str:

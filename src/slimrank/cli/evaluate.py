@@ -9,6 +9,7 @@ import typer
 
 from slimrank.cli import options as o
 from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
+from slimrank.report.words import verdict
 
 
 def evaluate(
@@ -16,7 +17,8 @@ def evaluate(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to measure perplexity on (as for compress --calibration); repeatable.  \\[default: demo]"
+            help="Text to measure perplexity on (as for compress --calibration); repeatable.  "
+            "\\[default: demo; none with --tasks]"
         ),
     ] = None,
     windows: Annotated[int | None, typer.Option(help="First windows of each text.  \\[default: all]", min=1)] = None,
@@ -49,7 +51,7 @@ def evaluate(
     request = requested_tasks(tasks, tasks_dir, shots, limit)
     say_quietly()
     with ConsoleProgress() as progress:
-        record = library_evaluate(model, text or ["demo"], windows, seq_len, device, dtype, progress, request, against)
+        record = library_evaluate(model, text or None, windows, seq_len, device, dtype, progress, request, against)
     if json:
         print_json(record)
     else:
@@ -92,7 +94,8 @@ def _show_texts(record: dict[str, Any]) -> None:
         (name, f"{m['perplexity']:.3f}", str(m["windows"]), str(m["seq_len"]), f"{m['tokens']:,}")
         for name, m in record["texts"].items()
     ]
-    print_table("", ("text", "perplexity", "windows", "seq-len", "predictions"), rows)
+    if rows:
+        print_table("", ("text", "perplexity", "windows", "seq-len", "predictions"), rows)
 
 
 def _show_tasks(record: dict[str, Any]) -> None:
@@ -111,21 +114,22 @@ def _show_differences(against: dict[str, Any]) -> None:
             name,
             f"{m['perplexity']:.3f}",
             f"{m['ratio']:.3f} ({m['ratio_low']:.3f} to {m['ratio_high']:.3f})",
-            _sure(m),
+            verdict(m["significant"]),
             f"{m['kl']:.4f}",
             f"{m['top1']:.1f} %",
         )
         for name, m in against["texts"].items()
     ]
     columns = ("text", "its perplexity", "ratio (95 %)", "significant", "KL, nats/token", "same top token")
-    print_table(f"against {against['model']}", columns, texts)
+    if texts:
+        print_table(f"against {against['model']}", columns, texts)
     tasks = [
         (
             task,
             name,
             f"{m['value']:.4f}",
             f"{m['difference']:+.4f} ({m['low']:+.4f} to {m['high']:+.4f})",
-            _sure(m),
+            verdict(m["significant"]),
             _number(m.get("lost")),
             _number(m.get("gained")),
         )
@@ -137,10 +141,6 @@ def _show_differences(against: dict[str, Any]) -> None:
         print_table(f"against {against['model']}", shown, tasks)
     for task, metrics in against["too_few"].items():
         print_text(f"{task} ({', '.join(metrics)}) is not compared: it has fewer than two questions")
-
-
-def _sure(difference: dict[str, Any]) -> str:
-    return "yes" if difference["significant"] else "no"
 
 
 def _number(value: float | None, form: str = ",") -> str:

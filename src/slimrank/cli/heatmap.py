@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from slimrank.cli.console import plain_console
 
 if TYPE_CHECKING:
     from slimrank.allocate.plan import PlannedTarget, RankPlan
@@ -32,7 +33,7 @@ def show_plan(plan: RankPlan, blocks_path: str) -> None:
         table.add_column(heading, justify="right")
     for block, row in sorted(cells.items()):
         table.add_row(str(block), *(_cell(row.get(role, []), plan.stored_as) for role in roles))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _cell(targets: list[PlannedTarget], form: FactorForm) -> Text:

@@ -169,8 +169,8 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="Text to calibrate on: a .txt, .jsonl or .parquet file, a folder, hub:ID[:CONFIG[:SPLIT]], demo, or "
-        "self (the model writes it). Use text like your own.  \\[default: demo]",
+        help="Text to calibrate on: a .txt, .jsonl, .json or .parquet file, a folder, hub:ID[:CONFIG[:SPLIT]], demo, "
+        "or self (the model writes it). Use text like your own.  \\[default: demo]",
         rich_help_panel=_DATA,
     ),
 ]

@@ -131,6 +131,8 @@ def _show(model: str, record: dict[str, Any], save: Path | None) -> None:
     print_text(f"time: about {duration(sum(record['seconds'].values()))} ({stages})")
     print_text(f"memory: about {record['peak_memory'] / 1e9:.1f} GB")
     print_text(f"disk: about {record['run_bytes'] / 1e9:.1f} GB while it runs, beside the result")
+    for note in record["notes"]:
+        print_text(f"note: {note}")
     if save is not None:
         print_text(f"plan written to {save}")
 

@@ -28,7 +28,7 @@ from slimrank.planning import reads_text
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.report.comparison import write_comparison
-from slimrank.run import content_key, locked
+from slimrank.run import content_key, disk_error, locked
 
 RECORD = 2  # what records of cells hold: older ones are made anew
 LAYERS = ("dtype", "targets", "ignore", "split")
@@ -77,13 +77,17 @@ def compare(
         RecipeError: no cell, two of the same name, or a recipe that cannot work, before anything is computed.
         DataError: fewer than two windows, or a text, a calibration source or a task that cannot be read, likewise.
         RunError: another process compares into the same folder.
+        OutputError: the folder cannot be made.
         SlimrankError: the model cannot be read.
     """
     folder, progress = Path(out), progress or Progress()
     check_windows(windows)
     _check(model, cells, device, dtype)
     _check_sources(cells, texts, tasks)
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, folder) from error
     common = {
         "model": resolve(model, progress), "texts": list(texts), "windows": windows, "seq_len": seq_len,
         "device": device, "dtype": dtype, "tasks": None if tasks is None else _plain(tasks), "record": RECORD,
@@ -231,10 +235,10 @@ def _state(source: str) -> list[tuple[str, int, int]]:
     """Names, sizes and times of the files there, by which a change is seen; none for what is no path."""
     path = Path(source).expanduser()
     try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+        files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
     except OSError:  # a name that no file system allows: that of something else
         return []
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _work(request: dict[str, Any], log: Path, progress: Progress) -> int:

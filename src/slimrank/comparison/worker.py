@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 
+from slimrank.calibration.overlap import windows_found
+from slimrank.calibration.rows import Tell
 from slimrank.calibration.sources import read_source
-from slimrank.calibration.windows import bos_of, tokens_digest
+from slimrank.calibration.tokens import bos_of, tokenise
+from slimrank.calibration.windows import tokens_digest
 from slimrank.errors import SlimrankError
 from slimrank.evaluate.material import Material, compare, measure
 from slimrank.evaluate.memory import peak_memory
@@ -28,9 +31,10 @@ from slimrank.evaluate.sample import sample
 from slimrank.evaluate.speed import measure_speeds
 from slimrank.evaluate.tasks import TaskRequest, Tasks
 from slimrank.evaluation import windows_of
-from slimrank.inputs import window_length
+from slimrank.inputs import found_note, window_length
 from slimrank.models.load import load
 from slimrank.models.placement import placed, resolve_device
+from slimrank.models.storage import saved_bytes
 from slimrank.models.structure import parameters_of
 from slimrank.pipeline import compress
 from slimrank.progress import Progress
@@ -61,7 +65,8 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
     result = compress(asked["model"], recipe=recipe, run_dir=asked["run_dir"], progress=progress, keep_statistics=True)
     seconds, peak = time.perf_counter() - start, peak_memory(resolve_device(asked["device"]))
     dense, tokenizer = load(asked["model"], asked["dtype"], progress)
-    material = _material(asked, dense, tokenizer, progress)
+    notes = result.report["notes"]
+    material = _material(asked, dense, tokenizer, progress, notes.append)
     texts, tasks = replace(material, tasks=None), replace(material, texts={})
     with placed([result.model, dense], resolve_device(asked["device"]), upcast=False):
         measured, against = compare(result.model, dense, tokenizer, texts, progress)
@@ -79,29 +84,43 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "seconds": seconds,
         "stages": result.report["seconds"],
         "peak_memory": peak,
-        "notes": result.report["notes"],
+        "notes": [*notes, *_overlaps(result.report, recipe, tokenizer, material)],
         "inputs": result.report["provenance"]["inputs"],
         **shown,
     }
 
 
-def _material(asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progress) -> Material:
-    length, bos = window_length(model, asked["seq_len"]), bos_of(tokenizer)
+def _material(
+    asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progress, tell: Tell = lambda _: None
+) -> Material:
+    """Read what models are measured on; `tell` is called with what is skipped or changed."""
+    length, bos = window_length(model, asked["seq_len"]), bos_of(tokenizer) is not None
+    read = {source: read_source(source, "evaluation", tell) for source in asked["texts"]}
     texts = {
-        source: windows_of(source, read_source(source, "evaluation"), tokenizer, asked["windows"], length, bos, LEAST)
-        for source in asked["texts"]
+        source: windows_of(source, text, model, tokenizer, asked["windows"], length, LEAST)
+        for source, text in read.items()
     }
     if asked["tasks"] is None:
-        return Material(texts, bos is not None)
+        return Material(texts, bos)
     request = TaskRequest(**{**asked["tasks"], "names": tuple(asked["tasks"]["names"])})
-    return Material(texts, bos is not None, Tasks(request, progress))
+    return Material(texts, bos, Tasks(request, progress))
+
+
+def _overlaps(report: dict[str, Any], recipe: Recipe, tokenizer: Any, material: Material) -> list[str]:
+    """Name the texts whose windows are found in the text that calibrated."""
+    if report["provenance"]["inputs"]["calibration"] is None or recipe.calibration == "self":
+        return []
+    tokens = tokenise(read_source(recipe.calibration, "calibration"), tokenizer)
+    skipped = int(material.bos)
+    found = {name: windows_found(windows[:, skipped:], tokens) for name, windows in material.texts.items()}
+    return [f"{name}: {found_note(some)}" for name, some in found.items() if bool(some.any())]
 
 
 def _shown(model: Any, tokenizer: Any, material: Material) -> dict[str, Any]:
     """Its size, and how it goes on from the beginning of the first text."""
     return {
         "parameters": parameters_of(model),
-        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "bytes": saved_bytes(model),
         "sample": sample(model, tokenizer, next(iter(material.texts.values()))[0]),
     }
 

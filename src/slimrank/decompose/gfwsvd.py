@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from slimrank.decompose.kfac_svd import ShrinkTarget
 from slimrank.decompose.registry import decomposer
 from slimrank.linalg.forms import Form, Metric
 from slimrank.linalg.lowrank import Spectrum, solve
 from slimrank.statistics.layer import LayerStatistics
 from slimrank.statistics.sums import SampleGradients
 
-Iterations = Annotated[int, Field(ge=1, description="Rounds of power iteration for the Kronecker factors.")]
-Shrink = Annotated[float, Field(ge=0, le=1, description="Shrinkage of both factors towards the identity.")]
+Iterations = Annotated[
+    int,
+    Field(
+        ge=1, description="Most rounds of power iteration for the Kronecker factors; it ends when they stay the same."
+    ),
+]
+Shrink = Annotated[float, Field(ge=0, le=1, description="Shrinkage of both factors.")]
+
+LEAST_CHANGE = 1e-8  # of a factor of unit norm in one round, at which it has converged; 100 eps where that is more
+
+
+class Nearest(NamedTuple):
+    """The nearest Kronecker product.
+
+    Attributes:
+        row: m x m, float64, of unit norm.
+        column: n x n, float64, of unit norm.
+        norm: of the product.
+        change: of `column` in the last round.
+        converged: whether that is as little as rounding.
+    """
+
+    row: Tensor
+    column: Tensor
+    norm: float
+    change: float
+    converged: bool
 
 
 @decomposer(
@@ -26,7 +53,12 @@ Shrink = Annotated[float, Field(ge=0, le=1, description="Shrinkage of both facto
     cost="gradients of all samples of a block in memory; power iteration over them",
 )
 def gfwsvd(
-    weight: Tensor, statistics: LayerStatistics, *, iterations: Iterations = 3, shrink: Shrink = 0.1
+    weight: Tensor,
+    statistics: LayerStatistics,
+    *,
+    iterations: Iterations = 100,
+    shrink: Shrink = 0.1,
+    shrink_target: ShrinkTarget = "diagonal",
 ) -> Spectrum:
     """Minimise tr(E^T G E C), G (x) C the Kronecker product nearest to (1/k) sum_i vec(G_i) vec(G_i)^T.
 
@@ -34,24 +66,38 @@ def gfwsvd(
     """
     if statistics.samples is None or len(statistics.samples) == 0:
         return solve(weight, Metric.of(torch.zeros(weight.shape[0]), torch.zeros(weight.shape[1])))
-    row, column, strength = kronecker_factors(statistics.samples, weight, iterations)
-    return solve(weight, Metric(Form(row).shrunk(shrink), Form(column).shrunk(shrink))).scaled(strength)
+    nearest = kronecker_factors(statistics.samples, weight, iterations)
+    forms = (Form(factor).shrunk(shrink, shrink_target) for factor in (nearest.row, nearest.column))
+    found = solve(weight, Metric(*forms)).scaled(nearest.norm)
+    if nearest.converged:
+        return found
+    note = f"the Kronecker factors still change by {nearest.change:.1e} after {iterations} rounds: raise iterations"
+    return replace(found, notes=(*found.notes, note))
 
 
-def kronecker_factors(samples: SampleGradients, like: Tensor, iterations: int) -> tuple[Tensor, Tensor, float]:
-    """Row (m x m) and column (n x n) factor of the nearest Kronecker product, float64, each of unit norm; and its norm.
+def kronecker_factors(samples: SampleGradients, like: Tensor, iterations: int) -> Nearest:
+    """Find the nearest Kronecker product to the sum of vec(G_i) vec(G_i)^T.
 
     Power iteration on the rearranged Fisher matrix, B <- I, A <- sum G_i B G_i^T, B <- sum G_i^T A G_i. Both maps keep
     matrices positive semidefinite, so that the factors have the right sign by themselves; singular vectors as a Lanczos
     solver gives them may both be negative.
+
+    Args:
+        samples: the G_i (m x n), at least one.
+        like: a matrix m x n of the dtype (float32 or better) and on the device to compute in.
+        iterations: most rounds.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     column = torch.eye(like.shape[1], device=like.device, dtype=dtype)
+    least = max(LEAST_CHANGE, 100 * torch.finfo(dtype).eps)
     for _ in range(iterations):
         row = _unit(samples.row(column))
         pulled = samples.column(row)
-        column = _unit(pulled)
-    return row.double(), column.double(), float(pulled.norm())
+        before, column = column, _unit(pulled)
+        change = float((column - before).norm())
+        if change <= least:
+            break
+    return Nearest(row.double(), column.double(), float(pulled.norm()), change, change <= least)
 
 
 def _unit(matrix: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -12,8 +12,12 @@ from slimrank.linalg.forms import Metric
 from slimrank.linalg.lowrank import Spectrum, solve
 from slimrank.statistics.layer import LayerStatistics
 
-RowShrink = Annotated[float, Field(ge=0, le=1, description="Shrinkage of the gradients' gram towards the identity.")]
-ColumnShrink = Annotated[float, Field(ge=0, le=1, description="Shrinkage of the inputs' gram towards the identity.")]
+RowShrink = Annotated[float, Field(ge=0, le=1, description="Shrinkage of the gradients' gram.")]
+ColumnShrink = Annotated[float, Field(ge=0, le=1, description="Shrinkage of the inputs' gram.")]
+ShrinkTarget = Annotated[
+    Literal["diagonal", "identity"],
+    Field(description="Shrink a gram towards its own diagonal, or (as LEMS does) towards a multiple of the identity."),
+]
 
 
 @decomposer(
@@ -26,14 +30,16 @@ def kfac_svd(
     weight: Tensor,
     statistics: LayerStatistics,
     *,
-    row_shrink: RowShrink = 0.3,
-    column_shrink: ColumnShrink = 0.1,
+    row_shrink: RowShrink = 0.1,
+    column_shrink: ColumnShrink = 0.03,
+    shrink_target: ShrinkTarget = "diagonal",
 ) -> Spectrum:
     """Minimise tr(E^T G E C), E = W - W': sum over pairs of tokens (s, t) of (g_s^T E x_t)^2.
 
-    C = sum x x^T over inputs, G = sum g g^T over output gradients of the next-token loss, each shrunk towards a
-    multiple of the identity. Spectra hold it over the number of tokens, so that it estimates the sum over tokens of
+    C = sum x x^T over inputs, G = sum g g^T over output gradients of the next-token loss, each shrunk towards
+    `shrink_target`. Spectra hold it over the number of tokens, so that it estimates the sum over tokens of
     (g_t^T E x_t)^2 also for layers (experts) that see only some of them.
     """
-    row, column = statistics.row.shrunk(row_shrink), statistics.column.shrunk(column_shrink)
+    row = statistics.row.shrunk(row_shrink, shrink_target)
+    column = statistics.column.shrunk(column_shrink, shrink_target)
     return solve(weight, Metric(row, column)).scaled(1 / max(1, statistics.tokens))

@@ -15,7 +15,7 @@ from torch.nn.functional import log_softmax
 
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.evaluate.perplexity import Perplexity, check_windows, summary, window_nll, windows_at_once
-from slimrank.models.divergence import positions
+from slimrank.models.divergence import divergence, positions
 from slimrank.models.mode import evaluating
 from slimrank.progress import Progress
 
@@ -62,8 +62,8 @@ def agreement(
             first = len(nll)
             nll += window_nll(model, found, ids.to(found.device), first)
             dense_nll += window_nll(dense, expected, ids.to(expected.device), first)
-            divergence, equal = _differences(found[:, :-1], expected[:, :-1].to(found.device))
-            kl, same = kl + divergence, same + equal
+            apart, equal = _differences(found[:, :-1], expected[:, :-1].to(found.device))
+            kl, same = kl + apart, same + equal
             progress.step(len(ids))
     return _summed(kl, same, summary(nll, windows, bos), summary(dense_nll, windows, bos))
 
@@ -85,8 +85,7 @@ def _differences(found: Tensor, expected: Tensor) -> tuple[float, int]:
     """KL(expected || found) summed over all positions (batch x tokens x vocabulary), and equal first choices."""
     kl, same = 0.0, 0
     for z, z_dense in zip(positions(found), positions(expected), strict=True):
-        log_q, log_p = log_softmax(z.float(), dim=-1), log_softmax(z_dense.float(), dim=-1)
-        kl += float((log_p - log_q).mul_(log_p.exp()).sum(dim=-1).cpu().double().sum())
+        kl += divergence(log_softmax(z_dense.float(), dim=-1), log_softmax(z.float(), dim=-1))
         same += int((z.argmax(dim=-1) == z_dense.argmax(dim=-1)).sum())
     return kl, same
 

@@ -1,7 +1,10 @@
-"""Differences between two models on the same windows or questions, with a bootstrap interval.
+"""Differences between two models on the same windows or questions, with a 95 % interval.
 
-What two models make of one window is much more alike than what one model makes of two windows, so the differences are
-resampled, not the values (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 and 15).
+Two models differ much less on one window than one model does between two windows. So the interval is that of the mean
+of the differences. Below `BOOTSTRAP_FROM` items it is Student's t interval. From there on it is a bootstrap percentile
+interval, with percentiles that allow for the number of items (Hesterberg, What Teachers Should Know About the
+Bootstrap, The American Statistician 69, 2015, "expanded percentile"). Plain percentiles are too narrow: for identical
+models they leave out zero in 49 % of comparisons of 2 items, 12 % of 8 and 6 % of 30.
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
 
 from slimrank.errors import DataError
 from slimrank.evaluate.agreement import Agreement
 from slimrank.evaluate.tasks import TaskResult
 
 RESAMPLES = 10_000
-TAILS = (0.025, 0.975)
+LEVEL = 0.95
+BOOTSTRAP_FROM = 30  # items
 DRAWN_AT_ONCE = 2**22  # indices
 LEAST = 2  # items that a spread can be told from
+LEAST_FOR_VERDICT = 8  # items below which no difference is called significant or not
 
 
 @dataclass(frozen=True)
@@ -32,17 +38,22 @@ class Paired:
         difference: mean of (model - dense).
         low: lower end of its 95 % interval.
         high: upper end.
-        significant: whether the interval leaves out zero.
+        significant: whether the interval leaves out zero; None below 8 items, which are too few for a verdict.
     """
 
     difference: float
     low: float
     high: float
-    significant: bool
+    significant: bool | None
 
 
 def paired(model: Sequence[float], dense: Sequence[float], seed: int = 0) -> Paired:
-    """Mean difference of two models' values on the same items, with a percentile bootstrap interval over the items.
+    """Compare two models' values on the same items.
+
+    Args:
+        model: values of the one.
+        dense: values of the other, in the same order.
+        seed: of the bootstrap.
 
     Raises:
         DataError: fewer than two items, from which no spread can be told.
@@ -50,8 +61,22 @@ def paired(model: Sequence[float], dense: Sequence[float], seed: int = 0) -> Pai
     differences = np.subtract(model, dense, dtype=np.float64)
     if len(differences) < LEAST:
         raise _too_few_windows()
-    low, high = np.quantile(resampled_means(differences, seed), TAILS)
-    return Paired(math.fsum(differences) / len(differences), float(low), float(high), bool(low > 0 or high < 0))
+    mean = math.fsum(differences) / len(differences)
+    low, high = _interval(differences, mean, seed)
+    verdict = None if len(differences) < LEAST_FOR_VERDICT else low > 0 or high < 0
+    return Paired(mean, low, high, verdict)
+
+
+def _interval(differences: NDArray[np.float64], mean: float, seed: int) -> tuple[float, float]:
+    """Return both ends of the 95 % interval of the mean: see the head of this file."""
+    n = len(differences)
+    quantile = float(stdtrit(n - 1, (1 + LEVEL) / 2))
+    if n < BOOTSTRAP_FROM:
+        half = quantile * float(differences.std(ddof=1)) / math.sqrt(n)
+        return mean - half, mean + half
+    tail = ndtr(-quantile * math.sqrt(n / (n - 1)))
+    low, high = np.quantile(resampled_means(differences, seed, RESAMPLES), (tail, 1 - tail))
+    return float(low), float(high)
 
 
 def check_windows(windows: int | None) -> None:

@@ -26,17 +26,17 @@ def copy_processor(model: Any, origin: str, folder: Path) -> list[str]:
     """
     if type(model).__name__ not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
         return []
-    found = [path for name in FILES if origin and (path := _file(origin, name)) is not None]
-    for path in [*found, *(path for name in TEMPLATES if found and (path := _file(origin, name)) is not None)]:
+    found = [path for name in FILES if origin and (path := find_file(origin, name)) is not None]
+    for path in [*found, *(path for name in TEMPLATES if found and (path := find_file(origin, name)) is not None)]:
         if not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
     return [] if found else ["no processor of images was found beside the original: load it from where that has one"]
 
 
-def _file(origin: str, name: str) -> Path | None:
-    """A file of a folder, or of a hub repository; None where there is none or the hub cannot be reached."""
+def find_file(source: str, name: str) -> Path | None:
+    """Find a file of a folder or hub repository; None where there is none or the hub cannot be reached."""
     try:
-        path = cached_file(origin, name, _raise_exceptions_for_missing_entries=False)
-    except OSError:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # also what is neither a folder nor the name of a repository
         return None
     return None if path is None else Path(path)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from slimrank.errors import ModelError, OutputError
+from slimrank.errors import ModelError
+from slimrank.export.companions import save_companions, saving
 from slimrank.export.configuration_slimrank import mark_compressed
 from slimrank.export.modeling_slimrank import declare_ties, keep_names, native_classes
 from slimrank.layers import LowRankLinear
@@ -19,14 +22,16 @@ from slimrank.layers.convert import CompressedLinear, compressed_layers, stored_
 from slimrank.layers.experts import experts_of
 from slimrank.layers.split import splits_of
 from slimrank.linalg.cost import FactorForm
+from slimrank.run import disk_error
 
 
 def check_loadable(model: Any) -> None:
     """Make sure, before any work, that a compressed form of this model could be loaded again.
 
     Raises:
-        ModelError: its architecture is not one that transformers itself builds as a language model.
+        ModelError: it has adapters, or its architecture is not one that transformers itself builds as a language model.
     """
+    _check_adapters(model)
     config = getattr(model, "config", None)
     model_type = str(getattr(config, "model_type", ""))
     known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401 (its get() is not lazy)
@@ -35,6 +40,21 @@ def check_loadable(model: Any) -> None:
             f"{type(model).__name__} (model_type '{model_type}') is no language model of transformers itself, "
             "so its compressed form could not be loaded again.",
             "AutoModelForCausalLM.from_pretrained without code of the model's own",
+        )
+
+
+def _check_adapters(model: Any) -> None:
+    """Refuse a model with adapters: transformers would save these alone, and their layers are not compressed.
+
+    Raises:
+        ModelError: it has some.
+    """
+    found = [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")]
+    if found or getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"the model has adapters (PEFT){f', the first at {found[0]!r}' if found and found[0] else ''}.",
+            "model = model.merge_and_unload() before; if the folder holds a merged model, move adapter_config.json "
+            "out of it",
         )
 
 
@@ -95,23 +115,38 @@ def _entry(layer: CompressedLinear) -> dict[str, Any]:
     return shape if isinstance(layer, LowRankLinear) else {**shape, "side": layer.side}
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, max_shard_size: str) -> None:
-    """Write weights, configuration, code and tokenizer into an existing folder.
+def save_model(model: Any, tokenizer: Any, folder: Path, max_shard_size: str) -> list[str]:
+    """Write weights, configuration, code, tokenizer and processor into an existing folder.
+
+    Returns:
+        Notes for the report.
 
     Raises:
         OutputError: the disk is full or cannot be written.
+        ModelError: transformers refuses to write the model.
     """
     try:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        with saving("model"), _plain_generation(model):
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        notes = save_companions(model, tokenizer, folder)
         for path in folder.glob("*.safetensors"):  # written for their owner alone, unlike every other file
             path.chmod((folder / "config.json").stat().st_mode)
     except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"the model cannot be written to '{folder}': {error}",
-            "free some disk space or choose another --out; running the same command again resumes",
-        ) from error
+        raise disk_error(error, folder) from error
+    return notes
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Give the model an empty generation configuration for a while: the true one is written by itself."""
+    if getattr(model, "generation_config", None) is None:
+        yield
+        return
+    true, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = true
 
 
 def weight_bytes(folder: Path) -> int:

@@ -53,7 +53,7 @@ class Experts(nn.Module):
         """
         result = torch.zeros_like(hidden_states)
         for expert, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
-            token, place = torch.where(top_k_index == expert)
+            token, place = self.sent(expert, hidden_states, top_k_index)
             if len(token) == 0:
                 continue
             answer = down(self._between(up(hidden_states[token])))
@@ -62,6 +62,10 @@ class Experts(nn.Module):
             weighted = answer * top_k_weights[token, place, None]
             result.index_add_(0, token, weighted.to(result.dtype))
         return result
+
+    def sent(self, expert: int, hidden_states: Tensor, top_k_index: Tensor) -> tuple[Tensor, ...]:
+        """Numbers of the tokens that an expert reads, in its order, and which of their k choices it is."""
+        return torch.where(top_k_index == expert)
 
     def _between(self, hidden: Tensor) -> Tensor:
         return self.native._apply_gate(hidden) if self.native.has_gate else self.native.act_fn(hidden)
@@ -80,13 +84,18 @@ class SortedExperts(Experts):
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """Answers (experts * tokens x width) to the copies (experts * tokens x width)."""
-        copies = hidden_states.chunk(len(self.up))
-        return torch.cat([self._answers(*each) for each in zip(copies, self.up, self.down, strict=True)])
+        return torch.cat([self._answers(expert, hidden_states) for expert in range(len(self.up))])
 
-    def _answers(self, copy: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
-        sent = torch.where(copy.any(dim=-1))[0]
+    def sent(self, expert: int, hidden_states: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Numbers of the tokens that an expert reads, in its order."""
+        return torch.where(hidden_states.chunk(len(self.up))[expert].any(dim=-1))
+
+    def _answers(self, expert: int, hidden_states: Tensor) -> Tensor:
+        copy, (token,) = hidden_states.chunk(len(self.up))[expert], self.sent(expert, hidden_states)
         result = torch.zeros_like(copy)
-        return result.index_add(0, sent, down(self._between(up(copy[sent])))) if len(sent) else result
+        if len(token) == 0:
+            return result
+        return result.index_add(0, token, self.down[expert](self._between(self.up[expert](copy[token]))))
 
     def _between(self, hidden: Tensor) -> Tensor:
         gate, up = hidden.chunk(2, dim=-1)

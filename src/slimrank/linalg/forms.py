@@ -7,12 +7,15 @@ outputs) and C = R R^T on the columns (its inputs).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from slimrank.linalg.roots import Root, RootKind, make_root
 from slimrank.linalg.symmetric import congruence, gram
+
+Towards = Literal["diagonal", "identity"]
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,16 @@ class Form:
         data: the form itself (n x n), its diagonal (n), or None for the identity. When `seen` it is w C w^T (m x m)
             instead, for the one m x n matrix w that the form will be asked about: the small side of a big form.
         seen: see above.
-        mean: tr(C) / n, the unit of damping; must be given for a seen form.
+        diagonal: the diagonal of C (n), the unit of damping; must be given to damp a seen form.
         keep: factor on `data`.
-        ridge: multiple of the identity that is added.
+        ridge: diagonal matrix that is added: its diagonal (n), or one number for all of it.
     """
 
     data: Tensor | None = None
     seen: bool = False
-    mean: float | None = None
+    diagonal: Tensor | None = None
     keep: float = 1.0
-    ridge: float = 0.0
+    ridge: Tensor | float = 0.0
 
     @property
     def is_identity(self) -> bool:
@@ -42,26 +45,47 @@ class Form:
     @property
     def is_zero(self) -> bool:
         """Whether it is zero: no tokens, or dead channels only."""
-        return self.data is not None and self.ridge == 0 and float(self.data.abs().amax()) == 0
+        return self.data is not None and not self.is_damped and float(self.data.abs().amax()) == 0
+
+    @property
+    def is_damped(self) -> bool:
+        """Whether a ridge is added."""
+        return bool((self.ridge > 0).any()) if isinstance(self.ridge, Tensor) else self.ridge > 0
+
+    @property
+    def energies(self) -> Tensor:
+        """Return the diagonal (n) of the undamped form.
+
+        Raises:
+            ValueError: a seen form whose diagonal was not given, or the identity.
+        """
+        if self.diagonal is not None:
+            return self.diagonal
+        if self.data is None or self.seen:
+            raise ValueError("a form seen through a weight can only be damped when its diagonal is given")
+        return self.data.diagonal() if self.data.dim() == 2 else self.data
 
     @property
     def average(self) -> float:
-        """tr(C) / n of the undamped form.
+        """Return tr(C) / n of the undamped form.
 
         Raises:
-            ValueError: a seen form whose mean was not given.
+            ValueError: a seen form whose diagonal was not given.
+        """
+        return 1.0 if self.data is None else float(self.energies.mean())
+
+    def shrunk(self, alpha: float, towards: Towards = "diagonal") -> Form:
+        """Return (1 - alpha) C + alpha T.
+
+        Args:
+            alpha: 0 keeps C, 1 leaves T only.
+            towards: T. "diagonal" is diag(C): the scale of a channel does not matter then. "identity" is tr(C)/n I, the
+                rule of LEMS: one large channel damps all others.
         """
         if self.data is None:
-            return 1.0
-        if self.mean is not None:
-            return self.mean
-        if self.seen:
-            raise ValueError("a form seen through a weight can only be damped when its mean is given")
-        return float((self.data.diagonal() if self.data.dim() == 2 else self.data).mean())
-
-    def shrunk(self, alpha: float) -> Form:
-        """(1 - alpha) C + alpha tr(C)/n I: relative, so that the scale of C never matters."""
-        return replace(self, keep=self.keep * (1 - alpha), ridge=self.ridge * (1 - alpha) + alpha * self.average)
+            return self
+        target = channel_energies(self.energies) if towards == "diagonal" else self.average
+        return replace(self, keep=self.keep * (1 - alpha), ridge=self.ridge * (1 - alpha) + alpha * target)
 
     def with_ridge(self, alpha: float) -> Form:
         """C + alpha tr(C)/n I."""
@@ -69,7 +93,11 @@ class Form:
 
     def to(self, other: Tensor) -> Form:
         """The form in dtype and on the device of `other`."""
-        return self if self.data is None else replace(self, data=self.data.to(other))
+        if self.data is None:
+            return self
+        diagonal = None if self.diagonal is None else self.diagonal.to(other)
+        ridge = self.ridge.to(other) if isinstance(self.ridge, Tensor) else self.ridge
+        return replace(self, data=self.data.to(other), diagonal=diagonal, ridge=ridge)
 
     def matrix(self) -> Tensor | None:
         """keep data + ridge I (n x n, or n where it is diagonal); None for the identity."""
@@ -78,7 +106,7 @@ class Form:
         if self.data.dim() == 1:
             return self.keep * self.data + self.ridge
         full = self.keep * self.data if self.keep != 1 else self.data
-        if self.ridge:
+        if self.is_damped:
             full = full.clone() if full is self.data else full
             full.diagonal().add_(self.ridge)
         return full
@@ -88,10 +116,15 @@ class Form:
         if self.data is None:
             return gram(w.t())
         if self.seen:
-            return self.keep * self.data + self.ridge * gram(w.t()) if self.ridge else self.keep * self.data
+            return self.keep * self.data + self._ridge_through(w) if self.is_damped else self.keep * self.data
         c = self.matrix()
         assert c is not None
         return gram((w * c.sqrt()).t()) if c.dim() == 1 else congruence(w, c)
+
+    def _ridge_through(self, w: Tensor) -> Tensor:
+        if isinstance(self.ridge, Tensor):
+            return gram((w * self.ridge.sqrt()).t())
+        return self.ridge * gram(w.t())
 
     def after(self, change: Tensor) -> Form:
         """The same form, to be asked about W M instead of W (M n x n): of a row form seen as W^T G W, M^T W^T G W M.
@@ -142,6 +175,16 @@ class Metric:
             raise ValueError("a form seen through a weight cannot measure other matrices")
         e = error.to(torch.float64)
         return float((_apply(self.row.to(e), e) * _apply(self.column.to(e), e.t()).t()).sum())
+
+
+def channel_energies(diagonal: Tensor) -> Tensor:
+    """Return the diagonal of a form (n) with the median of the others in the place of zeros.
+
+    A channel that was zero in all tokens says nothing about its scale. It counts as a typical one, so that a ridge in
+    units of this diagonal still protects the weights that read it.
+    """
+    alive = diagonal > 0
+    return torch.where(alive, diagonal, diagonal[alive].median()) if bool(alive.any()) else diagonal
 
 
 def _apply(form: Form, e: Tensor) -> Tensor:

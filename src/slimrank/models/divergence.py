@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from slimrank.models.blocks import Batch, BlockRunner
+from slimrank.models.blocks import BlockRunner
 from slimrank.models.gradients import (
     Bypass,
     frozen,
@@ -18,9 +18,13 @@ from slimrank.models.gradients import (
     rows_of,
     through_head,
 )
+from slimrank.models.recording import Batch
+from slimrank.models.states import State
 
 CACHED = 2**18  # numbers: of a CPU's cache
 AT_ONCE = 2**26  # numbers: 256 MB of float32, on an accelerator
+NEAR = 1e-2  # nats: rounding of float32 is a hundred thousandth of it
+LARGEST = 80.0  # of a difference of logarithms whose exponential float32 can hold
 
 
 class Scorer:
@@ -40,8 +44,8 @@ class Scorer:
         self.original: list[Tensor] = []
 
     def kept(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """What must be kept of final hidden states (batch x tokens x width): the positions that count."""
-        return [self.runner.kept(h[:, self.dropped :].contiguous()) for h in hidden]
+        """What must be kept of final hidden states: the positions that count."""
+        return [self.runner.windows(h, slice(None), self.dropped).contiguous() for h in hidden]
 
     def score(self, finals: Sequence[Sequence[Tensor]]) -> list[tuple[float, float]]:
         """Divergence from the original and negative log-likelihood of the text, in nats a token, of each of `finals`.
@@ -54,10 +58,9 @@ class Scorer:
         with torch.no_grad(), through_head(self.runner) as bypass:
             for ids, parts in self._parts(finals):
                 expected = log_softmax(self._logits(bypass, ids, parts[0]) / self.temperature, dim=-1)
-                weights = expected.exp()
                 for index, part in enumerate(parts[1:]):
                     logits = self._logits(bypass, ids, part)
-                    sums[index, 0] += _divergence(weights, expected, logits, self.temperature)
+                    sums[index, 0] += _divergence(expected, logits, self.temperature)
                     sums[index, 1] += _likelihood(logits, ids)
                 counts += torch.tensor([ids.numel(), ids[:, 1:].numel()])
         return [(float(kl), float(nll)) for kl, nll in sums / counts]
@@ -67,20 +70,36 @@ class Scorer:
         for b, batch in enumerate(self.runner.batches):
             ids = batch.input_ids[:, self.dropped :]
             for part in rows_of(Batch(ids), self.runner.model):
-                yield ids[part], [hidden[b][part] for hidden in (self.original, *finals)]
+                yield ids[part], [self.runner.windows(hidden[b], part) for hidden in (self.original, *finals)]
 
     def _logits(self, bypass: Bypass, ids: Tensor, hidden: Tensor) -> Tensor:
         bypass.final = hidden.to(self.runner.device)
         return logits_of(self.runner.model, Batch(ids), self.runner.device).float()
 
 
-def _divergence(weights: Tensor, expected: Tensor, logits: Tensor, temperature: float) -> float:
-    """KL of softmax(logits / temperature) from `weights`, whose logarithms are `expected`; summed over positions."""
-    total = 0.0
-    for p, log_p, z in zip(*(positions(x) for x in (weights, expected, logits)), strict=True):
-        found = log_softmax(z / temperature, dim=-1)
-        total -= float(found.sub_(log_p).mul_(p).sum(dim=-1).cpu().double().sum())
-    return total
+def divergence(log_p: Tensor, log_q: Tensor) -> float:
+    """KL(p || q), summed over all distributions (..., vocabulary); both in float32.
+
+    With d = log q - log p it is -sum p d, in which errors of rounding in d count as they are. Where that is small it is
+    sum p (e^d - 1 - d): no term is negative, and those errors count by their squares.
+    """
+    p = log_p.exp()
+    never = p == 0
+    d = (log_q - log_p).masked_fill_(never, 0)
+    found = -(p * d).sum(dim=-1)
+    near = found < NEAR
+    if bool(near.any()):
+        terms = torch.expm1(d.clamp_(max=LARGEST)).sub_(d).clamp_(min=0).mul_(p)
+        if bool(never.any()):
+            terms += log_q.exp() * never
+        found = torch.where(near, terms.sum(dim=-1), found)
+    return float(found.cpu().double().sum())
+
+
+def _divergence(expected: Tensor, logits: Tensor, temperature: float) -> float:
+    """KL of softmax(logits / temperature) from the distributions whose logarithms are `expected`, a few at a time."""
+    parts = zip(positions(expected), positions(logits), strict=True)
+    return sum(divergence(log_p, log_softmax(z / temperature, dim=-1)) for log_p, z in parts)
 
 
 def _likelihood(logits: Tensor, ids: Tensor) -> float:
@@ -98,7 +117,7 @@ def positions(x: Tensor) -> Sequence[Tensor]:
 
 def divergence_gradients(
     runner: BlockRunner, final: Sequence[Tensor], original: Sequence[Tensor]
-) -> tuple[list[Tensor], float]:
+) -> tuple[list[State], float]:
     """KL(original || changed) of the next-token distributions, summed over all positions, and its gradients.
 
     Args:
@@ -107,27 +126,27 @@ def divergence_gradients(
         original: that of the original model.
 
     Returns:
-        Gradients by `final`, one for each batch, and the sum in nats.
+        Gradients by the state after the last block, one for each batch, and the sum in nats.
 
     Raises:
         NonFiniteError: the divergence of a batch is NaN or infinite.
         ModelError: the model gives no logits, or they do not depend on its blocks.
     """
-    gradients: list[Tensor] = []
+    gradients: list[State] = []
     total = 0.0
     with through_head(runner) as bypass, frozen(runner.model):
         for b, batch in enumerate(runner.batches):
             parts = []
             for rows in rows_of(batch, runner.model):
                 part = part_of(batch, rows)
-                bypass.final = original[b][rows].to(runner.device)
+                bypass.final = runner.windows(original[b], rows).to(runner.device)
                 with torch.no_grad():
                     expected = log_softmax(logits_of(runner.model, part, runner.device).float(), dim=-1)
-                bypass.final = final[b][rows].to(runner.device).detach().requires_grad_()
+                bypass.final = runner.windows(final[b], rows).to(runner.device).detach().requires_grad_()
                 with torch.enable_grad():
                     found = log_softmax(logits_of(runner.model, part, runner.device).float(), dim=-1)
                     loss = kl_div(found, expected, reduction="sum", log_target=True)
                 parts.append(gradient_of(loss, bypass.final, runner.model, b))
-                total += float(loss)
-            gradients.append(runner.kept(torch.cat(parts)))
+                total += _divergence(expected, found.detach(), 1.0)
+            gradients.append(runner.kept(State(runner.joined(parts))))
     return gradients, total

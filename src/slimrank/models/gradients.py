@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from slimrank.errors import ModelError, NonFiniteError
-from slimrank.models.blocks import PROBE_TOKENS, Batch, BlockRunner, Patched, parts_outside
+from slimrank.models.blocks import BlockRunner, parts_outside
+from slimrank.models.handover import PROBE_TOKENS
 from slimrank.models.mode import evaluating
+from slimrank.models.recording import Answer, Batch, Patched
+from slimrank.models.states import State, pulled_back
 
 LOGITS_AT_ONCE = 2**25  # elements
 
@@ -49,7 +52,7 @@ class Bypass(Patched):
 
     final: Tensor
 
-    def __init__(self, blocks: nn.ModuleList, answer: Callable[[Tensor], Any]) -> None:
+    def __init__(self, blocks: nn.ModuleList, answer: Answer) -> None:
         super().__init__(blocks)
         self.answer = answer
 
@@ -63,8 +66,8 @@ class Bypass(Patched):
         return forward
 
 
-def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[Tensor]:
-    """Gradients of the next-token loss by the output of the last block, one for each batch.
+def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[State]:
+    """Gradients of the next-token loss by the state after the last block, one for each batch.
 
     Args:
         runner: has embedded its batches.
@@ -74,17 +77,17 @@ def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[Tensor]:
         NonFiniteError: the loss of a batch is NaN or infinite.
         ModelError: the model gives no logits, or they do not depend on its blocks.
     """
-    gradients: list[Tensor] = []
+    gradients: list[State] = []
     with through_head(runner) as bypass, frozen(runner.model):
         for b, batch in enumerate(runner.batches):
             parts = []
             for rows in rows_of(batch, runner.model):
-                bypass.final = final[b][rows].to(runner.device).detach().requires_grad_()
+                bypass.final = runner.windows(final[b], rows).to(runner.device).detach().requires_grad_()
                 part = part_of(batch, rows)
                 with torch.enable_grad():
                     loss = next_token_loss(logits_of(runner.model, part, runner.device), part)
                 parts.append(gradient_of(loss, bypass.final, runner.model, b))
-            gradients.append(runner.kept(torch.cat(parts)))
+            gradients.append(runner.kept(State(runner.joined(parts))))
     return gradients
 
 
@@ -136,6 +139,9 @@ def rows_of(batch: Batch, model: nn.Module) -> Iterator[slice]:
     """Parts of a batch whose logits are not too many."""
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
     size = max(1, LOGITS_AT_ONCE // (batch.input_ids.shape[1] * vocabulary))
+    if size >= len(batch.input_ids):
+        yield slice(None)
+        return
     for start in range(0, len(batch.input_ids), size):
         yield slice(start, start + size)
 
@@ -148,17 +154,17 @@ def part_of(batch: Batch, rows: slice) -> Batch:
 def step_back(
     runner: BlockRunner,
     index: int,
-    inputs: list[Tensor],
-    gradients: list[Tensor],
+    inputs: list[State],
+    gradients: list[State],
     before: Callable[[Batch], None] | None = None,
 ) -> None:
-    """Compute block `index` again and differentiate it; `gradients` become those by its inputs.
+    """Compute block `index` again and differentiate it; `gradients` become those by the states that enter it.
 
     Args:
         runner: has embedded its batches.
         index: which block.
-        inputs: hidden states that enter the block, one for each batch.
-        gradients: of the loss by the block's outputs, one for each batch; changed in place.
+        inputs: states that enter the block, one for each batch.
+        gradients: of the loss by the states after the block, one for each batch; changed in place.
         before: called with each batch before the block runs on it.
 
     Raises:
@@ -168,11 +174,11 @@ def step_back(
         for b, batch in enumerate(runner.batches):
             if before is not None:
                 before(batch)
-            hidden = inputs[b].to(runner.device).detach().requires_grad_()
+            state = inputs[b].leaves(runner.device)
             with torch.enable_grad():
-                output = runner.run(index, b, hidden)
-            (gradient,) = torch.autograd.grad(output, hidden, gradients[b].to(output))
-            if not bool(torch.isfinite(gradient).all()):
+                after = runner.run(index, b, state)
+            gradient = pulled_back(state, after, gradients[b])
+            if not all(bool(torch.isfinite(g).all()) for g in (gradient.hidden, *gradient.handed.values())):
                 raise NonFiniteError(
                     f"NaN or infinity in the gradient by the input of block '{runner.path}.{index}' (batch {b}).",
                     "run in float32 (--dtype float32)",

@@ -2,105 +2,199 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import PreTrainedModel
 
-from slimrank.errors import MissingExtraError, ModelError, NonFiniteError
+from slimrank.errors import ModelError, NonFiniteError
+from slimrank.export.processor import find_file
 from slimrank.export.register import register
 from slimrank.models.demo import demo_folder
+from slimrank.models.explained import WHAT_MODEL_MAY_BE, explained
+from slimrank.models.files import ADAPTER, check_files, refuse_pointers, stored_tensors, total_bytes, weight_files
+from slimrank.models.gguf import gguf_place, load_gguf
+from slimrank.models.kind import Kind, kind_of
+from slimrank.models.leftovers import check_taken, correct_ties, telling_class
+from slimrank.models.quantised import check_stored, forget_quantisation, widened_config
+from slimrank.models.storage import cast_as_loaded, torch_dtype, written_dtype
+from slimrank.models.tokenizers import load_tokenizer, tokenizer_notes
 from slimrank.progress import Progress
 
-INDEX = "model.safetensors.index.json"
+
+@dataclass
+class Loaded:
+    """A model as it was loaded.
+
+    Attributes:
+        model: with dense weights, on the CPU; without weights (meta device) where only the configuration was read.
+        tokenizer: the model's own; None without weights.
+        notes: what was left out, or done otherwise than the files say.
+        file_bytes: size of the weight files, where they hold less than the model does (quantised ones, widened).
+    """
+
+    model: Any
+    tokenizer: Any = None
+    notes: list[str] = field(default_factory=list)
+    file_bytes: int | None = None
 
 
 def load(spec: str | Path, dtype: str = "auto", progress: Progress | None = None) -> tuple[PreTrainedModel, Any]:
-    """A causal language model on the CPU, and its tokenizer.
+    """Load a causal language model on the CPU, and its tokenizer; arguments as for `load_model`."""
+    loaded = load_model(spec, dtype, progress)
+    return loaded.model, loaded.tokenizer
+
+
+def load_model(spec: str | Path, dtype: str = "auto", progress: Progress | None = None) -> Loaded:
+    """Load a causal language model on the CPU, its tokenizer, and what there is to say about it.
 
     Args:
         spec: hub id, local folder, .gguf file, or "demo".
         dtype: "auto" (as in the checkpoint), "float32", "bfloat16" or "float16".
-        progress: told when the demo model is fetched.
+        progress: told the notes, and when the demo model is fetched.
 
     Raises:
-        ModelError: unknown model, missing file or shard, weights that the checkpoint lacks.
+        ModelError: unknown model, not a dense decoder language model, missing or damaged files, weights that the
+            checkpoint lacks or that the model has no place for.
         MissingExtraError: a GGUF file without the package `gguf`.
     """
+    source = _read(spec, progress)
+    loaded = _load_gguf(source, dtype) if source.gguf else _load_folder(source, dtype)
+    loaded.notes += tokenizer_notes(loaded.model, loaded.tokenizer)
+    if progress is not None:
+        for note in loaded.notes:
+            progress.note(note)
+    return loaded
+
+
+def skeleton(spec: str | Path, dtype: str = "auto", progress: Progress | None = None) -> Loaded:
+    """Build the model with no weights (meta device) in the dtypes that loading gives: only its configuration is read.
+
+    Raises:
+        ModelError: whatever `load_model` refuses by the configuration, and by weight files that are here.
+        MissingExtraError: a GGUF file without the package `gguf`.
+    """
+    source = _read(spec, progress)
+    source.check_stored()
+    with explained(spec):
+        model = _empty(source.kind, source.dtype(dtype))
+    return Loaded(model, None, source.notes(), source.file_bytes())
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model of which nothing but the configuration was read.
+
+    Attributes:
+        spec: as the user named it.
+        place: where transformers finds it.
+        kind: what its configuration says.
+        folder: where its files are, if that is a folder here.
+    """
+
+    spec: str | Path
+    place: dict[str, Any]
+    kind: Kind
+    folder: Path | None
+
+    @property
+    def gguf(self) -> bool:
+        return "gguf_file" in self.place
+
+    @functools.cached_property
+    def files(self) -> list[Path]:
+        """Weight files that are here; none where some are missing."""
+        if self.gguf:
+            return [self.place["pretrained_model_name_or_path"] / self.place["gguf_file"]]
+        config = find_file(str(self.place["pretrained_model_name_or_path"]), "config.json")
+        files = weight_files(config.parent, self._named) if config is not None else []
+        return files if all(path.is_file() for path in files) else []
+
+    @property
+    def _named(self) -> str | None:
+        return getattr(self.kind.config, "transformers_weights", None)
+
+    def check_files(self) -> None:
+        if self.folder is not None:
+            check_files(self.folder, self._named)
+
+    def check_stored(self) -> None:
+        if self.kind.widened is None:
+            check_stored(self.spec, stored_tensors(self.files))
+
+    def dtype(self, asked: str) -> torch.dtype:
+        """The dtype that weights are loaded in."""
+        if asked != "auto":
+            return getattr(torch, asked)
+        stated = None if self.gguf else getattr(self.kind.config, "dtype", None)
+        return stated or written_dtype(stored_tensors(self.files).values()) or torch.float32
+
+    def file_bytes(self) -> int | None:
+        """Size of the files, where loading widens what they hold."""
+        return (total_bytes(self.files) or None) if self.kind.widened else None
+
+    def notes(self) -> list[str]:
+        if not self.kind.widened:
+            return list(self.kind.notes)
+        size = f"; its files take {self.file_bytes():,} bytes" if self.files else ""
+        return [*self.kind.notes, f"the model is quantised ({self.kind.widened}), and widened to dense weights{size}"]
+
+
+def _read(spec: str | Path, progress: Progress | None) -> _Source:
     register()
     source = resolve(spec, progress)
-    if source.endswith(".gguf"):
-        return load_gguf(Path(source), dtype)
-    _check_shards(Path(source))
-    with _explained(spec):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        auto = _auto_class(AutoConfig.from_pretrained(source))
-        loaded: Any = auto.from_pretrained(source, dtype=_dtype(dtype), output_loading_info=True)
-    model, info = loaded
-    _check_complete(info, spec)
-    return model, tokenizer
+    gguf = source.endswith(".gguf")
+    place = gguf_place(Path(source)) if gguf else {"pretrained_model_name_or_path": source}
+    folder = Path(source) if not gguf and Path(source).is_dir() else None
+    if folder is not None:
+        refuse_pointers(folder)
+    return _Source(spec, place, kind_of(spec, place), folder)
 
 
-def load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, Any]:
-    """A GGUF file, dequantised to ordinary dense weights."""
-    from transformers import GgufConfig
-
-    with _explained(path):
-        place: Any = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            **place,
-            dtype=_dtype("float32" if dtype == "auto" else dtype),
-            quantization_config=GgufConfig(dequantize=True),
+def _load_folder(source: _Source, dtype: str) -> Loaded:
+    source.check_files()
+    source.check_stored()
+    tokenizer = load_tokenizer(source.spec, source.place)
+    kind = source.kind
+    if kind.widened:
+        widened_config(kind.config)
+    with explained(source.spec):
+        native = issubclass(kind.model_class, PreTrainedModel)
+        builder = telling_class(kind.model_class) if native else kind.model_class
+        model, info = builder.from_pretrained(
+            source.place["pretrained_model_name_or_path"],
+            config=kind.config,
+            dtype=torch_dtype(dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_taken` says which; transformers only points to its own report
+            trust_remote_code=False,
         )
-    # transformers may leave its quantizer on a model that is dense by now; saving would then refuse.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model, tokenizer
+    if native:
+        model.__class__ = kind.model_class
+    left_out = check_taken(source.spec, model, info, vars(model).pop("untaken", ())) + correct_ties(model)
+    if kind.widened:
+        forget_quantisation(model)
+        source = replace(source)  # files of the hub are here by now
+    return Loaded(model, tokenizer, source.notes() + left_out, source.file_bytes())
 
 
-def skeleton(spec: str | Path, progress: Progress | None = None) -> PreTrainedModel:
-    """The model with no weights (meta device): only its configuration is read.
+def _load_gguf(source: _Source, dtype: str) -> Loaded:
+    model, tokenizer, notes = load_gguf(source.place, dtype)
+    return Loaded(model, tokenizer, source.notes() + notes, source.file_bytes())
 
-    Raises:
-        ModelError: unknown model, or one that is not a causal language model.
-        MissingExtraError: a GGUF file without the package `gguf`.
-    """
-    register()
-    source = resolve(spec, progress)
-    place: dict[str, Any] = {"pretrained_model_name_or_path": source}
-    if source.endswith(".gguf"):
-        place = {"pretrained_model_name_or_path": Path(source).parent, "gguf_file": Path(source).name}
-    with _explained(spec):
-        config = AutoConfig.from_pretrained(**place)
-        with torch.device("meta"):
-            model = _auto_class(config).from_config(config)
-        model.tie_weights()
+
+def _empty(kind: Kind, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        model = kind.model_class._from_config(kind.config, dtype=dtype)
+    cast_as_loaded(model, dtype)
+    model.tie_weights()
     return model
-
-
-def stored_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype in which most parameters of a model (or its configuration, on meta) are stored."""
-    config_dtype = getattr(getattr(model, "config", None), "dtype", None)
-    first = next(model.parameters())
-    return config_dtype if first.is_meta and isinstance(config_dtype, torch.dtype) else first.dtype
 
 
 def resolve(spec: str | Path, progress: Progress | None = None) -> str:
@@ -115,21 +209,12 @@ def resolve(spec: str | Path, progress: Progress | None = None) -> str:
     if path.is_file() and path.suffix == ".gguf":
         return str(path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"the folder '{path}' holds no model: it has no config.json.", _WHAT_MODEL_MAY_BE)
+        if not any((path / name).is_file() for name in ("config.json", ADAPTER)):
+            raise ModelError(f"the folder '{path}' holds no model: it has no config.json.", WHAT_MODEL_MAY_BE)
         return str(path)
     if path.exists() or str(spec).startswith((".", "/", "~")) or path.suffix == ".gguf":
-        raise ModelError(f"'{spec}' is not a model folder or GGUF file.", _WHAT_MODEL_MAY_BE)
+        raise ModelError(f"'{spec}' is not a model folder or GGUF file.", WHAT_MODEL_MAY_BE)
     return str(spec)
-
-
-_WHAT_MODEL_MAY_BE = "a hub id (org/name), a folder with config.json, a .gguf file, or the word demo"
-
-
-def shard_names(folder: Path) -> set[str]:
-    """The weight files that the index of a folder names; none where it has no index."""
-    index = folder / INDEX
-    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
 
 
 def digest(model: Any) -> str:
@@ -158,60 +243,3 @@ def _configuration(model: Any) -> str:
     aside = ("transformers_version", "_name_or_path", "architectures", "dtype")
     fields = {k: v for k, v in config.to_dict().items() if k not in aside}
     return json.dumps([fields, getattr(config, "_attn_implementation", None)], sort_keys=True, default=str)
-
-
-def _auto_class(config: Any) -> Any:
-    """What builds a language model of this configuration; models that read images, too, have a class of their own."""
-    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    only = reads_images and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if only else AutoModelForCausalLM
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _dtype(name: str) -> Any:
-    return name if name == "auto" else getattr(torch, name)
-
-
-def _check_shards(folder: Path) -> None:
-    named = shard_names(folder)
-    missing = sorted(name for name in named if not (folder / name).is_file())
-    if missing:
-        raise ModelError(
-            f"'{folder}' lacks {len(missing)} of {len(named)} weight files: {', '.join(missing[:3])}.",
-            "download the model again",
-        )
-
-
-def _check_complete(info: dict[str, Any], spec: str | Path) -> None:
-    missing = sorted(info.get("missing_keys") or [])
-    if missing:
-        raise ModelError(
-            f"the checkpoint '{spec}' lacks {len(missing)} weights, e.g. '{missing[0]}'.",
-            "it may belong to another architecture, or be incomplete; download it again",
-        )
-
-
-@contextmanager
-def _explained(spec: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        if str(spec).endswith(".gguf"):
-            raise MissingExtraError("gguf", "demo", "reading a GGUF file") from error
-        raise
-    except OSError as error:
-        raise ModelError(f"the model '{spec}' cannot be loaded: {_reason(error)}", _WHAT_MODEL_MAY_BE) from error
-    except (SafetensorError, struct.error, RuntimeError) as error:
-        raise ModelError(
-            f"the model '{spec}' cannot be loaded: {_reason(error)}",
-            "its weight files are damaged or belong to another configuration; download it again",
-        ) from error
-    except (ValueError, KeyError) as error:
-        raise ModelError(
-            f"the model '{spec}' cannot be loaded: {_reason(error)}",
-            "it may be no causal language model, or need a newer transformers, or code of its own",
-        ) from error

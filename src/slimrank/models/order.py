@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -52,12 +53,12 @@ def reading_order(layers: Mapping[str, nn.Module], run: Callable[[], object]) ->
 
 
 def run_until_read(layers: Iterable[nn.Module], run: Callable[[], object]) -> None:
-    """Run only until each of these layers has been called; their own hooks see that call."""
-    waiting = set(layers)
+    """Run only until each of these layers was called as often as it is listed; their own hooks see those calls."""
+    waiting = Counter(layers)
 
     def observe(module: nn.Module, args: Any) -> None:
-        waiting.discard(module)
-        if not waiting:
+        waiting[module] -= 1
+        if all(left <= 0 for left in waiting.values()):
             raise _AllRead
 
     handles = [layer.register_forward_pre_hook(observe) for layer in waiting]
@@ -67,3 +68,19 @@ def run_until_read(layers: Iterable[nn.Module], run: Callable[[], object]) -> No
     finally:
         for handle in handles:
             handle.remove()
+
+
+def calls_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> Counter[str]:
+    """How often `run` calls each of these layers (module path -> module); once at least, for those that it may miss."""
+    found: Counter[str] = Counter()
+
+    def hook(path: str) -> Any:
+        return lambda module, args: found.update([path])
+
+    handles = [layer.register_forward_pre_hook(hook(path)) for path, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Counter({path: max(1, found[path]) for path in layers})

@@ -16,14 +16,16 @@ from typing import Any
 from torch import Tensor
 
 from slimrank.layers.convert import CompressedLinear, hold, pair_of, stored_layer
+from slimrank.linalg.forms import channel_energies
 from slimrank.linalg.tangent import tangent_step
-from slimrank.models.blocks import Batch
 from slimrank.models.divergence import divergence_gradients
 from slimrank.models.gradients import step_back
 from slimrank.models.paging import page_out
+from slimrank.models.recording import Batch
+from slimrank.models.states import State, named, states_named
 from slimrank.models.targets import Target
 from slimrank.pipeline.held_out import HeldOut
-from slimrank.pipeline.job import Job, hidden_states, named
+from slimrank.pipeline.job import Job
 from slimrank.run import Stage
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.layer import LayerStatistics
@@ -31,7 +33,7 @@ from slimrank.statistics.needs import Gathering
 
 HELD_OUT = 4  # search windows that judge a round
 LENGTH = 0.5  # of Polyak's step, to begin with
-DAMPING = 1.0  # of the form on the inputs, in units of the mean input energy
+DAMPING = 1.0  # of the form on the inputs, in units of the energy of each channel
 TRIALS = 6
 
 
@@ -60,7 +62,7 @@ class Correction:
             for number in range(rounds):
                 if not self.stage.has(_original(number)):
                     self._embed(number)
-                    final = self.runner.through(self.runner.hidden, 0, len(self.runner))
+                    final = self.runner.through(self.runner.states, 0, len(self.runner))
                     self.stage.save(_original(number), named("", final))
                 job.progress.step()
 
@@ -92,11 +94,12 @@ class Correction:
         runner, job, stage = self.runner, self.job, self.stage
         self._embed(number)
         for index in range(len(runner)):
-            stage.save(f"input-{index:04d}", named("", runner.hidden))
+            stage.save(f"input-{index:04d}", named("", runner.states))
             runner.step(index)
             page_out(runner.blocks[index])
             job.progress.step()
-        original = hidden_states(stage.load(_original(number))[0], "", len(runner.batches))
+        stored, _ = stage.load(_original(number))
+        original = [state.hidden for state in states_named(stored, "", len(runner.batches))]
         gradients, divergence = divergence_gradients(runner, runner.hidden, original)
         decrease = 0.0
         for index in reversed(range(len(runner))):
@@ -106,11 +109,11 @@ class Correction:
             job.progress.step()
         return divergence, decrease
 
-    def _block(self, index: int, gradients: list[Tensor]) -> float:
+    def _block(self, index: int, gradients: list[State]) -> float:
         """Steps of the layers of a block into the store, and what they take off the divergence to first order."""
         layers = {t.path: self._layer(t) for t in self._targets(index)}
         collector = Collector(layers, Gathering(needs=frozenset({"gram", "slope"})), self.job.solver)
-        inputs = hidden_states(self.stage.load(f"input-{index:04d}")[0], "", len(self.runner.batches))
+        inputs = states_named(self.stage.load(f"input-{index:04d}")[0], "", len(self.runner.batches))
         with collector:
             step_back(
                 self.runner,
@@ -130,8 +133,7 @@ class Correction:
 
     def _solve(self, path: str, layer: CompressedLinear, found: LayerStatistics, tensors: dict[str, Tensor]) -> float:
         assert found.slope is not None
-        form = found.gram.clone()
-        form.diagonal().add_(DAMPING * float(form.diagonal().mean()))
+        form = found.gram + DAMPING * channel_energies(found.gram.diagonal()).diag()
         a, b = (factor.to(form) for factor in pair_of(layer))
         step = tangent_step(a, b, found.slope, form)
         tensors |= {f"{path}.A": step.A.float().cpu(), f"{path}.B": step.B.float().cpu()}

@@ -24,9 +24,10 @@ from slimrank.linalg.lowrank import Spectrum
 from slimrank.models.blocks import BlockRunner
 from slimrank.models.gradients import loss_gradients, step_back, whole_model_gradients
 from slimrank.models.paging import page_out
+from slimrank.models.states import State, named, states_named
 from slimrank.models.structure import find_blocks
 from slimrank.models.targets import Target
-from slimrank.pipeline.job import Job, hidden_states, named
+from slimrank.pipeline.job import Job
 from slimrank.pipeline.kept import KeptStatistics
 from slimrank.planning import Unit
 from slimrank.run import Stage
@@ -34,6 +35,7 @@ from slimrank.statistics.collector import Collector
 from slimrank.statistics.experts import UNREACHED, lean_on_each_other
 from slimrank.statistics.layer import LayerStatistics
 from slimrank.statistics.needs import Need
+from slimrank.statistics.routing import Routing
 
 
 def is_decomposed(job: Job, stage: Stage) -> bool:
@@ -81,8 +83,9 @@ class _Walk(ABC):
         job, targets = self.job, self.job.targets.in_block(index)
         layers = {t.path: job.model.get_submodule(t.path) for t in targets}
         routed = frozenset(path for kind in self.runner.experts(index, layers) for path in kind)
-        own = alone(targets) - routed
-        return Collector(layers, job.method.gathering, job.solver, own, job.plan.factored(), routed=routed)
+        own, routing = alone(targets) - routed, Routing.among(job.model, routed)
+        ranks = job.plan.factored()
+        return Collector(layers, job.method.gathering, job.solver, own, ranks, routed=routed, routing=routing)
 
     def take(self, collector: Collector, index: int) -> None:
         """Keep what a collector has gathered in block `index` until it is used."""
@@ -112,6 +115,7 @@ class _Walk(ABC):
                 "side": spectrum.side,
                 "beyond": spectrum.beyond,
                 "stand_in": spectrum.stand_in,
+                "plain_rows": spectrum.plain_rows,
                 "notes": spectrum.notes,
                 "groups": {t.path: self.leaders.get(t.path, t.path) for t in unit.targets},
             }
@@ -136,8 +140,9 @@ class _Walk(ABC):
         for part in parts[1:]:
             statistics = statistics.merged(part)
         solved = method.solve(weight, statistics)
+        solved = replace(solved, notes=tuple(dict.fromkeys((*solved.notes, *statistics.notes))))
         if all(UNREACHED in part.notes for part in parts):
-            return replace(solved, stand_in=True, notes=(*solved.notes, UNREACHED))
+            return replace(solved, stand_in=True, notes=tuple(dict.fromkeys((*solved.notes, UNREACHED))))
         return solved
 
 
@@ -164,7 +169,7 @@ class _Forwards(_Walk):
         page_out(job.model)
         if first and runner.batches:
             stored, _ = self.stage.load("hidden", str(job.device) if runner.resident else "cpu")
-            runner.hidden = hidden_states(stored, "", len(runner.batches))
+            runner.states = states_named(stored, "", len(runner.batches))
 
     def _block(self, index: int) -> None:
         runner = self.runner
@@ -175,7 +180,7 @@ class _Forwards(_Walk):
             self.take(collector, index)
             self.solve_ready(index, set(range(index + 1)))
         if self.job.resumable and not any(min(u.blocks) <= index for u in self.waiting):
-            self.stage.save("hidden", named("", runner.hidden), {"next": index + 1})
+            self.stage.save("hidden", named("", runner.states), {"next": index + 1})
 
 
 class _Backwards(_Walk):
@@ -196,33 +201,33 @@ class _Backwards(_Walk):
                     page_out(runner.blocks[index])
                     job.progress.step()
 
-    def _forwards(self, last: int) -> list[Tensor]:
+    def _forwards(self, last: int) -> list[State]:
         """Store the inputs of blocks up to `last`; the gradients by its inputs (of the loss, after the last block)."""
         runner, job, stage = self.runner, self.job, self.stage
         _resume_note(job, len(runner) - last, len(runner))
         top = last if last == len(runner) else last - 1
         done = max((i for i in range(top + 1) if stage.has(f"input-{i:04d}")), default=None)
         if done is None:
-            stage.save("input-0000", named("", runner.hidden))
+            stage.save("input-0000", named("", runner.states))
         else:
-            runner.hidden = self._input(done)
+            runner.states = self._input(done)
         for index in range(done or 0, top):
             runner.step(index)
             page_out(runner.blocks[index])
-            stage.save(f"input-{index + 1:04d}", named("", runner.hidden))
+            stage.save(f"input-{index + 1:04d}", named("", runner.states))
             job.progress.step()
         if last < len(runner):
-            return hidden_states(stage.load("gradients")[0], "", len(runner.batches))
+            return states_named(stage.load("gradients")[0], "", len(runner.batches))
         gradients = loss_gradients(runner, runner.hidden)
-        runner.hidden = []
+        runner.states = []
         stage.save("gradients", named("", gradients), {"next": last})
         return gradients
 
-    def _input(self, index: int) -> list[Tensor]:
+    def _input(self, index: int) -> list[State]:
         tensors, _ = self.stage.load(f"input-{index:04d}")
-        return hidden_states(tensors, "", len(self.runner.batches))
+        return states_named(tensors, "", len(self.runner.batches))
 
-    def _block(self, index: int, gradients: list[Tensor]) -> None:
+    def _block(self, index: int, gradients: list[State]) -> None:
         runner = self.runner
         with runner.placed_block(index):
             collector = self.collector(index)

@@ -8,16 +8,17 @@ from torch import Tensor
 
 from slimrank.allocate.measuring import Measuring
 from slimrank.errors import NonFiniteError
-from slimrank.models.blocks import Batch
 from slimrank.models.divergence import Scorer
-from slimrank.pipeline.job import Job, hidden_states, named
+from slimrank.models.recording import Batch
+from slimrank.models.states import State
+from slimrank.pipeline.job import Job
 from slimrank.run import Stage
 
 
 class HeldOut:
     """The divergence of the model from the original, blocks from some block on as they are now.
 
-    Hidden states of the windows follow the compressed model from block to block, so that only what comes after is run.
+    States of the windows follow the compressed model from block to block, so that only what comes after is run.
 
     Args:
         job: has search windows, and the model.
@@ -32,18 +33,19 @@ class HeldOut:
         windows = job.texts.search[:count]
         self._batches = [Batch(ids) for ids in windows.split(job.recipe.batch_size)]
         self._scorer = Scorer(self.runner, 1.0, Measuring().positions(int(windows.shape[1])))
-        self.hidden: list[Tensor] = []
+        self.states: list[State] = []
 
     def start(self) -> None:
         """Embed the windows, and take the original through all blocks."""
         self.runner.embed(self._batches)
-        self.hidden = list(self.runner.hidden)
+        self.states = list(self.runner.states)
         if self.stage.has("held-out"):
-            self._scorer.original = hidden_states(self.stage.load("held-out")[0], "", len(self._batches))
+            stored, _ = self.stage.load("held-out")
+            self._scorer.original = [stored[str(b)] for b in range(len(self._batches))]
             return
         self._scorer.original = self._finals(0)
         if self.job.resumable:
-            self.stage.save("held-out", named("", self._scorer.original))
+            self.stage.save("held-out", {str(b): final for b, final in enumerate(self._scorer.original)})
 
     def divergence(self, index: int) -> float:
         """Divergence from the original in nats a token, the model from block `index` on as it is now.
@@ -57,7 +59,7 @@ class HeldOut:
 
     def step(self, index: int) -> None:
         """The windows go through block `index` as it is now."""
-        self.hidden = self.runner.through(self.hidden, index, index + 1)
+        self.states = self.runner.through(self.states, index, index + 1)
 
     def _finals(self, index: int) -> list[Tensor]:
-        return self._scorer.kept(self.runner.through(self.hidden, index, len(self.runner)))
+        return self._scorer.kept(self.runner.finals(self.states, index))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from slimrank._version import __version__
 from slimrank.allocate.plan import RankPlan
@@ -21,16 +22,20 @@ from slimrank.errors import RecipeError
 from slimrank.estimate import Workload, measure_machine, run_bytes, stage_seconds
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.quality import measure_quality
-from slimrank.evaluate.speed import measure_speed
+from slimrank.export.companions import rehearse_saving
+from slimrank.export.output import OutputFolder
 from slimrank.export.save import check_loadable
 from slimrank.inputs import Texts, prepare_texts, window_length
 from slimrank.linalg.cost import COST_MODELS
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import check_differentiable
-from slimrank.models.load import digest, load, stored_dtype
+from slimrank.models.kind import check_decoder
+from slimrank.models.load import digest, load_model
 from slimrank.models.paging import page_out
 from slimrank.models.placement import placed, resolve_device, solving_device
+from slimrank.models.quantised import check_dense
 from slimrank.models.splitting import take_apart
+from slimrank.models.storage import stored_dtype
 from slimrank.models.targets import TargetSet, find_targets
 from slimrank.planning import (
     Unit,
@@ -40,7 +45,6 @@ from slimrank.planning import (
     following_plan,
     given_plan,
     make_problem,
-    order_bytes,
     plan_of,
     reads_text,
     units_of,
@@ -49,6 +53,7 @@ from slimrank.planning import (
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.run import Run
+from slimrank.sizes import ModelBytes
 
 BEFORE_CUTTING = ("calibrate and decompose", "allocate")
 
@@ -81,12 +86,20 @@ class Job:
         resumable: whether finished parts are stored.
         keeps: whether statistics are, too.
         cuts: whether the model will be; if not, the work ends with the plan.
+        output: where it will be written, if anywhere.
     """
 
     def __init__(
-        self, recipe: Recipe, progress: Progress, resumable: bool, keeps: bool = False, cuts: bool = True
+        self,
+        recipe: Recipe,
+        progress: Progress,
+        resumable: bool,
+        keeps: bool = False,
+        cuts: bool = True,
+        output: OutputFolder | None = None,
     ) -> None:
         self.recipe, self.progress, self.resumable, self.keeps, self.cuts = recipe, progress, resumable, keeps, cuts
+        self.output = output
         self.method: Configured = DECOMPOSERS.get(recipe.method).configured(recipe.method_options)
         self.refiner = configured_refiner(recipe, self.method)
         check_corrections(recipe, self.method)
@@ -96,6 +109,7 @@ class Job:
         self.upcast = self.device.type == "cpu"
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
+        self.file_bytes: int | None = None  # of weights that were widened when they were loaded
 
     # inputs -------------------------------------------------------------------------------------------------
 
@@ -108,9 +122,15 @@ class Job:
         texts = prepare_texts(recipe, self.calibrates, searches, factor * recipe.samples if factor > 1 else None)
         if isinstance(model, (str, Path)):
             self.progress.note(f"loading {model}")
-            model, tokenizer = load(model, recipe.dtype, self.progress)
+            loaded = load_model(model, recipe.dtype, self.progress)
+            model, tokenizer, self.file_bytes = loaded.model, loaded.tokenizer, loaded.file_bytes
+            self.notes += loaded.notes
         elif recipe.dtype != "auto":
             raise RecipeError("a loaded model keeps its dtype.", "model.to(dtype) before, or give its name or folder")
+        else:
+            check_dense(model)
+            if isinstance(getattr(model, "config", None), PreTrainedConfig):
+                check_decoder(type(model).__name__, model.config)
         self.model, self.tokenizer = model, tokenizer
         if take_apart(model, recipe.split):
             self.notes.append(
@@ -123,6 +143,9 @@ class Job:
         self.upcast = self.upcast or (differentiates and self.dtype == torch.float16)
         self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore, COST_MODELS[recipe.factor_form])
         check_loadable(model)
+        self.size = ModelBytes.of(model, self.targets)
+        if self.output is not None:
+            rehearse_saving(model, tokenizer, self.output)
         self.units: list[Unit] = units_of(self.method, self.targets, recipe.stored_as)
         self._plan()
         self.digest = digest(model)
@@ -130,6 +153,8 @@ class Job:
         if differentiates:
             check_differentiable(model)
         self.texts: Texts = texts.tokenised(recipe, model, tokenizer, self.progress)
+        if self.texts.overlap:
+            self.progress.note(self.texts.overlap)
         self.notes += [*self.texts.notes, *self._fewer_held_out()]
         self.notes += [
             f"{t.path}: shared with {', '.join(t.ties)}; its own inputs count" for t in self.targets if t.ties
@@ -148,7 +173,7 @@ class Job:
         plan = given_plan(self.recipe, self.targets, self.units)
         self.problem: Problem | None = None
         if plan is None:
-            self.problem = make_problem(self.recipe, self.model, self.targets, self.units, self.dtype.itemsize)
+            self.problem = make_problem(self.recipe, self.model, self.targets, self.units, self.size)
             plan = self.plan_of(at_first(self.problem, self.allocator))
         self.plan = plan
         self._ranks_at_first = plan.factored()
@@ -215,14 +240,7 @@ class Job:
 
     def predicted_bytes(self) -> int:
         """Bytes of the weights to be written."""
-        coverage = self.targets.coverage
-        kept = coverage.total - coverage.targets + self.plan.stored_parameters
-        return kept * self.dtype.itemsize + self.order_bytes()
-
-    def order_bytes(self) -> int:
-        """Bytes of the orders of pivot layers."""
-        factored = (t for t in self.targets if self.plan.targets[t.path].rank != "dense")
-        return order_bytes(self.plan.stored_as, factored)
+        return self.size.compressed(self.recipe, self.plan, self.targets)
 
     def stored_bytes(self) -> int:
         """About how much the run directory will hold."""
@@ -269,7 +287,7 @@ class Job:
         self.seconds[name] = time.perf_counter() - start
 
     def measure_original(self, run: Run) -> dict[str, Any]:
-        """Perplexity, speed and a sample of the model as it is; taken from the run where it is known already."""
+        """Perplexity and a sample of the model as it is; taken from the run where it is known already."""
         key = {**self.identity(), "original": self.texts.evaluation_digest, "dtype": str(self.dtype)}
         stage = run.stage({**key, "device": str(self.device)})
         with self.timed("measure the original", self.texts.evaluation_windows):
@@ -284,22 +302,14 @@ class Job:
             return self._measure({})
 
     def _measure(self, known: dict[str, Any]) -> dict[str, Any]:
-        """Everything that is not known already; speed is never taken from an earlier session."""
+        """Measure what is not known already.
+
+        Speeds are not measured: before and after would be minutes apart, on a machine that changes.
+        """
         if self.texts.evaluation is None:
             return {}
         with placed([self.model], self.device, upcast=False):
-            speed = asdict(measure_speed(self.model))
             fresh = known or measure_quality(
                 self.model, self.tokenizer, self.texts.evaluation, self.texts.bos, self.progress
             )
-        return {**fresh, "speed": speed, "peak_memory": peak_memory(self.device)}
-
-
-def hidden_states(tensors: dict[str, Tensor], prefix: str, count: int) -> list[Tensor]:
-    """The stored hidden states of each batch."""
-    return [tensors[f"{prefix}{b}"] for b in range(count)]
-
-
-def named(prefix: str, hidden: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Hidden states of each batch under the names that `hidden_states` reads."""
-    return {f"{prefix}{b}": h for b, h in enumerate(hidden)}
+        return {**fresh, "peak_memory": peak_memory(self.device)}

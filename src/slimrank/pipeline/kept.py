@@ -18,10 +18,10 @@ from slimrank.statistics.needs import NEEDS, Gathering, Need
 from slimrank.statistics.sums import ChannelSums, GramSum
 
 KINDS: dict[Need, tuple[str, ...]] = {
-    "column": ("inputs", "outputs", "input_energy"),
+    "column": ("inputs", "outputs", "input_energies"),
     "gram": ("inputs",),
     "channels": ("channels",),
-    "row": ("gradients", "pulled", "gradient_energy"),
+    "row": ("gradients", "pulled", "gradient_energies"),
     "weight_squares": ("weight_squares",),
 }
 SUMS: dict[str, Any] = {"gram": GramSum, "channels": ChannelSums}

@@ -15,9 +15,10 @@ from slimrank.allocate.measuring import Measuring
 from slimrank.allocate.problem import Effect, Transform
 from slimrank.errors import NonFiniteError
 from slimrank.linalg.cost import Rank
-from slimrank.models.blocks import Batch
 from slimrank.models.divergence import Scorer
 from slimrank.models.gradients import frozen, logits_of, next_token_loss
+from slimrank.models.recording import Batch
+from slimrank.models.states import State
 from slimrank.models.swap import swapped
 from slimrank.pipeline.job import Job
 from slimrank.pipeline.spectra import Spectra
@@ -51,7 +52,7 @@ class ModelProbe:
         self.runner = job.runner(job.recipe.resident)
         self._batches = [Batch(ids) for ids in job.texts.search.split(job.recipe.batch_size)]
         self._scorer = Scorer(self.runner, measuring.temperature, measuring.positions(int(job.texts.search.shape[1])))
-        self._embedded: list[Tensor] = []
+        self._embedded: list[State] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> ModelProbe:
@@ -70,14 +71,14 @@ class ModelProbe:
         self.forecast.did(sum(self._share(p) * (len(found) - len(missing[p])) for p, found in ranks.items()))
         if any(missing.values()):
             self._embed()
-            hidden = list(self._embedded)
+            states = list(self._embedded)
             for index in range(len(self.runner)):
                 mine = [(p, r) for p, some in missing.items() for r in some if min(self.units[p].blocks) == index]
                 for group in self._groups(mine):
-                    for path, effects in self._block(index, hidden, group).items():
+                    for path, effects in self._block(index, states, group).items():
                         known.setdefault(path, {}).update(effects)
                     self.stage.save("effects", {}, known)
-                hidden = self.runner.through(hidden, index, index + 1)
+                states = self.runner.through(states, index, index + 1)
         return {p: [Effect(*known[p][str(r)]) for r in found] for p, found in ranks.items()}
 
     def _share(self, path: str) -> float:
@@ -90,15 +91,13 @@ class ModelProbe:
         count = max(1, HELD // max(1, one))
         return [cuts[start : start + count] for start in range(0, len(cuts), count)]
 
-    def _block(
-        self, index: int, hidden: list[Tensor], cuts: Sequence[Cut]
-    ) -> dict[str, dict[str, tuple[float, float]]]:
+    def _block(self, index: int, states: list[State], cuts: Sequence[Cut]) -> dict[str, dict[str, tuple[float, float]]]:
         """Effects of some cuts that begin in this block, all compared with the original at once."""
         finals = []
         for path, rank in cuts:
             layers = self.spectra.layers(self.units[path], rank)
             with _measuring(f"'{path}' cut to rank {rank}"), swapped(self.job.model, layers):
-                finals.append(self._scorer.kept(self.runner.through(hidden, index, len(self.runner))))
+                finals.append(self._scorer.kept(self.runner.finals(states, index)))
             self.forecast.did(self._share(path))
         found: dict[str, dict[str, tuple[float, float]]] = {}
         for (path, rank), effect in zip(cuts, self._scorer.score(finals), strict=True):
@@ -124,7 +123,7 @@ class ModelProbe:
         for path, rank in ranks.items():
             layers |= self.spectra.layers(self.units[path], rank) if rank != "dense" else {}
         with _measuring("a plan of the allocation"), swapped(self.job.model, layers):
-            final = self._scorer.kept(self.runner.through(self._embedded, 0, len(self.runner)))
+            final = self._scorer.kept(self.runner.finals(self._embedded, 0))
         return self._scorer.score([final])[0]
 
     def _known(self, name: str) -> dict[str, Any]:
@@ -136,21 +135,21 @@ class ModelProbe:
         if self._embedded:
             return
         self.runner.embed(self._batches)
-        self._embedded = list(self.runner.hidden)
-        self._scorer.original = self._scorer.kept(self.runner.through(self._embedded, 0, len(self.runner)))
+        self._embedded = list(self.runner.states)
+        self._scorer.original = self._scorer.kept(self.runner.finals(self._embedded, 0))
 
     # influence ----------------------------------------------------------------------------------------------
 
     def influence(self) -> list[float]:
         """Of each decoder block: the mean over tokens of the cosine of its input and its output."""
         self.runner.embed(self._batches)
-        hidden, found = list(self.runner.hidden), []
+        states, found = list(self.runner.states), []
         for index in range(len(self.runner)):
-            after = self.runner.through(hidden, index, index + 1)
-            pairs = zip(hidden, after, strict=True)
-            cosines = [cosine_similarity(a.cpu().double(), b.cpu().double(), dim=-1).flatten() for a, b in pairs]
+            after = self.runner.through(states, index, index + 1)
+            pairs = [(a.hidden.cpu().double(), b.hidden.cpu().double()) for a, b in zip(states, after, strict=True)]
+            cosines = [cosine_similarity(*pair, dim=-1).flatten() for pair in pairs]
             found.append(float(torch.cat(cosines).mean()))
-            hidden = after
+            states = after
             self.forecast.did(1 / len(self.runner))
         return found
 
@@ -212,7 +211,13 @@ def _transformed(model: nn.Module, units: Mapping[str, Unit], transforms: Mappin
 
 
 def _hook(transform: Transform, rows: slice) -> Any:
-    return lambda module, args, output: transform(args[0], output, rows)
+    def replace_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        bias = getattr(module, "bias", None)
+        if bias is None:
+            return transform(args[0], output, rows)
+        return transform(args[0], output - bias, rows) + bias
+
+    return replace_output
 
 
 _FLOAT32 = "run in float32 (--dtype float32)"

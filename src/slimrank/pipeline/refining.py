@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from slimrank.linalg.forms import Form
 from slimrank.linalg.regression import Regression, best_b
 from slimrank.linalg.ridge import RIDGES, cross_validated
 from slimrank.models.paging import page_out
+from slimrank.models.states import named, states_named
 from slimrank.models.structure import without_numbers
 from slimrank.models.targets import Target
 from slimrank.pipeline.cutting import Cutter
 from slimrank.pipeline.held_out import HeldOut
-from slimrank.pipeline.job import Job, hidden_states, named
+from slimrank.pipeline.job import Job
 from slimrank.pipeline.two_streams import TwoStreams
+from slimrank.refine.registry import Following
 from slimrank.run import Stage
 from slimrank.statistics.streams import LayerSums, StreamCollector
 
@@ -69,11 +71,11 @@ class Refinement:
     def _take_up(self, first: int) -> None:
         streams, _ = self.stage.load("streams")
         count = len(self.runner.batches)
-        self.streams.compressed = hidden_states(streams, "compressed.", count)
+        self.streams.compressed = states_named(streams, "compressed.", count)
         if self.streams.original:
-            self.streams.original = hidden_states(streams, "original.", count)
+            self.streams.original = states_named(streams, "original.", count)
         if self.held_out is not None:
-            self.held_out.hidden = hidden_states(streams, "held-out.", len(self.held_out.hidden))
+            self.held_out.states = states_named(streams, "held-out.", len(self.held_out.states))
         for index in range(first):
             self.cutter.cut_block(index)
             tensors, about = self.stage.load(f"refined-{index:04d}")
@@ -179,8 +181,8 @@ class Refinement:
         self.stage.save(f"refined-{index:04d}", tensors, about)
         streams = {"original.": self.streams.original, "compressed.": self.streams.compressed}
         if self.held_out is not None:
-            streams["held-out."] = self.held_out.hidden
-        both = {name: state for prefix, hidden in streams.items() for name, state in named(prefix, hidden).items()}
+            streams["held-out."] = self.held_out.states
+        both = {name: state for prefix, states in streams.items() for name, state in named(prefix, states).items()}
         self.stage.save("streams", both, {"next": index + 1})
 
     def _row(self, target: Target) -> Form:
@@ -202,7 +204,7 @@ class Refinement:
             replace(some.problem(weight, biased), row=row)
             for some in (sums, *(parts if following.ridge == "auto" else ()))
         )
-        damped, ridge = _damped(problem, halves, weight, following.ridge)
+        damped, ridge = _damped(problem, halves, weight, following)
         a, b = (factor.to(weight.device) for factor in pair_of(layer))
         new = self._stored(damped, *self.refiner.refine(damped, weight, a, b))
         new_a, new_b = pair_of(new)
@@ -245,16 +247,17 @@ def _of_routed(gathered: list[StreamCollector]) -> list[str]:
 
 
 def _damped(
-    problem: Regression, halves: list[Regression], weight: Tensor, ridge: float | Literal["auto"]
+    problem: Regression, halves: list[Regression], weight: Tensor, following: Following
 ) -> tuple[Regression, float]:
     """The problem with a pull towards the original weight, and the ridge of that.
 
     What only one half of the text reaches (an expert) shows nothing of how far to go: the largest ridge.
     """
+    ridge, unit = following.ridge, following.ridge_unit
     if ridge != "auto":
-        return problem.towards(weight, ridge), ridge
-    chosen = cross_validated((halves[0], halves[1]), weight) if len(halves) == 2 else RIDGES[-1]
-    return problem.shrunk(weight, chosen).towards(weight, UNSEEN), chosen
+        return problem.towards(weight, ridge, unit), ridge
+    chosen = cross_validated((halves[0], halves[1]), weight, unit) if len(halves) == 2 else RIDGES[-1]
+    return problem.shrunk(weight, chosen, unit).towards(weight, UNSEEN, unit), chosen
 
 
 def _relative(problem: Any, product: Tensor) -> float:

@@ -45,6 +45,7 @@ class Spectra:
             dual=tensors.get(f"{unit.path}.dual"),
             beyond=mine["beyond"],
             stand_in=mine["stand_in"],
+            plain_rows=mine["plain_rows"],
             notes=tuple(mine["notes"]),
         )
         return spectrum, mine

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from slimrank.models.blocks import Batch
-from slimrank.models.order import reading_order, run_until_read
+from slimrank.models.order import calls_of, reading_order, run_until_read
+from slimrank.models.recording import Batch
 from slimrank.models.residual import Place, answers_of, residual_places
+from slimrank.models.states import State
 from slimrank.models.structure import without_numbers
 from slimrank.models.swap import swapped
 from slimrank.pipeline.job import Job
@@ -51,17 +53,18 @@ class TwoStreams:
         following: how refining goes about it. Without an anchor there is no original stream.
 
     Attributes:
-        original: hidden states of the original model, one tensor a batch; empty without an anchor.
+        original: states of the original model, one for each batch; empty without an anchor.
         compressed: those of the compressed model.
     """
 
     def __init__(self, job: Job, following: Following) -> None:
         self.job, self.following = job, following
         self.runner = job.runner(resident=False)
-        self.original: list[Tensor] = []
-        self.compressed: list[Tensor] = []
+        self.original: list[State] = []
+        self.compressed: list[State] = []
         self._parts: list[range] = []  # numbers of batches
         self._known: dict[str, Place | None] = {}
+        self._times: Counter[str] = Counter()  # calls of a layer in one pass of its block
 
     def start(self) -> None:
         """Embed the windows."""
@@ -69,16 +72,16 @@ class TwoStreams:
         self.runner.embed([batch for part in parts for batch in part])
         ends = [0, *accumulate(len(part) for part in parts)]
         self._parts = [range(*between) for between in pairwise(ends)]
-        self.compressed = self.runner.hidden
+        self.compressed = list(self.runner.states)
         self.original = list(self.compressed) if self.following.anchor else []
 
     def stages(self, index: int, paths: list[str]) -> list[list[str]]:
         """Layers whose sums are gathered in one go, in order; at least one stage, for the streams to go on."""
-        if not self.following.true_sequential or not paths:
-            return [paths]
         layers = {path: self.job.model.get_submodule(path) for path in paths}
+        run = partial(self.runner.run, index, 0, self.compressed[0])
         with self.runner.placed_block(index):
-            return reading_order(layers, lambda: self.runner.run(index, 0, self.compressed[0]))
+            self._times = calls_of(layers, run) if paths else Counter()
+            return reading_order(layers, run) if self.following.true_sequential and paths else [paths]
 
     def gather(
         self, index: int, originals: Mapping[str, nn.Module], paths: list[str], last: bool
@@ -99,8 +102,8 @@ class TwoStreams:
     def step(self, index: int) -> None:
         """The compressed stream goes through the block."""
         with self.runner.placed_block(index):
-            for b, hidden in enumerate(self.compressed):
-                self.compressed[b] = self.runner.kept(self.runner.run(index, b, hidden))
+            for b, state in enumerate(self.compressed):
+                self.compressed[b] = self.runner.kept(self.runner.run(index, b, state))
 
     def _dealt(self) -> list[Sequence[Batch]]:
         """The windows in batches, those of each part of the text that is summed by itself."""
@@ -132,23 +135,24 @@ class TwoStreams:
     def _run(self, both: _Both, b: int, collector: StreamCollector) -> None:
         """One batch through the block, first as it was, then as it is; no further than is needed."""
         layers, originals, exits = both.layers, both.originals, both.at("exit")
-        rest = {path: self.original[b] for path in both.at("entry")}  # noqa: C420  (there may be no original stream)
+        calls = list(Counter({path: self._times[path] for path in layers}).elements())
+        rest = {path: self.original[b].hidden for path in both.at("entry")}  # noqa: C420  (there may be no original stream)
         run, following = partial(self.runner.run, both.index, b), self.following
         if following.anchor:
             with swapped(self.job.model, originals), answers_of({p: originals[p] for p in exits}) as answers:
                 if both.last or exits:
-                    output = run(self.original[b])
-                    rest |= {path: output - answers[path].view_as(output) for path in exits}
-                    self.original[b] = self.runner.kept(output) if both.last else self.original[b]
+                    after = run(self.original[b])
+                    rest |= {path: after.hidden - answers[path].view_as(after.hidden) for path in exits}
+                    self.original[b] = self.runner.kept(after) if both.last else self.original[b]
                 else:
-                    run_until_read([originals[path] for path in layers], partial(run, self.original[b]))
+                    run_until_read([originals[path] for path in calls], partial(run, self.original[b]))
         if exits:
             with answers_of({path: layers[path] for path in exits}) as answers:
-                output = run(self.compressed[b])
+                output = run(self.compressed[b]).hidden
         elif layers:
-            run_until_read(layers.values(), partial(run, self.compressed[b]))
+            run_until_read([layers[path] for path in calls], partial(run, self.compressed[b]))
         for path, before in rest.items():
-            now = self.compressed[b] if path not in exits else output - answers[path].view_as(output)
+            now = self.compressed[b].hidden if path not in exits else output - answers[path].view_as(output)
             collector.add_lack(path, following.anchor * (before.to(now) - now))
 
     def _places(self, index: int, originals: Mapping[str, nn.Module], paths: list[str]) -> dict[str, Place]:
@@ -160,9 +164,10 @@ class TwoStreams:
         new = {path: originals[path] for path in paths if without_numbers(path) not in self._known}
         if new:
             with swapped(self.job.model, originals):
-                run = partial(self.runner.run, index, 0, self.original[0])
                 entry = self.original[0].to(self.runner.device)
-                found = residual_places(self.runner.blocks[index], new, run, entry)
+                found = residual_places(
+                    self.runner.blocks[index], new, lambda: self.runner.run(index, 0, entry).hidden, entry.hidden
+                )
             self._known |= {without_numbers(path): found.get(path) for path in new}
         places = {path: self._known[without_numbers(path)] for path in paths}
         return {path: place for path, place in places.items() if place is not None}

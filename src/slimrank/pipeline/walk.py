@@ -13,10 +13,10 @@ from torch import nn
 from slimrank.allocate.plan import RankPlan
 from slimrank.errors import RecipeError
 from slimrank.export.output import CARD, OutputFolder, need_space, write_manifest
-from slimrank.export.processor import copy_processor
 from slimrank.export.save import mark_model, save_model, weight_bytes
 from slimrank.models.origin import origin_of
 from slimrank.models.splitting import put_together
+from slimrank.models.storage import saved_bytes
 from slimrank.models.structure import find_blocks
 from slimrank.pipeline.allocating import allocate
 from slimrank.pipeline.correcting import Correction
@@ -68,8 +68,10 @@ def compress(
     resumable = out is not None or run_dir is not None
     if keep_statistics and run_dir is None:
         raise RecipeError("statistics are kept in a run directory, and none is named.", "run_dir='run'")
-    job = Job(Recipe.merged(recipe, options), progress or Progress(), resumable, keep_statistics)
     output = OutputFolder(Path(out), overwrite) if out is not None else None
+    job = Job(Recipe.merged(recipe, options), progress or Progress(), resumable, keep_statistics, output=output)
+    if output is not None:
+        output.rehearse()
     with _restored(model):
         return _compress(job, model, tokenizer, output, run_dir)
 
@@ -97,6 +99,7 @@ def _compress(
     job: Job, model: Any, tokenizer: Any, output: OutputFolder | None, run_dir: str | Path | None
 ) -> CompressionResult:
     job.load(model, tokenizer)
+    origin = origin_of(model)
     with _run_folder(output.path if output else None, run_dir) as folder, Run(folder, job.identity()) as run:
         stage = run.stage(job.spectra_key())
         job.announce(is_decomposed(job, stage))
@@ -113,13 +116,13 @@ def _compress(
         corrections = correction.walk() if correction is not None else []
         after = job.measure_result()
         facts = Facts(
-            model={**origin_of(model), "class": type(job.model).__name__},
+            model={**origin, "class": type(job.model).__name__},
             recipe=job.recipe, targets=job.targets, plan=job.plan, errors=done.rows, spectra=done.spectra,
             notes=[*job.notes, *done.notes],
             before=before, after=after, seconds=job.seconds, identity=job.identity(), new_biases=done.new_biases,
-            order_bytes=job.order_bytes(),
+            bytes_before=job.file_bytes or job.size.total, bytes_after=saved_bytes(job.model),
             dtype=str(job.dtype).removeprefix("torch."), device=str(job.device), method=job.method.described(),
-            allocation=allocation, corrections=corrections,
+            allocation=allocation, corrections=corrections, overlap=job.texts.overlap,
         )  # fmt: skip
         record = build_record(facts)
         if output is not None:
@@ -178,8 +181,7 @@ def _write(job: Job, record: dict[str, Any], output: OutputFolder) -> None:
     """The model, what loads it, and what there is to read about it. A card that is not ours stays as it is."""
     with output.writing() as partial:
         with job.timed("write", 1):
-            save_model(job.model, job.tokenizer, partial, job.recipe.max_shard_size)
-            record["notes"] += copy_processor(job.model, str(getattr(job.model, "name_or_path", "")), partial)
+            record["notes"] += save_model(job.model, job.tokenizer, partial, job.recipe.max_shard_size)
         record["size"]["bytes_after"] = weight_bytes(partial)
         job.plan.save(partial / "plan.json")
         if output.keeps_card:

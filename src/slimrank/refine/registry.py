@@ -28,9 +28,13 @@ class Following(BaseModel):
     ] = 0.5  # fmt: skip
     ridge: Annotated[
         Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"],
-        Field(description="Pull towards the original weight, in units of the mean input energy; auto: for each layer "
-              "that which serves one half of the text best when fitted on the other."),
+        Field(description="Pull towards the original weight, in units of the input energy; auto: for each layer that "
+              "which serves one half of the text best when fitted on the other."),
     ] = 1e-3  # fmt: skip
+    ridge_unit: Annotated[
+        Literal["diagonal", "identity"],
+        Field(description="Unit of the ridge: the energy of each input channel, or their mean for all."),
+    ] = "diagonal"
     bias: Annotated[
         Literal["none", "existing", "all"],
         Field(description="Let biases make up for the mean error: those that exist, or new ones as well."),
@@ -71,7 +75,7 @@ class Following(BaseModel):
     ] = 1
 
 
-COMMON = ("anchor", "held_out", "residual", "ridge", "bias", "samples_factor", "true_sequential")
+COMMON = ("anchor", "held_out", "residual", "ridge", "ridge_unit", "bias", "samples_factor", "true_sequential")
 
 
 @dataclass(frozen=True)

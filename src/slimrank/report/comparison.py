@@ -11,7 +11,7 @@ from markupsafe import Markup
 from slimrank.errors import MissingExtraError
 from slimrank.report import plots
 from slimrank.report.render import render
-from slimrank.report.words import megabytes, percent
+from slimrank.report.words import megabytes, percent, verdict
 from slimrank.run import write_text
 
 Record = dict[str, Any]
@@ -51,7 +51,7 @@ def differences(record: Record) -> list[tuple[str, ...]]:
             for metric, found in metrics.items():
                 interval = f"{found['difference']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
                 counts = [f"{found[count]:,}" if count in found else "" for count in ("lost", "gained")]
-                lines.append((name, task, metric, interval, "yes" if found["significant"] else "no", *counts))
+                lines.append((name, task, metric, interval, verdict(found["significant"]), *counts))
     return lines
 
 

@@ -34,10 +34,12 @@ class Facts:
     dtype: str
     device: str
     new_biases: int
-    order_bytes: int
+    bytes_before: int
+    bytes_after: int
     method: dict[str, Any]
     allocation: dict[str, Any]
     corrections: list[dict[str, Any]]
+    overlap: str
 
 
 def build_record(facts: Facts) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def build_record(facts: Facts) -> dict[str, Any]:
         "targets": _targets(facts),
         "spectra": facts.spectra,
         "notes": facts.notes,
+        "overlap": facts.overlap,
         "seconds": facts.seconds,
         "provenance": _provenance(facts),
     }
@@ -64,7 +67,6 @@ def _size(facts: Facts) -> dict[str, Any]:
     total, dense = facts.targets.coverage.total, facts.plan.dense_parameters
     linears = facts.plan.stored_parameters + facts.new_biases
     after = total - dense + linears
-    itemsize = getattr(torch, facts.dtype).itemsize
     return {
         "stored_as": facts.plan.stored_as,
         "keep_ratio": linears / dense,
@@ -74,8 +76,8 @@ def _size(facts: Facts) -> dict[str, Any]:
         "linears_after": linears,
         "parameters_before": total,
         "parameters_after": after,
-        "bytes_before": total * itemsize,
-        "bytes_after": after * itemsize + facts.order_bytes,
+        "bytes_before": facts.bytes_before,
+        "bytes_after": facts.bytes_after,
     }
 
 

@@ -11,11 +11,6 @@ from slimrank.report.grid import Grid
 from slimrank.report.words import megabytes, millions, percent
 
 Record = dict[str, Any]
-_MEASURED = (
-    ("perplexity", "perplexity", "perplexity", "{:.2f}"),
-    ("prefill, tokens/s", "speed", "prefill", "{:.0f}"),
-    ("decode, tokens/s", "speed", "decode", "{:.1f}"),
-)
 
 
 def comparison(record: Record) -> list[tuple[str, str, str, str]]:
@@ -27,18 +22,13 @@ def comparison(record: Record) -> list[tuple[str, str, str, str]]:
         _row("size on disk", size["bytes_before"], size["bytes_after"], megabytes),
     ]
     if before:
-        for label, part, key, shown in _MEASURED:
-            rows.append(_row(label, before[part][key], after[part][key], shown.format))
+        found, now = (side["perplexity"]["perplexity"] for side in (before, after))
+        rows.append(_row("perplexity", found, now, "{:.2f}".format))
     return rows
 
 
 def _row(label: str, before: float, after: float, shown: Any) -> tuple[str, str, str, str]:
     return label, shown(before), shown(after), f"x {after / before:.3f}"
-
-
-def repeatable(record: Record) -> list[tuple[str, str, str, str]]:
-    """The rows of the comparison that are the same whenever it is measured."""
-    return [row for row in comparison(record) if "tokens/s" not in row[0]]
 
 
 def made_by(record: Record) -> str:
@@ -60,15 +50,6 @@ def perplexity(record: Record) -> str:
     return (
         f"{p['windows']} windows of {p['seq_len']} tokens, no overlap, {'with' if p['bos'] else 'without'} BOS, "
         f"{p['tokens']:,} predictions"
-    )
-
-
-def speed(record: Record) -> str:
-    """How the speeds were measured."""
-    s, made = record["before"]["speed"], record["provenance"]
-    return (
-        f"batch 1, prompt of {s['prompt']} tokens, {s['new_tokens']} new tokens, {made['dtype']} on {made['device']}, "
-        f"{made['threads']} threads"
     )
 
 

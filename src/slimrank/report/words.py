@@ -18,6 +18,11 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
+def verdict(significant: bool | None) -> str:
+    """Say whether a difference is significant, or that it rests on too few items to tell (None)."""
+    return {True: "yes", False: "no", None: "too few"}[significant]
+
+
 def code(text: str) -> str:
     """Text as a Markdown block that nothing in it can break."""
     return "\n".join("    " + line for line in text.splitlines()) or "    (nothing)"

@@ -7,7 +7,7 @@ gradient of a weight is ever asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.layers.dense import weight_of
-from slimrank.statistics.gradients import token_norms, token_scales
-from slimrank.statistics.layer import LayerStatistics, all_tokens, as_windows, window_tokens
+from slimrank.statistics.calls import LayerCall
+from slimrank.statistics.layer import LayerStatistics
 from slimrank.statistics.needs import Gathering
+from slimrank.statistics.routing import Routing
 from slimrank.statistics.sums import ChannelSums, GramSum, SampleGradients, weight_gradient_squares
+from slimrank.statistics.tokens import Tokens
 from slimrank.statistics.truncation import truncate_output
+from slimrank.statistics.windows import BatchWindows, Part
 
 INPUT_NEEDS = {"column", "gram", "channels"}
 
@@ -35,7 +38,8 @@ class Collector:
         device: where sums are kept.
         alone: layers known to share their input with no other, whose outputs' gram may stand for the inputs'.
         ranks: planned ranks by path, for what depends on them.
-        routed: layers (experts) that only some tokens reach, which are no windows, however many they are.
+        routed: layers (experts) that only some tokens reach.
+        routing: knows which tokens those are, for some of them.
         leaders: module path -> path of the first layer seen to read the same tensor (itself, if none).
         statistics: module path -> what was gathered; absent for a layer that no token reached.
     """
@@ -48,25 +52,30 @@ class Collector:
     leaders: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, LayerStatistics] = field(default_factory=dict)
     routed: frozenset[str] = frozenset()
+    routing: Routing = field(default_factory=Routing)
 
     def __post_init__(self) -> None:
-        self._mask: Tensor | None = None
-        self._shape: tuple[int, ...] | None = None
+        self._tokens = Tokens()
         self._batch = -1
         self._seen: list[tuple[Tensor, int, str]] = []
-        self._scales: dict[str, Tensor] = {}
+        self._calls: dict[str, LayerCall] = {}
+        self._windows = BatchWindows()
         self._batch_grams: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collector:
+        self._handles += self.routing.watch()
         for path, layer in self.layers.items():
             self._handles.append(layer.register_forward_pre_hook(self._reads(path)))
             self._handles.append(layer.register_forward_hook(self._writes(path)))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        if error is None:
+            self._end_batch()
+        self._calls, self._windows = {}, BatchWindows()
         self._seen, self._batch_grams = [], {}
 
     def begin(self, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
@@ -74,11 +83,17 @@ class Collector:
 
         Args:
             mask: its padding mask (1 = a real token).
-            shape: (windows, tokens), by which tokens are told apart that a model has flattened into one row.
+            shape: (windows, tokens), by which tokens are told apart whatever shape a layer reads them in.
         """
-        self._mask, self._seen, self._batch_grams = mask, [], {}
-        self._shape = shape
+        self._end_batch()
+        self._tokens, self._seen, self._batch_grams = Tokens(mask, shape), [], {}
         self._batch += 1
+
+    def _end_batch(self) -> None:
+        """Take what is left of windows where some call of a layer got no gradient."""
+        for path in list(self._windows.parts):
+            self._add_samples(path, self._windows.take(path))
+        self._windows = BatchWindows()
 
     # forwards -----------------------------------------------------------------------------------------------
 
@@ -86,26 +101,34 @@ class Collector:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> Any:
             x = args[0]
             mine = self._of(path, module)
-            mine.tokens += len(all_tokens(x[..., :1], self._mask))
+            call = self._calls[path] = LayerCall(path, x.detach(), self._tokens, self._numbers(path, x))
+            rows = call.real(call.x)
+            mine.tokens += len(rows)
             leader = next((name for known, version, name in self._seen if _same(known, version, x)), None)
             if leader is None:
                 self._seen.append((x, x._version, path))
                 leader = path
-                self._add_inputs(path, mine, all_tokens(x.detach(), self._mask))
-            if self.leaders.setdefault(path, leader) != leader:
+                self._add_inputs(path, mine, rows)
+            known = self.leaders.setdefault(path, leader)
+            if known != leader:
                 raise ModelError(
-                    f"the layer '{path}' reads the same tensor as '{leader}' in some batches only.",
+                    f"the layer '{path}' reads the same tensor as '{known if leader == path else leader}' in some "
+                    "batches only.",
                     f"leave it out: --ignore '{path}'",
                 )
             first = self.statistics[leader]
             if leader != path and first.inputs is None and self._sums_inputs(path, mine):
-                self._add_gram(path, mine, all_tokens(x.detach(), self._mask))
+                self._add_gram(path, mine, rows)
             else:
                 mine.inputs = first.inputs
             mine.channels = first.channels
-            return self._own_view(path, x, args) if self._pulls(mine) and x.requires_grad else None
+            return self._own_view(call, args) if self._pulls(mine) and x.requires_grad else None
 
         return observe
+
+    def _numbers(self, path: str, x: Tensor) -> Tensor | None:
+        """The token of each row that a layer reads or gives; None where that cannot be told."""
+        return self.routing.numbers(path) if path in self.routed else self._tokens.numbers(x)
 
     def _of(self, path: str, module: nn.Module) -> LayerStatistics:
         if path not in self.statistics:
@@ -139,23 +162,28 @@ class Collector:
         def observe(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
             mine = self.statistics[path]
             if "column" in self.gathering.needs and self._by_outputs(path, mine):
-                self._add_outputs(path, mine, module, args[0].detach(), output.detach())
+                self._add_outputs(self._calls[path], mine, module, output.detach())
             if "projectors" in self.gathering.needs and mine.rank is not None:
                 return truncate_output(mine, module, self._batch_grams[self.leaders[path]], output)
             if self.gathering.backward and output.requires_grad:
-                x = args[0].detach()
-                output.register_hook(lambda g: self._add_gradients(path, mine, x, g))
+                call = self._calls[path]
+                self._windows.expected[path] += 1
+                output.register_hook(lambda g: self._add_gradients(call, mine, g))
             return None
 
         return observe
 
-    def _add_outputs(self, path: str, mine: LayerStatistics, module: nn.Module, x: Tensor, y: Tensor) -> None:
+    def _add_outputs(self, call: LayerCall, mine: LayerStatistics, module: nn.Module, y: Tensor) -> None:
         bias = getattr(module, "bias", None)
-        rows = all_tokens(y if bias is None else y - bias, self._mask)
+        rows = call.real(y if bias is None else y - bias)
         mine.outputs = mine.outputs or GramSum.empty(mine.shape[0], self.device)
-        norms = token_norms(all_tokens(x, self._mask))
-        mine.input_energy += float(norms.to(self.device).double().square().sum())
-        self._check(path, mine.outputs.add(rows), "outputs")
+        mine.input_energies = self._added(mine.input_energies, call.real(call.x))
+        self._check(call.path, mine.outputs.add(rows), "outputs")
+
+    def _added(self, energies: Tensor | None, rows: Tensor) -> Tensor:
+        """Return the energy of each channel, with those of more tokens (tokens x n) added; float64."""
+        squares = rows.to(self.device).double().square().sum(dim=0)  # in this order: mps has no float64
+        return squares if energies is None else energies + squares
 
     def _by_outputs(self, path: str, mine: LayerStatistics) -> bool:
         return path in self.alone and mine.shape[0] < mine.shape[1] and "gram" not in self.gathering.needs
@@ -165,56 +193,38 @@ class Collector:
     def _pulls(self, mine: LayerStatistics) -> bool:
         return "row" in self.gathering.needs and mine.shape[0] > mine.shape[1]
 
-    def _own_view(self, path: str, x: Tensor, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _own_view(self, call: LayerCall, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments with x as a view of its own, so that its gradient is that of this layer alone: W^T g."""
-        view = x.view_as(x)
-        view.register_hook(lambda pulled: self._add_pulled(path, pulled))
+        view = args[0].view_as(args[0])
+        view.register_hook(lambda pulled: self._add_pulled(call, pulled))
         return (view, *args[1:])
 
-    def _add_gradients(self, path: str, mine: LayerStatistics, x: Tensor, g: Tensor) -> None:
-        needs = self.gathering.needs
-        x, g = self._windows(path, x), self._windows(path, g)
+    def _add_gradients(self, call: LayerCall, mine: LayerStatistics, g: Tensor) -> None:
+        needs, path = self.gathering.needs, call.path
+        rows_g, rows_x = call.real(g), call.real(call.x)
         if "row" in needs:
-            self._add_row(path, mine, g)
+            scales, note = call.weigh(rows_g, self.gathering)
+            mine.notes = tuple(dict.fromkeys((*mine.notes, *filter(None, [note]))))
+            self._add_row(path, mine, rows_g, scales)
         if "slope" in needs:
-            self._add_slope(path, mine, all_tokens(g, self._mask), all_tokens(x, self._mask))
+            self._add_slope(path, mine, rows_g, rows_x)
         if needs & {"weight_squares", "gradients"}:
-            for window_g, window_x in zip(window_tokens(g, self._mask), window_tokens(x, self._mask), strict=True):
-                self._add_sample(path, mine, window_g, window_x)
+            self._windows.add(path, call.by_window(rows_g), call.by_window(rows_x))
+            self._add_samples(path, self._windows.complete(path))
 
-    def _windows(self, path: str, x: Tensor) -> Tensor:
-        return x if path in self.routed else as_windows(x, self._shape)
-
-    def _add_row(self, path: str, mine: LayerStatistics, g: Tensor) -> None:
-        """Add output gradients, trimmed and clipped, or remember by how much for when their pull-back comes."""
-        norms = token_norms(g)
-        scales = self._token_scales(norms)
+    def _add_row(self, path: str, mine: LayerStatistics, g: Tensor, scales: Tensor) -> None:
+        """Add output gradients, trimmed and clipped; only their energy, where their pull-back comes later."""
         if self._pulls(mine):
-            self._scales[path] = scales
-            held = all_tokens((scales * norms)[..., None], self._mask).to(self.device).double()
-            mine.gradient_energy += float(held.square().sum())
+            mine.gradient_energies = self._added(mine.gradient_energies, g * scales[:, None])
         else:
             mine.gradients = mine.gradients or GramSum.empty(mine.shape[0], self.device)
-            rows = all_tokens(g * scales[..., None], self._mask)
-            self._check(path, mine.gradients.add(rows), "gradients")
+            self._check(path, mine.gradients.add(g * scales[:, None]), "gradients")
 
-    def _token_scales(self, norms: Tensor) -> Tensor:
-        """`token_scales` over the real tokens of each window (windows x tokens); 1 for tokens without windows."""
-        trim, clip = self.gathering.trim, self.gathering.clip
-        if norms.dim() != 2:
-            return torch.ones_like(norms)
-        if self._mask is None or self._mask.shape != norms.shape:
-            return token_scales(norms, trim, clip)
-        scales = torch.zeros_like(norms)
-        for row, keep in enumerate(self._mask.to(norms.device, torch.bool)):
-            scales[row, keep] = token_scales(norms[row : row + 1, keep], trim, clip)[0]
-        return scales
-
-    def _add_pulled(self, path: str, pulled: Tensor) -> None:
-        mine = self.statistics[path]
-        rows = self._windows(path, pulled) * self._scales.pop(path)[..., None]
+    def _add_pulled(self, call: LayerCall, pulled: Tensor) -> None:
+        mine = self.statistics[call.path]
         mine.pulled = mine.pulled or GramSum.empty(mine.shape[1], self.device)
-        self._check(path, mine.pulled.add(all_tokens(rows, self._mask)), "gradients")
+        assert call.scales is not None  # the gradient by the output comes first
+        self._check(call.path, mine.pulled.add(call.real(pulled) * call.scales[:, None]), "gradients")
 
     def _add_slope(self, path: str, mine: LayerStatistics, g: Tensor, x: Tensor) -> None:
         if mine.slope is None:
@@ -223,6 +233,10 @@ class Collector:
         slope = (g.to(wide).t() @ x.to(wide)).to(mine.slope.device)
         mine.slope += slope
         self._check(path, bool(torch.isfinite(slope).all()), "gradients")
+
+    def _add_samples(self, path: str, windows: Iterable[Part]) -> None:
+        for g, x in windows:
+            self._add_sample(path, self.statistics[path], g, x)
 
     def _add_sample(self, path: str, mine: LayerStatistics, g: Tensor, x: Tensor) -> None:
         if "weight_squares" in self.gathering.needs:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slimrank.statistics.tokens import Places
+
 NEGLIGIBLE = 1e-10  # a gradient of smaller norm is left as it is
 
 
@@ -13,22 +15,33 @@ def token_norms(vectors: Tensor) -> Tensor:
     return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.promote_types(vectors.dtype, torch.float32))
 
 
-def token_scales(norms: Tensor, trim: float, clip: tuple[float, float] | None) -> Tensor:
-    """What to multiply each token's gradient with (windows x tokens), 0 for those left out.
+def token_scales(norms: Tensor, places: Places, trim: float, clip: tuple[float, float] | None) -> Tensor:
+    """What to multiply each token's gradient with (rows), 0 for those left out.
 
     Args:
-        norms: norms of the output gradients (windows x tokens).
-        trim: part of the tokens left out at either end of a window.
-        clip: norms are held between these multiples of the mean norm of their window's tokens that are left.
+        norms: norms of the output gradients, a row for each token that reaches the layer.
+        places: where these tokens stand.
+        trim: part of a window's tokens left out at either end.
+        clip: norms are held between these multiples of the mean norm of their window's rows that are left.
     """
-    tokens = norms.shape[1]
-    cut = int(tokens * trim)
-    scales = torch.zeros_like(norms)
-    middle = norms[:, cut : tokens - cut]
-    held = torch.ones_like(middle)
-    if clip is not None:
-        mean = middle.mean(dim=1, keepdim=True)
-        clipped = torch.minimum(torch.maximum(middle, clip[0] * mean), clip[1] * mean)
-        held = torch.where(middle < NEGLIGIBLE, 1, clipped / middle.clamp(min=NEGLIGIBLE))
-    scales[:, cut : tokens - cut] = held
-    return scales
+    cut = _left_out(places.lengths, trim)[places.window]
+    middle = (places.position >= cut) & (places.position < places.lengths[places.window] - cut)
+    scales = middle.to(norms)
+    if clip is None:
+        return scales
+    sums, counts = (
+        norms.new_zeros(len(places.lengths)).index_add(0, places.window, x) for x in (norms * scales, scales)
+    )
+    mean = (sums / counts.clamp(min=1))[places.window]
+    held = torch.minimum(torch.maximum(norms, clip[0] * mean), clip[1] * mean) / norms.clamp(min=NEGLIGIBLE)
+    return scales * torch.where(norms < NEGLIGIBLE, 1, held)
+
+
+def scales_anywhere(norms: Tensor, lengths: Tensor, trim: float) -> Tensor:
+    """The same for tokens of unknown places in windows of these lengths: as much in all as if they were trimmed."""
+    kept = lengths - 2 * _left_out(lengths, trim)
+    return torch.full_like(norms, (float(kept.sum()) / max(1.0, float(lengths.sum()))) ** 0.5)
+
+
+def _left_out(lengths: Tensor, trim: float) -> Tensor:
+    return (lengths.cpu().double() * trim).long().to(lengths.device)  # on the CPU: mps has no float64

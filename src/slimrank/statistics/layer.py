@@ -21,11 +21,11 @@ class LayerStatistics:
         needs: what the method asks for; what of it no token or gradient reached counts as zero.
         inputs: sum of x x^T; the same object for layers that read the same tensor.
         outputs: sum of W x (W x)^T, gathered instead of `inputs` where it is smaller.
-        input_energy: sum of |x|^2, gathered with `outputs`.
+        input_energies: sum of x_i^2 for each channel (n, float64), gathered with `outputs`.
         channels: sums per input channel; shared as `inputs` is.
         gradients: sum of g g^T, g the gradient of the loss by the layer's output at one token.
         pulled: sum of W^T g (W^T g)^T, gathered instead of `gradients` where it is smaller.
-        gradient_energy: sum of |g|^2, gathered with `pulled`.
+        gradient_energies: sum of g_i^2 for each output (m, float64), gathered with `pulled`.
         weight_squares: squared weight gradients of single windows, summed over windows and outputs (n).
         samples: weight gradients of single samples.
         slope: sum of g x^T (m x n, float64), the gradient of the loss by W.
@@ -40,11 +40,11 @@ class LayerStatistics:
     needs: frozenset[Need] = frozenset()
     inputs: GramSum | None = None
     outputs: GramSum | None = None
-    input_energy: float = 0.0
+    input_energies: Tensor | None = None
     channels: ChannelSums | None = None
     gradients: GramSum | None = None
     pulled: GramSum | None = None
-    gradient_energy: float = 0.0
+    gradient_energies: Tensor | None = None
     weight_squares: Tensor | None = None
     samples: SampleGradients | None = None
     slope: Tensor | None = None
@@ -71,9 +71,9 @@ class LayerStatistics:
             ValueError: the method lists neither "column" nor "gram".
         """
         if self.outputs is not None:
-            return Form(self.outputs.gram, seen=True, mean=self.input_energy / self.shape[1])
+            return Form(self.outputs.gram, seen=True, diagonal=self.input_energies)
         if self.inputs is not None:
-            return Form(self.inputs.gram, mean=self.inputs.mean)
+            return Form(self.inputs.gram)
         return Form(self._asked("column", torch.zeros(self.shape[1])))
 
     @property
@@ -84,9 +84,9 @@ class LayerStatistics:
             ValueError: the method does not list "row".
         """
         if self.pulled is not None:
-            return Form(self.pulled.gram, seen=True, mean=self.gradient_energy / self.shape[0])
+            return Form(self.pulled.gram, seen=True, diagonal=self.gradient_energies)
         if self.gradients is not None:
-            return Form(self.gradients.gram, mean=self.gradients.mean)
+            return Form(self.gradients.gram)
         return Form(self._asked("row", torch.zeros(self.shape[0])))
 
     def _asked(self, need: Need, nothing: Tensor) -> Tensor:
@@ -109,28 +109,3 @@ class LayerStatistics:
             rank=self.rank,
             tokens=self.tokens + other.tokens,
         )
-
-
-def window_tokens(tensor: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """The real tokens of each window of a (windows x tokens x n) tensor; one window for any other shape."""
-    if tensor.dim() != 3:
-        return [tensor.reshape(-1, tensor.shape[-1])]
-    if mask is None or mask.shape != tensor.shape[:2]:
-        return list(tensor)
-    kept = mask.to(tensor.device, torch.bool)
-    return [window[keep] for window, keep in zip(tensor, kept, strict=True)]
-
-
-def all_tokens(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """The real tokens (tokens x n) of a tensor of any shape (..., n)."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    if mask is None or mask.numel() != len(rows):
-        return rows
-    return rows[mask.reshape(-1).to(rows.device, torch.bool)]
-
-
-def as_windows(tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
-    """A (tokens x n) tensor of a batch of that shape as (windows x tokens x n); any other as it is."""
-    if shape is None or tensor.dim() != 2 or len(tensor) != shape[0] * shape[1]:
-        return tensor
-    return tensor.reshape(*shape, -1)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.errors import ModelError, NonFiniteError
+from slimrank.linalg.outliers import hides_small_spectrum
 from slimrank.linalg.regression import Regression
 from slimrank.statistics.lack import LackSums
-from slimrank.statistics.layer import all_tokens, as_windows
 from slimrank.statistics.sums import CHUNK, GramSum
+from slimrank.statistics.tokens import Tokens
 
 
 @dataclass
@@ -43,9 +44,9 @@ class StreamSums:
         finite = self.inputs.add(inputs)
         if self.cross is None:
             return finite
+        exact = finite and hides_small_spectrum(self.inputs.gram)
         for x, t in zip(inputs.split(CHUNK), wanted.split(CHUNK), strict=True):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            self.cross += (t.to(wide).t() @ x.to(wide)).to(self.cross.device)
+            self.cross += _product(t, x, exact, self.cross.device)
         return self.wanted.add(wanted) and finite
 
     def __add__(self, other: StreamSums) -> StreamSums:
@@ -86,6 +87,14 @@ class StreamSums:
         mean, aim = self.means()
         change = weight.to(aim) @ aim - compressed.to(mean) @ mean
         return change if lack is None else change + lack.total / max(1, self.inputs.count)
+
+
+def _product(left: Tensor, right: Tensor, exact: bool, device: torch.device) -> Tensor:
+    """Return left^T right in float32 or better, in float64 where `exact`."""
+    if exact:
+        return left.to(device).double().t() @ right.to(device).double()  # in this order: mps has no float64
+    wide = torch.promote_types(right.dtype, torch.float32)
+    return (left.to(wide).t() @ right.to(wide)).to(device)
 
 
 @dataclass(frozen=True)
@@ -141,9 +150,8 @@ class StreamCollector:
 
     def __post_init__(self) -> None:
         self._read: dict[str, tuple[Tensor, Tensor]] = {}
-        self._mask: Tensor | None = None
-        self._shape: tuple[int, ...] | None = None
-        self._original: dict[str, Tensor] = {}
+        self._batch = Tokens()
+        self._original: dict[str, list[Tensor]] = {}  # one for each call of a layer
         self._seen: list[tuple[Tensor, str]] = []
         self._leaders: dict[str, str] = {}
         self._handles: list[Any] = []
@@ -162,14 +170,14 @@ class StreamCollector:
 
     def begin(self, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
         """A new batch is coming, with this padding mask and (windows, tokens)."""
-        self._mask, self._shape, self._seen, self._original, self._read = mask, shape, [], {}, {}
+        self._batch, self._seen, self._original, self._read = Tokens(mask, shape), [], {}, {}
 
     def add_lack(self, path: str, lack: Tensor) -> None:
         """Add e (windows x tokens x m) of the batch that one of the layers `adding` has just read."""
         inputs, wanted = self._read[path]
         if path not in self.lacks:
             self.lacks[path] = LackSums.empty(lack.shape[-1], inputs.shape[-1], self.device)
-        self.lacks[path].add(self._tokens(lack.to(inputs.device)), inputs, wanted)
+        self.lacks[path].add(self._rows(path, lack.to(inputs.device)), inputs, wanted)
 
     def of(self, path: str) -> LayerSums | None:
         """The sums of one layer; None where no token reached it."""
@@ -178,7 +186,7 @@ class StreamCollector:
 
     def _remember(self, path: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._original[path] = args[0]
+            self._original.setdefault(path, []).append(args[0])
 
         return observe
 
@@ -195,7 +203,7 @@ class StreamCollector:
                 self.sums[path] = self.sums[leader]
                 if path not in self.adding:
                     return
-            read = self._tokens(x), self._tokens(self._wanted(path, x))
+            read = self._rows(path, x), self._rows(path, self._wanted(path, x))
             if path in self.adding:
                 self._read[path] = read
             if leader != path:
@@ -215,22 +223,24 @@ class StreamCollector:
         """The mixture of what the layer reads in both models."""
         if self._own(path):
             return x
-        original = self._original.get(path)
+        original = next(iter(self._original.get(path, ())), None)
         if original is None or original.shape != x.shape:
             raise ModelError(
                 f"the layer '{path}' reads other tokens in the compressed model than in the original.",
                 "--refine-option anchor=0 does without the original",
             )
+        del self._original[path][0]
         return torch.lerp(x, original.to(x), self.anchor)
 
     def _own(self, path: str) -> bool:
         return self.anchor == 0 or path in self.routed
 
-    def _tokens(self, x: Tensor) -> Tensor:
+    def _rows(self, path: str, x: Tensor) -> Tensor:
         """Real tokens, or means over `stack` windows, position by position."""
-        x = as_windows(x, self._shape)
-        if self.stack == 1 or x.dim() != 3:
-            return all_tokens(x, self._mask)
-        if self._mask is not None:
+        numbers, shape = None if path in self.routed else self._batch.numbers(x), self._batch.shape_beside(x)
+        if self.stack == 1 or numbers is None or shape is None:
+            return self._batch.real(x, numbers)
+        if self._batch.mask is not None:
             raise ValueError("stack_of_batch averages windows position by position: they must not be padded")
-        return torch.cat([part.mean(dim=0) for part in x.split(self.stack)])
+        windows = x.reshape(shape[0], -1, x.shape[-1])
+        return torch.cat([part.mean(dim=0) for part in windows.split(self.stack)])

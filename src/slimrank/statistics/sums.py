@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from slimrank.linalg.symmetric import mirror_upper, upper_gram
+from slimrank.linalg.outliers import hides_small_spectrum
+from slimrank.linalg.symmetric import gram, mirror_upper
 
 CHUNK = 8192  # tokens summed in float32 before they are added to the float64 accumulator
 
@@ -38,18 +39,18 @@ class GramSum:
         """Sum of v v^T (n x n, float64), symmetric: the accumulator itself, not a copy."""
         return mirror_upper(self.upper)
 
-    @property
-    def mean(self) -> float:
-        """tr / n."""
-        return float(self.upper.diagonal().mean())
-
     def add(self, rows: Tensor) -> bool:
-        """Add tokens (tokens x n); says whether the sum is still finite."""
+        """Add tokens (tokens x n); says whether the sum is still finite.
+
+        Products are of float32, and of float64 where a few directions outweigh all others.
+        """
         finite = True
         for chunk in rows.split(CHUNK):
             wide = chunk if chunk.dtype == torch.float64 else chunk.float()
-            partial = upper_gram(wide, wide.new_zeros(self.upper.shape))
+            partial = gram(wide)
             finite = finite and bool(torch.isfinite(partial.diagonal()).all())
+            if finite and wide.dtype != torch.float64 and hides_small_spectrum(partial):
+                partial = gram(wide.to(self.upper.device).double())  # in this order: mps has no float64
             self.upper += partial.to(self.upper.device)
             self.total += wide.sum(dim=0).to(self.upper.device)
         self.count += len(rows)

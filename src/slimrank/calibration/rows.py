@@ -1,0 +1,96 @@
+"""Rows of a source as documents. Rows that hold no text are skipped, broken characters replaced, and both are told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from slimrank.errors import DataError
+
+Row = tuple[str, Any]  # where it is, and its value
+Tell = Callable[[str], None]
+
+TEXT_COLUMNS = ("text", "content", "document", "sentence")
+CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
+RENDER = (
+    "render each chat with tokenizer.apply_chat_template(messages, tokenize=False) and store the result under 'text': "
+    "see 'How to compress a chat model' in docs/troubleshooting.md"
+)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def documents(rows: Iterable[Row], tell: Tell) -> list[str]:
+    """Check that the value of every row is text.
+
+    Args:
+        rows: where each is, and its value.
+        tell: called with one sentence for each kind of row that is skipped or changed.
+
+    Raises:
+        DataError: a value that is neither text nor null.
+    """
+    found: list[str] = []
+    null: list[str] = []
+    broken: list[str] = []
+    for where, value in rows:
+        if value is None:
+            null.append(where)
+            continue
+        text = _string(value, where)
+        if _SURROGATE.search(text):
+            broken.append(where)
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        found.append(text)
+    if null:
+        tell(f"{len(null)} rows without text (null) were skipped, the first is {null[0]}")
+    if broken:
+        tell(
+            f"{len(broken)} documents hold half characters (lone surrogates), replaced by U+FFFD; "
+            f"the first is {broken[0]}"
+        )
+    return found
+
+
+def row_value(row: Any, where: str) -> Any:
+    """Find the text of a row of JSON: the row itself, or its text column.
+
+    Raises:
+        DataError: a row of another kind, or without such a column.
+    """
+    if row is None or isinstance(row, str):
+        return row
+    if _is_chat(row):
+        raise DataError(f"{where} is a chat, not text.", RENDER)
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where} is neither a string nor an object.", "one JSON object per line, its text under 'text'"
+        )
+    return row[text_column(list(row), where)]
+
+
+def text_column(names: Sequence[str], where: str) -> str:
+    """Choose the column that holds the text.
+
+    Raises:
+        DataError: there is none.
+    """
+    for name in TEXT_COLUMNS:
+        if name in names:
+            return name
+    listed = ", ".join(map(str, names))
+    if set(names) & set(CHAT_COLUMNS):
+        raise DataError(f"{where} holds chats and no text column: {listed}.", RENDER)
+    raise DataError(f"{where} has no text column: {listed}.", f"name it one of {', '.join(TEXT_COLUMNS)}")
+
+
+def _string(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if _is_chat(value):
+        raise DataError(f"{where} holds a chat where text is expected.", RENDER)
+    raise DataError(f"{where} holds a {type(value).__name__} where text is expected.", "give strings")
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)

@@ -1,0 +1,66 @@
+"""Errors of other libraries while a model is loaded, as errors of ours that name the cause."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from slimrank.errors import MissingExtraError, ModelError, SlimrankError
+
+WHAT_MODEL_MAY_BE = "a hub id (org/name), a folder with config.json, a .gguf file, or the word demo"
+DAMAGED = "its files are damaged or belong to another configuration; download it again"
+UNKNOWN = "it may need a newer transformers: pip install --upgrade transformers"
+
+_FILE_ERRORS = (
+    SafetensorError, struct.error, pickle.UnpicklingError, EOFError, json.JSONDecodeError, UnicodeDecodeError,
+    RuntimeError,
+)  # fmt: skip
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@contextmanager
+def explained(spec: str | Path, what: str = "model") -> Iterator[None]:
+    """Turn whatever is raised inside into a `ModelError` that names the model and gives the reason.
+
+    Args:
+        spec: the model, as the user named it.
+        what: the part that is read.
+
+    Raises:
+        ModelError: something was raised.
+        MissingExtraError: a package that reads GGUF files is missing.
+    """
+    try:
+        yield
+    except (SlimrankError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise nearly every class here
+        if _out_of_memory(error):
+            raise
+        if isinstance(error, ImportError) and str(spec).endswith(".gguf"):
+            raise MissingExtraError("gguf", "demo", "reading a GGUF file") from error
+        raise ModelError(f"the {what} '{spec}' cannot be loaded: {reason_of(error)}", _hint(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error message, or the name of the error's class."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _hint(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "install the package that is named"
+    if isinstance(error, _FILE_ERRORS):
+        return DAMAGED
+    return WHAT_MODEL_MAY_BE if isinstance(error, OSError) else UNKNOWN
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

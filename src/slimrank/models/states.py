@@ -1,0 +1,102 @@
+"""What enters a block: hidden states, and whatever earlier blocks hand to later ones besides them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """What enters a block, for one batch. Gradients by it have the same form.
+
+    Attributes:
+        hidden: the hidden states.
+        handed: tensors that earlier blocks hand to later ones (shared keys and values), by name; see `Handover`.
+    """
+
+    hidden: Tensor
+    handed: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> State:
+        """The same on a device, contiguous."""
+        return State(self.hidden.to(device), {name: t.to(device).contiguous() for name, t in self.handed.items()})
+
+    def leaves(self, device: torch.device) -> State:
+        """The same on a device, as tensors to differentiate by."""
+        handed = {name: t.to(device).detach() for name, t in self.handed.items()}
+        for tensor in handed.values():
+            tensor.requires_grad_(tensor.is_floating_point())
+        return State(self.hidden.to(device).detach().requires_grad_(), handed)
+
+
+def pulled_back(before: State, after: State, gradient: State) -> State:
+    """Gradients by the state before a block, from those by the state after it.
+
+    Args:
+        before: leaves.
+        after: what the block made of them.
+        gradient: by `after`; what it lacks is zero.
+    """
+    ends = [(after.hidden, gradient.hidden)]
+    ends += [(after.handed[name], g) for name, g in gradient.handed.items() if after.handed[name].requires_grad]
+    starts = {name: t for name, t in before.handed.items() if t.requires_grad}
+    outputs, weights = [end for end, _ in ends], [g.to(end) for end, g in ends]
+    hidden, *handed = torch.autograd.grad(outputs, [before.hidden, *starts.values()], weights, allow_unused=True)
+    found = dict(zip(starts, handed, strict=True))
+    return State(hidden, {name: g for name, g in found.items() if g is not None})
+
+
+def named(prefix: str, states: list[State]) -> dict[str, Tensor]:
+    """States of each batch under the names that `states_named` reads; no two share memory."""
+    found = {f"{prefix}{b}": state.hidden for b, state in enumerate(states)}
+    return found | {f"{prefix}{b}/{n}": t.clone() for b, state in enumerate(states) for n, t in state.handed.items()}
+
+
+def states_named(tensors: Mapping[str, Tensor], prefix: str, count: int) -> list[State]:
+    """The stored states of each batch."""
+    return [State(tensors[f"{prefix}{b}"], _under(f"{prefix}{b}/", tensors)) for b in range(count)]
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def tensors_in(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested tuples, lists and mappings, with names that say where."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    for key, value in _parts(tree):
+        yield from tensors_in(value, f"{name}.{key}")
+
+
+def with_tensors(tree: Any, name: str, tensors: Mapping[str, Tensor | None]) -> Any:
+    """The same tree with other values at some of the names that `tensors_in` gives."""
+    if name in tensors:
+        return tensors[name]
+    values = {key: with_tensors(value, f"{name}.{key}", tensors) for key, value in _parts(tree)}
+    if isinstance(tree, Mapping):
+        return type(tree)(values)  # type: ignore[call-arg]
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(*values.values()) if hasattr(tree, "_fields") else type(tree)(values.values())
+    return tree
+
+
+def only_none(tree: Any) -> bool:
+    """Whether nothing but None is in nested tuples, lists and mappings."""
+    return all(only_none(value) for _, value in _parts(tree)) if _is_tree(tree) else tree is None
+
+
+def _is_tree(tree: Any) -> bool:
+    return isinstance(tree, (Mapping, tuple, list))
+
+
+def _parts(tree: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(tree, Mapping):
+        yield from tree.items()
+    elif isinstance(tree, (tuple, list)):
+        yield from enumerate(tree)

@@ -1,0 +1,56 @@
+"""Which tokens of a batch a router sends to which expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from slimrank.layers.experts import Experts
+
+
+@dataclass
+class Routing:
+    """Listens to what modules of experts are called with.
+
+    Attributes:
+        experts: path of a layer -> the module of experts that it belongs to, and the number of its expert.
+    """
+
+    experts: dict[str, tuple[Experts, int]] = field(default_factory=dict)
+
+    @classmethod
+    def among(cls, model: nn.Module, paths: Iterable[str]) -> Routing:
+        """That of the layers among these that belong to an `Experts`."""
+        found = {}
+        for path in paths:
+            holder, _, number = path.rpartition(".")
+            experts = model.get_submodule(holder.rpartition(".")[0])
+            if isinstance(experts, Experts) and number.isdigit():
+                found[path] = experts, int(number)
+        return cls(found)
+
+    def __post_init__(self) -> None:
+        self._arguments: dict[int, tuple[Any, ...]] = {}
+        self._numbers: dict[tuple[int, int], Tensor] = {}
+
+    def watch(self) -> list[Any]:
+        """Begin to listen; handles of the hooks that do."""
+        modules = {id(experts): experts for experts, _ in self.experts.values()}
+        return [experts.register_forward_pre_hook(self._hear, with_kwargs=True) for experts in modules.values()]
+
+    def numbers(self, path: str) -> Tensor | None:
+        """The tokens that a layer reads, in its order; None where that is not known."""
+        if path not in self.experts:
+            return None
+        experts, number = self.experts[path]
+        place = id(experts), number
+        if place not in self._numbers:
+            self._numbers[place] = experts.sent(number, *self._arguments[id(experts)])[0]
+        return self._numbers[place]
+
+    def _hear(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._arguments[id(experts)] = (*args, *kwargs.values())[:2]
+        self._numbers = {place: found for place, found in self._numbers.items() if place[0] != id(experts)}

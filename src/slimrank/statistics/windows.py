@@ -1,0 +1,41 @@
+"""Output gradients and inputs of each window of a batch, put together from all calls of a layer."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Part = tuple[Tensor, Tensor]  # output gradients and inputs of some rows
+
+
+@dataclass
+class BatchWindows:
+    """What a layer's calls have seen of a batch. A layer may be called several times in one pass of the model.
+
+    Attributes:
+        expected: path of a layer -> calls whose gradients are still to come.
+        parts: path of a layer -> window -> what its calls have seen of it.
+    """
+
+    expected: Counter[str] = field(default_factory=Counter)
+    parts: dict[str, dict[int, list[Part]]] = field(default_factory=lambda: defaultdict(dict))
+
+    def add(self, path: str, gradients: Mapping[int, Tensor], inputs: Mapping[int, Tensor]) -> None:
+        """Add the rows of each window that one call has seen."""
+        self.expected[path] -= 1
+        for window, rows in gradients.items():
+            self.parts[path].setdefault(window, []).append((rows, inputs[window]))
+
+    def complete(self, path: str) -> Iterator[Part]:
+        """The windows of a layer, in order, once gradients of all its calls are there; each of them once."""
+        return self.take(path) if self.expected[path] == 0 else iter(())
+
+    def take(self, path: str) -> Iterator[Part]:
+        """The windows of a layer, in order, and forget them."""
+        for _, parts in sorted(self.parts.pop(path, {}).items(), key=lambda item: item[0]):
+            gradients, inputs = zip(*parts, strict=True)
+            yield torch.cat(gradients), torch.cat(inputs)
