@@ -1,9 +1,13 @@
 import io
 import json
+import logging
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # the code of saved models is copied anew; removed at the end
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -11,10 +15,29 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 
-from helpers import byte_tokenizer, save_tiny, text
+from helpers import byte_tokenizer, nothing_drawn, save_tiny, text
+from slimrank.estimate import Machine
+
+LIMIT = 60  # seconds of processor time that one test may take, with its fixtures and its processes
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
     torch.set_num_threads(1)
+
+
+class Deprecations(logging.Handler):
+    """What transformers logs as deprecated is an error, as a warning of that kind is (see pyproject.toml)."""
+
+    def emit(self, record):
+        if "deprecated" in record.getMessage():
+            raise DeprecationWarning(record.getMessage())
+
+
+def pytest_configure(config):
+    logging.getLogger("transformers").addHandler(Deprecations(logging.WARNING))
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
@@ -22,13 +45,37 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("demo") is None)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    item.began = processor_time()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    yield
+    took = processor_time() - item.began
+    if took > LIMIT:
+        pytest.fail(f"took {took:.0f} s of processor time, more than {LIMIT}", pytrace=False)
+
+
+def processor_time():
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 @pytest.fixture(autouse=True)
 def _plots_where_they_count(request, monkeypatch):
     """Nothing is drawn but for the marker `plots`: it takes as long as compressing a tiny model."""
     if request.node.get_closest_marker("plots") is None:
-        from slimrank.report import html
+        monkeypatch.setattr("slimrank.report.html._figures", nothing_drawn)
 
-        monkeypatch.setattr(html, "_figures", lambda record: html.Figures(missing="not drawn in this test"))
+
+@pytest.fixture(autouse=True)
+def _any_machine(monkeypatch):
+    """No test goes by how fast this machine is; to measure it takes as long as to compress a tiny model."""
+    for user in ("pipeline.job", "dry_run"):
+        monkeypatch.setattr(f"slimrank.{user}.measure_machine", lambda device: Machine(1e9, 1e9))
 
 
 @pytest.fixture

@@ -96,3 +96,10 @@ def save_tiny(folder, name="llama", bos=False, **changes):
     model.save_pretrained(folder)
     byte_tokenizer(bos).save_pretrained(folder)
     return folder
+
+
+def nothing_drawn(record):
+    """What stands for the plots of a report where they do not count."""
+    from slimrank.report.html import Figures
+
+    return Figures(missing="not drawn in this test")

@@ -11,7 +11,6 @@ from slimrank.calibration.tokens import tokenise
 from slimrank.calibration.windows import draw_windows
 from slimrank.cli import main
 from slimrank.decompose.registry import DECOMPOSERS
-from slimrank.estimate import Machine
 from slimrank.layers import LowRankLinear
 from slimrank.models.structure import find_blocks
 from slimrank.progress import Progress
@@ -144,7 +143,5 @@ def tied_between_layers():
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """Nothing here depends on how fast this machine is, or on memory given back; both take longer than the tests."""
+    """Nothing here depends on memory given back, which takes longer than the tests."""
     monkeypatch.setattr("slimrank.models.paging._weight_files", list)
-    monkeypatch.setattr("slimrank.pipeline.job.measure_machine", lambda device: Machine(1e9, 1e9))
-    monkeypatch.setattr("slimrank.dry_run.measure_machine", lambda device: Machine(1e9, 1e9))

@@ -1,17 +1,15 @@
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import slimrank
-from helpers import CONFIGS, VOCABULARY, byte_tokenizer, save_tiny, text, tiny_model
+import slimrank.report.html
+from helpers import CONFIGS, VOCABULARY, byte_tokenizer, nothing_drawn, save_tiny, text, tiny_model
 from slimrank.calibration.tokens import tokenise
 from slimrank.calibration.windows import draw_windows
 from slimrank.errors import (
@@ -224,31 +222,43 @@ def test_other_budgets(tmp_path, text_file):
 
 # interruption --------------------------------------------------------------------------------------------------
 
-KILLED = """
-    import os, signal, sys
-    import slimrank
-    from slimrank.progress import Progress
-
-    class Killer(Progress):
-        def stage(self, name, steps):
-            self.name, self.count = name, 0
-            self.step(0)
-        def step(self, done=1):
-            self.count += done
-            if [self.name, str(self.count)] == sys.argv[4:]:
-                os.kill(os.getpid(), signal.SIGKILL)
-        def note(self, message):
-            print(message)
-
-    model, text, out = sys.argv[1:4]
-    slimrank.compress(model, out=out, progress=Killer(), keep_ratio=0.6, calibration=text, evaluation=text,
-                      method="svd_llm", samples=4, seq_len=24, batch_size=2, windows=2)
-"""
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["test_pipeline", "slimrank.pipeline", "transformers.models.llama.modeling_llama"])
 
 
-def compress_in_a_process(*arguments):
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+class Killer(Progress):
+    """Kills its own process at a step of a stage, and remembers notes."""
+
+    def __init__(self, stage, step):
+        self.at, self.notes = (stage, step), []
+
+    def stage(self, name, steps):
+        self.name, self.count = name, 0
+        self.step(0)
+
+    def step(self, done=1):
+        self.count += done
+        if (self.name, self.count) == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def note(self, message):
+        self.notes.append(message)
+
+
+def compress_and_tell(pipe, model, text, out, killer):
+    slimrank.report.html._figures = nothing_drawn
+    small = {"calibration": text, "evaluation": text, **SMALL}
+    slimrank.compress(model, out=out, progress=killer, keep_ratio=0.6, **small)
+    pipe.send(killer.notes)
+
+
+def compress_in_a_process(model, text, out, stage=None, step=None):
+    """The exit code, and the notes of a process that came to its end."""
+    here, there = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=compress_and_tell, args=(there, model, text, out, Killer(stage, step)))
+    process.start()
+    process.join()
+    return process.exitcode, here.recv() if process.exitcode == 0 else None
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +267,7 @@ def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     model, written = save_tiny(folder / "model"), folder / "text.txt"
     written.write_text(text(), encoding="utf-8")
-    assert compress_in_a_process(model, written, folder / "out").returncode == 0
+    assert compress_in_a_process(model, written, folder / "out")[0] == 0
     return model, written, folder / "out"
 
 
@@ -272,12 +282,12 @@ def straight(tmp_path_factory):
 )
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path, straight, stage, step, resumes):
     model, written, uninterrupted = straight
-    killed = compress_in_a_process(model, written, tmp_path / "out", stage, step)
-    assert killed.returncode == -signal.SIGKILL
+    killed, _ = compress_in_a_process(model, written, tmp_path / "out", stage, step)
+    assert killed == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    again = compress_in_a_process(model, written, tmp_path / "out")
-    assert again.returncode == 0, again.stderr
-    assert resumes in again.stdout
+    again, notes = compress_in_a_process(model, written, tmp_path / "out")
+    assert again == 0
+    assert resumes in "\n".join(notes)
     assert files_of(uninterrupted) == files_of(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slimrank.calibration.tokens import check_tokens
 from slimrank.errors import DataError, NonFiniteError
+from slimrank.models.cache import next_inputs
 from slimrank.models.mode import evaluating
 from slimrank.progress import Progress
 
@@ -41,13 +42,14 @@ def sample_windows(
 
 
 def _continued(model: Any, windows: Tensor, seq_len: int, generator: torch.Generator, progress: Progress) -> Tensor:
-    device, cache = next(model.parameters()).device, None
+    windows = windows.to(next(model.parameters()).device)
+    inputs = {"input_ids": windows}
     while windows.shape[1] < seq_len:
-        output = model(input_ids=windows[:, -1:].to(device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        windows = torch.cat([windows, _draw(output.logits[:, -1], generator)], dim=1)
+        output = model(**inputs, use_cache=True)
+        windows = torch.cat([windows, _draw(output.logits[:, -1], generator).to(windows.device)], dim=1)
+        inputs = next_inputs(model, output, windows)
         progress.step()
-    return windows
+    return windows.cpu()
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

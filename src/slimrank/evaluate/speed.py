@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimrank.models.cache import next_inputs
 from slimrank.models.mode import evaluating
 from slimrank.models.structure import context_of
 
 UNLIMITED = 2**31
-CACHES = ("past_key_values", "cache_params")  # of attention and of state-space models
 VOCABULARY_USED = 1000  # random prompts draw from the first ids, which every vocabulary has
 
 
@@ -74,18 +74,12 @@ def _one_round(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     ids = ids.to(device)
     with evaluating(model):
         output, prefill = _timed(lambda: model(input_ids=ids, use_cache=True), device)
-        cache_name = next((name for name in CACHES if getattr(output, name, None) is not None), None)
 
         def decode() -> None:
             seen, last = ids, output
             for _ in range(new_tokens):
-                token = last.logits[:, -1:].argmax(-1)
-                if cache_name is None:  # this is how a model without a cache decodes: from the beginning, each time
-                    seen = torch.cat([seen, token], dim=1)
-                    last = model(input_ids=seen)
-                else:
-                    cache = {cache_name: getattr(last, cache_name)}
-                    last = model(input_ids=token, use_cache=True, **cache)
+                seen = torch.cat([seen, last.logits[:, -1:].argmax(-1)], dim=1)
+                last = model(**next_inputs(model, last, seen), use_cache=True)
 
         return prefill, _timed(decode, device)[1]
 

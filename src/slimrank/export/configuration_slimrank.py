@@ -134,9 +134,11 @@ def compressed_config_class(base_model_type: str) -> Any:
         )
     native = CONFIG_MAPPING[base_model_type]
     mixed = type(f"Compressed{native.__name__}", (CompressedConfig, native), {"__module__": __name__})
-    # The class exists only now, so the auto classes are told only now where such configurations lead.
+    # The class exists only now, so the auto classes are told only now where such configurations lead. Older versions of
+    # transformers ask a model's class for its `config_class`.
+    loader = type(SlimRankForCausalLM.__name__, (SlimRankForCausalLM,), {"config_class": mixed})
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        auto.register(mixed, SlimRankForCausalLM, exist_ok=True)
+        auto.register(mixed, loader, exist_ok=True)
     return mixed
 
 
@@ -165,13 +167,21 @@ def mark_compressed(
 
 
 def copy_code(folder: Path) -> None:
-    """Copy the files that load the model without slimrank: this one, the model's and the layers'."""
-    from .modeling_slimrank import LowRankLinear, PivotLinear, SlimRankForCausalLM, SplitLinear, as_linears
+    """Copy the files that load the model without slimrank: this one, the model's and the layers'.
+
+    All are imported right here: older versions of transformers take along only what this file itself names.
+    """
+    from slimrank.layers.experts import as_linears
+    from slimrank.layers.low_rank import LowRankLinear
+    from slimrank.layers.pivot import PivotLinear
+    from slimrank.layers.split import SplitLinear
+
+    from .modeling_slimrank import SlimRankForCausalLM
 
     for owner in (CompressedConfig, SlimRankForCausalLM, LowRankLinear, PivotLinear, SplitLinear, as_linears):
         source = Path(str(sys.modules[owner.__module__].__file__))
         if source.parent.resolve() == folder.resolve():
             continue
         text = source.read_text(encoding="utf-8")
-        flat = re.sub(r"^from slimrank\.\w+\.(\w+) import", r"from .\1 import", text, flags=re.MULTILINE)
+        flat = re.sub(r"^( *)from slimrank\.\w+\.(\w+) import", r"\1from .\2 import", text, flags=re.MULTILINE)
         (folder / source.name).write_text(flat, encoding="utf-8")

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
-_SORTED = {"has_gate": True, "has_bias": False, "is_transposed": True, "has_post_expert_norm": False}  # Llama 4
+_MARKS = ("num_experts", "has_bias", "is_transposed")
+_LATER = {"has_gate": True, "has_post_expert_norm": False}  # what is so where transformers has no such mark yet
+_SORTED = {"has_bias": False, "is_transposed": True}  # Llama 4, which has none of these marks
 
 
 class Experts(nn.Module):
@@ -32,6 +33,8 @@ class Experts(nn.Module):
 
     def __init__(self, native: nn.Module) -> None:
         super().__init__()
+        for mark, value in _LATER.items():
+            setattr(native, mark, getattr(native, mark, value))
         name = "gate_up_proj" if native.has_gate else "up_proj"
         self.up, self.down = _linears(native, name), _linears(native, "down_proj")
         for part, module in native.named_children():  # a norm; an activation, which may have parameters
@@ -129,7 +132,7 @@ def is_fused(module: nn.Module) -> bool:
     if not all(hasattr(module, mark) for mark in _MARKS):
         return False
     own = {key: p.dim() for key, p in module.named_parameters(recurse=False)}
-    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    names = ["gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"]
     biases = [f"{name}_bias" for name in names] if module.has_bias else []
     return own == dict.fromkeys(names, 3) | dict.fromkeys(biases, 2) and not any(module.buffers(recurse=False))
 
