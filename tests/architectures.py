@@ -1,7 +1,10 @@
 """A tiny random model of every family that slimrank is tried on: one line each, nothing downloaded."""
 
+from inspect import signature
+
 import torch
 import transformers
+import transformers.models.gemma3n.modeling_gemma3n
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 WIDTHS = {
@@ -86,6 +89,12 @@ UNUSUAL = {  # what blocks are called with, or read, has another form; not put t
 }  # fmt: skip
 
 UNUSUAL = {name: of for name, of in UNUSUAL.items() if hasattr(transformers, of[0])}  # older ones know fewer
+
+
+def hands_on(name):
+    """Whether the blocks of a family hand states on; those of Gemma 3n did so in the cache only, in older versions."""
+    attention = transformers.models.gemma3n.modeling_gemma3n.Gemma3nTextAttention
+    return name in UNUSUAL and (name != "gemma3n" or "shared_kv_states" in signature(attention.forward).parameters)
 
 
 def random_model(name, seed=0, **changes):

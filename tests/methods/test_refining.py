@@ -276,7 +276,7 @@ def test_the_ridge_is_chosen_by_halves_of_the_calibration_tokens(batch, monkeypa
     """Three windows and two, whatever the batches. The chosen one shows in the report."""
     seen = []
 
-    def chosen(halves, weight):
+    def chosen(halves, weight, unit):
         seen.append((halves, weight))
         return float(len(seen))
 
@@ -302,7 +302,7 @@ def test_a_stack_that_half_of_the_windows_cannot_make():
 
 def test_a_large_ridge_by_halves_leaves_the_target_to_the_original_weight(monkeypatch):
     """Then the anchored target is that of `self`, whatever the compressed model lacks."""
-    monkeypatch.setattr("slimrank.pipeline.refining.cross_validated", lambda halves, weight: 1e12)
+    monkeypatch.setattr("slimrank.pipeline.refining.cross_validated", lambda halves, weight, unit: 1e12)
     settings = {"held_out": 0, "residual": False}
     ours = compress(refine="regress", refine_options={**settings, "anchor": 1, "ridge": "auto"})
     other = compress(refine="regress", refine_options={**settings, "anchor": 0, "ridge": 1e-3})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from architectures import UNUSUAL, random_model
+from architectures import UNUSUAL, hands_on, random_model
 from helpers import tiny_model
 from method_runs import compress
 from slimrank.errors import ModelError
@@ -15,7 +15,7 @@ from slimrank.models.structure import find_blocks
 
 CPU = torch.device("cpu")
 AXES = {"gemma3n": 1, "gemma4": 0, "glm_moe_dsa": 0, "zaya": 0, "deepseek_v4": 0}  # where hidden states count windows
-HANDING = [name for name in AXES if name in UNUSUAL and name != "deepseek_v4"]
+HANDING = [name for name in AXES if hands_on(name) and name != "deepseek_v4"]
 WINDOWS, TOKENS = 3, 9
 
 
