@@ -75,7 +75,7 @@ def test_what_is_given_settles_what_depends_on_it():
     more = Recipe(keep_ratio=0.5, refine_options={"ridge": 0.5}).refine_options
     assert more == {**Recipe.preset("balanced")["refine_options"], "ridge": 0.5}
     more = Recipe(keep_ratio=0.5, method_options={"trim": 0.0}).method_options
-    assert more == {**Recipe.preset("balanced")["method_options"], "trim": 0.0}
+    assert more == {**Recipe.preset("balanced").get("method_options", {}), "trim": 0.0}
 
 
 @pytest.mark.parametrize("wrong", [None, [1], "row_shrink"])
