@@ -203,6 +203,13 @@ def test_wherever_the_configuration_says_it(folder, fields):
         skeleton(edit(folder, **fields))
 
 
+def test_float64_is_not_narrow(tmp_path):
+    folder = tmp_path / "m"
+    tiny_model().double().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    assert load(folder)[0].dtype == skeleton(folder).model.dtype == torch.float64
+
+
 def test_quantised_weights_that_the_configuration_keeps_quiet_about(folder):
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"

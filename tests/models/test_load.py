@@ -35,7 +35,7 @@ def test_a_missing_path(spec):
 @pytest.mark.parametrize("spec", ["x" * 300, "~no-such-user/model", ""])
 def test_a_name_that_no_disk_allows(spec, tiny_folder, monkeypatch):
     monkeypatch.chdir(tiny_folder)
-    with pytest.raises(ModelError, match="cannot be loaded|is not a model folder"):
+    with pytest.raises(ModelError, match=r"cannot be loaded|is not a model folder"):
         skeleton(spec)
 
 
