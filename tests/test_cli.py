@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from helpers import save_tiny
 from slimrank.cli import main
@@ -388,3 +390,16 @@ def test_tables_and_bars_show_brackets(capsys):
         progress._bar.refresh()
     assert "perplexity of [/x]" in progress.console.file.getvalue()
     assert "read [/y] :smile:" in progress.console.file.getvalue()
+
+
+def test_what_loading_leaves_out_is_in_the_records(capsys, tiny_folder, text_file):
+    path = tiny_folder / "model.safetensors"
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file({**load_file(path), **buffer}, path, {"format": "pt"})
+    options = ("--text", text_file, "--windows", 2, "--seq-len", 16, "--against", tiny_folder, "--json")
+    notes = json.loads(run(capsys, "evaluate", tiny_folder, *options)[1])["notes"]
+    assert len(notes) == 2
+    assert all("inv_freq" in note for note in notes)
+    short = ("--prompt", 4, "--new-tokens", 2, "--repeats", 1, "--json")
+    notes = json.loads(run(capsys, "benchmark", tiny_folder, "--against", tiny_folder, *short)[1])["notes"]
+    assert len(notes) == 2

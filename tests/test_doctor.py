@@ -177,6 +177,13 @@ def test_little_disk_and_little_memory(machine, tiny_folder):
     assert "memory of cpu" in said
 
 
+@pytest.mark.parametrize("out", ["~no-such-user/out", "x" * 300])
+def test_a_place_that_no_disk_allows(machine, tiny_folder, out):
+    record = doctor.diagnose(tiny_folder, out=out)
+    assert "cannot be used (output)" in messages(record)
+    assert not record["ok"]
+
+
 def test_a_folder_that_cannot_be_written(machine, tiny_folder):
     machine.setattr("os.access", lambda *_: False)
     assert doctor.diagnose()["ok"]

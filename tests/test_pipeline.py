@@ -315,6 +315,42 @@ def test_a_run_directory_made_by_other_inputs_is_refused(tmp_path, text_file):
         slimrank.compress(folder, run_dir=folder, **options(text_file))
 
 
+@pytest.mark.parametrize("place", ["out", "out/run", "out.partial", "out.partial/run", "out.old", "out.run/../out"])
+def test_a_run_directory_in_the_output_folder_is_refused(place, tmp_path):
+    """The output folder is replaced as a whole: the run directory would go with it, or be in the way of resuming."""
+    with pytest.raises(RunError, match="is in the output folder"):
+        slimrank.compress("no/model", out=tmp_path / "out", run_dir=tmp_path / place, method="svd", keep_ratio=0.5)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("work", [slimrank.compress, find_plan])
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        ("~no-such-user/run", OutputError, "cannot be used"),
+        ("x" * 300, OutputError, "cannot be used"),
+        ("file", OutputError, "cannot be used"),
+        (".", RunError, "is no run directory"),
+    ],
+)
+def test_a_run_directory_that_cannot_be_used_is_refused_before_the_model_is_read(
+    work, place, error, message, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        work("no/model", run_dir=place, method="svd", keep_ratio=0.5)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_directory_may_be_in_the_home_folder(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    slimrank.compress(tiny_folder, run_dir="~/run", method="svd", keep_ratio=0.5, evaluation=None)
+    assert (tmp_path / "home" / "run" / "run.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 # bad input -----------------------------------------------------------------------------------------------------
 
 

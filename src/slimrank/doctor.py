@@ -217,8 +217,12 @@ def disks(needs: Mapping[str, tuple[Path, int]], problems: Problems) -> list[dic
     rows: list[dict[str, Any]] = []
     on_disk: dict[int, list[dict[str, Any]]] = {}
     for what, (path, needed) in needs.items():
-        whole = path.expanduser().absolute()
-        home = next(p for p in (whole, *whole.parents) if p.exists())
+        try:
+            whole = path.expanduser().absolute()
+            home = next(p for p in (whole, *whole.parents) if p.exists())
+        except (OSError, RuntimeError) as error:  # a name that no disk allows, or an unknown user (~name)
+            problems.append(SlimrankError(f"'{path}' cannot be used ({what}): {error}", "another folder"))
+            continue
         free = shutil.disk_usage(home).free
         rows.append({"what": what, "path": str(path), "free": free, "needed": needed})
         if needed and not os.access(home, os.W_OK):

@@ -21,7 +21,7 @@ from slimrank.evaluate.sample import sample
 from slimrank.evaluate.speed import measure_speed, measure_speeds
 from slimrank.evaluate.tasks import TaskRequest, Tasks
 from slimrank.inputs import window_length
-from slimrank.models.load import load
+from slimrank.models.load import load_model
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.storage import saved_bytes
 from slimrank.models.structure import parameters_of
@@ -68,14 +68,16 @@ def evaluate(
     place = resolve_device(device)
     sources, notes = _read(named or ("demo",), progress)
     suite = None if tasks is None else Tasks(tasks, progress)
-    loaded, tokenizer = load(model, dtype, progress)
+    read = load_model(model, dtype, progress)
+    loaded, tokenizer = read.model, read.tokenizer
+    notes += read.notes
     length = window_length(loaded, seq_len)
     least = 1 if against is None else LEAST
     wanted = windows if named else 1  # without a text, for the sample and to compare tokenizers
     cut = {
         source: windows_of(source, text, loaded, tokenizer, wanted, length, least) for source, text in sources.items()
     }
-    dense = None if against is None else _load_dense(against, dtype, progress, sources, cut)
+    dense = None if against is None else _load_dense(against, dtype, progress, sources, cut, notes)
     material = Material(cut if named else {}, bos_of(tokenizer) is not None, suite)
     with placed([loaded] if dense is None else [loaded, dense], place, upcast=False):
         if dense is None:
@@ -114,14 +116,21 @@ def _read(names: Sequence[str], progress: Progress) -> tuple[dict[str, str], lis
 
 
 def _load_dense(
-    spec: str | Path, dtype: str, progress: Progress, sources: Mapping[str, str], cut: Mapping[str, Tensor]
+    spec: str | Path,
+    dtype: str,
+    progress: Progress,
+    sources: Mapping[str, str],
+    cut: Mapping[str, Tensor],
+    notes: list[str],
 ) -> Any:
-    """The model to compare with, which must read the texts as the same windows of tokens.
+    """Load the model to compare with, which must read the texts as the same windows of tokens; add to the notes.
 
     Raises:
         ModelError: it does not.
     """
-    dense, tokenizer = load(spec, dtype, progress)
+    read = load_model(spec, dtype, progress)
+    dense, tokenizer = read.model, read.tokenizer
+    notes += [f"{spec}: {note}" for note in read.notes]
     for source, windows in cut.items():
         window_length(dense, windows.shape[1])
         own = windows_of(source, sources[source], dense, tokenizer, len(windows), windows.shape[1])
@@ -146,10 +155,11 @@ def benchmark(
     """Speed and size of a model against another, measured turn by turn in one process.
 
     Returns:
-        A record with "model", "against" (each: speed, parameters, bytes) and "ratios" (model over against).
+        A record with "model", "against" (each: speed, parameters, bytes), "ratios" (model over against) and "notes".
     """
     place = resolve_device(device)
-    loaded = [load(spec, dtype, progress)[0] for spec in (model, against)]
+    read = [load_model(spec, dtype, progress) for spec in (model, against)]
+    loaded = [each.model for each in read]
     if progress:
         progress.note(f"measuring both turn by turn, {repeats} rounds of {prompt} + {new_tokens} tokens")
     with placed(loaded, place, upcast=False):
@@ -169,6 +179,7 @@ def benchmark(
         "model": sides[0],
         "against": sides[1],
         "ratios": {key: sides[0][key] / sides[1][key] for key in keys},
+        "notes": [f"{spec}: {note}" for spec, each in zip((model, against), read, strict=True) for note in each.notes],
         "device": str(place),
         "peak_memory": peak_memory(place),
     }

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slimrank.errors import OutputError, RunError
+from slimrank.errors import OutputError, RunError, SlimrankError
 
-LOCK = "lock"
+LOCK, MANIFEST = "lock", "run.json"
 SCHEMA = 4  # raise it when the content of stored files changes meaning
 
 
@@ -62,19 +62,16 @@ class Run:
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder
-        manifest = folder / "run.json"
+        manifest = folder / MANIFEST
         try:
             if manifest.is_file():
                 _check_identity(folder, json.loads(manifest.read_text(encoding="utf-8")), identity)
             else:
-                if folder.exists() and any(folder.iterdir()):
-                    raise RunError(f"'{folder}' exists and is no run directory of slimrank.", "choose another folder")
+                _refuse_foreign(folder)
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(manifest, json.dumps(identity, indent=1) + "\n")
         except (OSError, json.JSONDecodeError) as error:
-            raise OutputError(
-                f"the run directory '{folder}' cannot be used: {error}", "choose another folder"
-            ) from error
+            raise _unusable(folder, error) from error
 
     def __enter__(self) -> Run:
         """Keep other processes out of the folder.
@@ -93,6 +90,39 @@ class Run:
         return Stage(self.folder / "store" / content_key(parts))
 
 
+def usable_folder(run_dir: str | Path, output: Path | None = None) -> Path:
+    """Find the run directory that a user names; refuse one that cannot be used, before any work.
+
+    Args:
+        run_dir: as it was given.
+        output: the folder that the model is written to. It is replaced as a whole in the end.
+
+    Raises:
+        RunError: it is in the output folder, or holds something else.
+        OutputError: it is no folder, or cannot be looked into.
+    """
+    try:
+        folder = Path(run_dir).expanduser().resolve()
+        replaced = [] if output is None else [output.with_name(output.name + end) for end in ("", ".partial", ".old")]
+        if any(folder.is_relative_to(place) for place in replaced):
+            raise RunError(f"the run directory '{folder}' is in the output folder.", f"--run-dir '{output}.run'")
+        _refuse_foreign(folder)
+    except (OSError, ValueError, RuntimeError) as error:  # names that no disk allows, and unknown users (~name)
+        if isinstance(error, SlimrankError):
+            raise
+        raise _unusable(run_dir, error) from error
+    return folder
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise RunError(f"'{folder}' exists and is no run directory of slimrank.", "choose another folder")
+
+
+def _unusable(folder: str | Path, error: Exception) -> OutputError:
+    return OutputError(f"the run directory '{folder}' cannot be used: {error}", "choose another folder")
+
+
 def remove_run(folder: Path) -> None:
     """Delete what a run has stored; whatever else lies in the folder stays.
 
@@ -101,7 +131,7 @@ def remove_run(folder: Path) -> None:
     """
     shutil.rmtree(folder / "store", ignore_errors=True)
     try:
-        (folder / "run.json").unlink(missing_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
         (folder / LOCK).unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()

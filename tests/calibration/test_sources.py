@@ -125,7 +125,7 @@ def test_a_chat_is_refused_with_what_to_do(tmp_path, row):
 
 
 def test_text_in_the_place_of_a_name():
-    for source in ("word " * 2000, "a\0b", "~nobody-of-that-name/a.txt"):
+    for source in ("", "word " * 2000, "a\0b", "~nobody-of-that-name/a.txt"):
         with pytest.raises(DataError, match="does not exist") as raised:
             read_source(source, "calibration")
         assert "a list" in raised.value.hint

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 import slimrank
-from helpers import byte_tokenizer, text, tiny_model
+from helpers import byte_tokenizer, save_tiny, text, tiny_model
 from slimrank.errors import ModelError, OutputError
 
 OPTIONS = {"keep_ratio": 0.6, "method": "svd", "evaluation": None}
@@ -55,6 +55,19 @@ def test_a_configuration_or_tokenizer_that_cannot_be_saved(tmp_path, no_work, mo
         slimrank.compress(model, object(), **OPTIONS, out=tmp_path / "out")
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert not list(tmp_path.iterdir())
+
+
+def test_code_that_a_tokenizer_came_with_and_does_not_need_is_not_named(tmp_path):
+    """The file is not in the output, so that loading with trust_remote_code=True would fail."""
+    folder = save_tiny(tmp_path / "m")
+    path = folder / "tokenizer_config.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({**before, "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}))
+    result = slimrank.compress(folder, **OPTIONS, out=tmp_path / "out")
+    assert ["auto_map" in note for note in result.report["notes"]] == [True]
+    assert "auto_map" not in json.loads((tmp_path / "out" / path.name).read_text())
+    again = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert again("a b")["input_ids"] == byte_tokenizer()("a b")["input_ids"]
 
 
 def test_a_foreign_file_in_the_old_output(tmp_path, monkeypatch):

@@ -46,6 +46,41 @@ def test_a_damaged_index(folder, content):
         load(folder)
 
 
+@pytest.mark.parametrize("content", ["[]", '["model_type"]'])
+def test_a_configuration_that_is_no_object(folder, content):
+    (folder / "config.json").write_text(content)
+    for read in (load, skeleton):
+        with pytest.raises(ModelError, match=r"its config\.json holds no JSON object"):
+            read(folder)
+
+
+def test_a_damaged_generation_configuration(folder):
+    (folder / "generation_config.json").write_text('{"temperature": 0.6,')
+    with pytest.raises(ModelError, match=r"the generation configuration of '.*' cannot be loaded: .*not a valid JSON"):
+        load(folder)
+
+
+class Code:
+    """What runs when it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("code ran",)
+
+
+def test_code_in_a_pickled_file_is_not_run(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Code()}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"something other than tensors, which slimrank never runs.*\n.*safetensors"):
+        load(folder)
+
+
+def test_a_reason_that_takes_two_lines_is_given_whole(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": "three"}))
+    with pytest.raises(ModelError, match=r"'num_hidden_layers': .*three.*\n.*config\.json may be damaged"):
+        skeleton(folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\xff" * 40])
 def test_what_is_no_weight_file(folder, content):
     (folder / "model.safetensors").write_bytes(content)
@@ -166,6 +201,13 @@ def test_quantised_weights_are_refused_by_the_configuration(folder, about):
 def test_wherever_the_configuration_says_it(folder, fields):
     with pytest.raises(ModelError, match="is quantised"):
         skeleton(edit(folder, **fields))
+
+
+def test_float64_is_not_narrow(tmp_path):
+    folder = tmp_path / "m"
+    tiny_model().double().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    assert load(folder)[0].dtype == skeleton(folder).model.dtype == torch.float64
 
 
 def test_quantised_weights_that_the_configuration_keeps_quiet_about(folder):

@@ -55,7 +55,13 @@ def test_layers_that_the_configuration_does_not_count(tmp_path):
 
 
 LEFT_OVER = {
-    "llama": ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn._extra_state"],
+    "llama": [
+        *(
+            f"model.layers.0.self_attn.{name}"
+            for name in ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "_extra_state")
+        ),
+        "rope.freqs",
+    ],
     "gpt2": ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias", "h.1.attn.masked_bias"],
 }
 

@@ -32,6 +32,13 @@ def test_a_missing_path(spec):
         load(spec)
 
 
+@pytest.mark.parametrize("spec", ["x" * 300, "~no-such-user/model", ""])
+def test_a_name_that_no_disk_allows(spec, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tiny_folder)
+    with pytest.raises(ModelError, match=r"cannot be loaded|is not a model folder"):
+        skeleton(spec)
+
+
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(ModelError, match=r"no config\.json"):
         load(tmp_path)

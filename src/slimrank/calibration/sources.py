@@ -58,7 +58,7 @@ def _rows(source: Source, part: str, tell: Tell) -> Iterable[Row]:
 def _local(name: str, tell: Tell) -> Iterator[Row]:
     try:
         path = Path(name).expanduser()
-        folder, file = path.is_dir(), path.is_file()
+        folder, file = bool(name) and path.is_dir(), path.is_file()
     except (OSError, ValueError, RuntimeError):  # a name that no file system allows, or an unknown user
         folder = file = False
     if folder:

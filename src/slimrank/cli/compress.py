@@ -78,5 +78,5 @@ def show_report(report: dict[str, Any], out: Path) -> None:
     if report["before"] and asked["evaluation"] == "demo" and asked["calibration"] != "demo":
         print_text("\nperplexity is on Python's documentation, not on text like yours: give --eval-text FILE")
     if report["notes"]:
-        print_text(f"\n{len(report['notes'])} things were skipped, clamped or unusual: see report.html")
+        print_text(f"\nskipped, clamped or unusual: {len(report['notes'])}, see report.html")
     print_text(f"\nwritten to {out}: the model, report.html (also as .md and .json), README.md, plan.json")

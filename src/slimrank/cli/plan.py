@@ -128,7 +128,8 @@ def _show(model: str, record: dict[str, Any], save: Path | None) -> None:
         rows,
     )
     stages = ", ".join(f"{name} {duration(s)}" for name, s in record["seconds"].items() if s >= 0.5)
-    print_text(f"time: about {duration(sum(record['seconds'].values()))} ({stages})")
+    of_these = f" ({stages})" if stages else ""
+    print_text(f"time: about {duration(sum(record['seconds'].values()))}{of_these}")
     print_text(f"memory: about {record['peak_memory'] / 1e9:.1f} GB")
     print_text(f"disk: about {record['run_bytes'] / 1e9:.1f} GB while it runs, beside the result")
     for note in record["notes"]:

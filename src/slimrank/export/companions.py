@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from slimrank.errors import ModelError, SlimrankError
 from slimrank.export.output import OutputFolder
 from slimrank.export.processor import copy_processor
-from slimrank.run import disk_error
+from slimrank.run import disk_error, write_text
 
 
 def rehearse_saving(model: Any, tokenizer: Any, output: OutputFolder) -> None:
@@ -47,7 +49,7 @@ def save_companions(model: Any, tokenizer: Any, folder: Path) -> list[str]:
         notes = _save_generation(model, folder)
     if tokenizer is not None:
         with saving("tokenizer"):
-            tokenizer.save_pretrained(folder)
+            notes += _save_tokenizer(tokenizer, folder)
     return notes + copy_processor(model, str(getattr(model, "name_or_path", "")), folder)
 
 
@@ -63,6 +65,18 @@ def _save_generation(model: Any, folder: Path) -> list[str]:
         reason = " ".join(str(error).split())
         return [f"the generation configuration is written as it is, though transformers refuses to: {reason}"]
     return []
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
+    """Write the tokenizer; for a class of transformers itself without the code that the original names."""
+    tokenizer.save_pretrained(folder)
+    path = folder / TOKENIZER_CONFIG_FILE
+    own = type(tokenizer).__module__.startswith("transformers.")
+    content = json.loads(path.read_text(encoding="utf-8")) if own and path.is_file() else {}
+    if not content.pop("auto_map", None):
+        return []
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return ["the tokenizer is one of transformers itself; the code that it came with (auto_map) is left out"]
 
 
 @contextmanager

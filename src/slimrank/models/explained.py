@@ -15,7 +15,7 @@ from slimrank.errors import MissingExtraError, ModelError, SlimrankError
 
 WHAT_MODEL_MAY_BE = "a hub id (org/name), a folder with config.json, a .gguf file, or the word demo"
 DAMAGED = "its files are damaged or belong to another configuration; download it again"
-UNKNOWN = "it may need a newer transformers: pip install --upgrade transformers"
+UNKNOWN = "config.json may be damaged, or need a newer transformers: pip install --upgrade transformers"
 
 _FILE_ERRORS = (
     SafetensorError, struct.error, pickle.UnpicklingError, EOFError, json.JSONDecodeError, UnicodeDecodeError,
@@ -49,14 +49,20 @@ def explained(spec: str | Path, what: str = "model") -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of an error message, or the name of the error's class."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """Return the first line of an error message, with the next one where it announces that; else the class."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "a .bin file holds something other than tensors, which slimrank never runs, or is damaged"
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if isinstance(error, LookupError) or not lines:
+        return f"{type(error).__name__} {''.join(lines[:1])}".strip()
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _hint(error: Exception) -> str:
     if isinstance(error, ImportError):
         return "install the package that is named"
+    if isinstance(error, pickle.UnpicklingError):
+        return "take the .safetensors files of the model, or download it again"
     if isinstance(error, _FILE_ERRORS):
         return DAMAGED
     return WHAT_MODEL_MAY_BE if isinstance(error, OSError) else UNKNOWN

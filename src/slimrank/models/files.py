@@ -15,7 +15,7 @@ PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER = "adapter_config.json"
 
 _POINTER = b"version https://git-lfs"
-_TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 _AGAIN = "download the model again"
 
@@ -50,7 +50,7 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return [index.parent / name for name in sorted(names)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"'{index}' is not an index of weight files.", _AGAIN) from error
 
 

@@ -16,7 +16,7 @@ from slimrank.errors import ModelError
 from slimrank.export.configuration_slimrank import MODEL_TYPE
 from slimrank.export.modeling_slimrank import SlimRankForCausalLM, native_classes
 from slimrank.export.processor import find_file
-from slimrank.models.explained import explained
+from slimrank.models.explained import DAMAGED, explained
 from slimrank.models.files import ADAPTER
 from slimrank.models.quantised import check_quantisation
 from slimrank.models.text_alone import check_text_alone, reads_images
@@ -59,6 +59,8 @@ def kind_of(spec: str | Path, place: Mapping[str, Any]) -> Kind:
         _refuse_adapter(spec, str(place["pretrained_model_name_or_path"]))
         with explained(spec):
             content, _ = PreTrainedConfig.get_config_dict(**place)
+        if not isinstance(content, dict):
+            raise ModelError(f"the model '{spec}' cannot be loaded: its config.json holds no JSON object.", DAMAGED)
         _refuse_custom_code(spec, content)
     widened = "GGUF" if gguf else check_quantisation(spec, content)
     with explained(spec):

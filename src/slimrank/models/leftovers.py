@@ -11,7 +11,8 @@ from typing import Any
 from slimrank.errors import ModelError
 
 _BUFFERS = re.compile(
-    r"(^|[._])(original_)?inv_freq$|(^|\.)position_ids$|(attn|attention)\.(bias|masked_bias|causal_mask)$|_extra_state$"
+    r"(^|[._])(original_)?inv_freq$|\.(cos|sin)_cached$|^rope\.freqs$|(^|\.)position_ids$"
+    r"|(attn|attention)\.(bias|masked_bias|causal_mask)$|_extra_state$"
 )
 _DRAFTS = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)\.")

@@ -19,6 +19,7 @@ from slimrank.export.register import register
 from slimrank.models.demo import demo_folder
 from slimrank.models.explained import WHAT_MODEL_MAY_BE, explained
 from slimrank.models.files import ADAPTER, check_files, refuse_pointers, stored_tensors, total_bytes, weight_files
+from slimrank.models.generation import check_generation
 from slimrank.models.gguf import gguf_place, load_gguf
 from slimrank.models.kind import Kind, kind_of
 from slimrank.models.leftovers import check_taken, correct_ties, telling_class
@@ -153,7 +154,8 @@ def _read(spec: str | Path, progress: Progress | None) -> _Source:
     place = gguf_place(Path(source)) if gguf else {"pretrained_model_name_or_path": source}
     folder = Path(source) if not gguf and Path(source).is_dir() else None
     if folder is not None:
-        refuse_pointers(folder)
+        with explained(spec):
+            refuse_pointers(folder)
     return _Source(spec, place, kind_of(spec, place), folder)
 
 
@@ -161,6 +163,7 @@ def _load_folder(source: _Source, dtype: str) -> Loaded:
     source.check_files()
     source.check_stored()
     tokenizer = load_tokenizer(source.spec, source.place)
+    check_generation(source.spec, str(source.place["pretrained_model_name_or_path"]))
     kind = source.kind
     if kind.widened:
         widened_config(kind.config)
@@ -205,14 +208,15 @@ def resolve(spec: str | Path, progress: Progress | None = None) -> str:
     """
     if str(spec) == "demo":
         return str(demo_folder(progress))
-    path = Path(spec).expanduser()
+    with explained(spec):  # a name that no disk allows, an unknown user (~name), a folder that may not be read
+        path, exists = Path(spec).expanduser(), Path(spec).expanduser().exists()
     if path.is_file() and path.suffix == ".gguf":
         return str(path)
-    if path.is_dir():
+    if path.is_dir() and str(spec):
         if not any((path / name).is_file() for name in ("config.json", ADAPTER)):
             raise ModelError(f"the folder '{path}' holds no model: it has no config.json.", WHAT_MODEL_MAY_BE)
         return str(path)
-    if path.exists() or str(spec).startswith((".", "/", "~")) or path.suffix == ".gguf":
+    if exists or str(spec).startswith((".", "/", "~")) or path.suffix == ".gguf":
         raise ModelError(f"'{spec}' is not a model folder or GGUF file.", WHAT_MODEL_MAY_BE)
     return str(spec)
 

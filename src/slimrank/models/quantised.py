@@ -14,7 +14,7 @@ from slimrank.models.files import StoredTensor
 
 WIDENED = ("fp8", "mxfp4")  # models are published in these alone; transformers turns them into dense weights
 _KEYS = ("quantization_config", "compression_config", "quantization")  # the last is MLX
-_NARROW = ("I8", "U8", "I16", "I32", "F8", "F4", "F6")  # dtypes, in the words of safetensors
+_NARROW = ("I8", "U8", "I16", "I32", "F8", "F4", "F6_")  # dtypes, in the words of safetensors
 _WEIGHTS = ("weight", "qweight", "_packed", "_blocks")
 _START = "start from the release in bfloat16 or float16, and quantise the result"
 

@@ -30,7 +30,7 @@ from slimrank.recipe import Recipe
 from slimrank.report.card import model_card
 from slimrank.report.record import Facts, build_record
 from slimrank.report.write import write_reports
-from slimrank.run import Run, Stage, remove_run, write_text
+from slimrank.run import Run, Stage, remove_run, usable_folder, write_text
 
 
 def compress(
@@ -72,8 +72,9 @@ def compress(
     job = Job(Recipe.merged(recipe, options), progress or Progress(), resumable, keep_statistics, output=output)
     if output is not None:
         output.rehearse()
+    place = _place_of_run(output, run_dir)
     with _restored(model):
-        return _compress(job, model, tokenizer, output, run_dir)
+        return _compress(job, model, tokenizer, output, place)
 
 
 def _kept(job: Job, run: Run) -> KeptStatistics | None:
@@ -96,11 +97,11 @@ def _restored(model: Any) -> Iterator[None]:
 
 
 def _compress(
-    job: Job, model: Any, tokenizer: Any, output: OutputFolder | None, run_dir: str | Path | None
+    job: Job, model: Any, tokenizer: Any, output: OutputFolder | None, run_dir: Path | None
 ) -> CompressionResult:
     job.load(model, tokenizer)
     origin = origin_of(model)
-    with _run_folder(output.path if output else None, run_dir) as folder, Run(folder, job.identity()) as run:
+    with _run_folder(output, run_dir) as folder, Run(folder, job.identity()) as run:
         stage = run.stage(job.spectra_key())
         job.announce(is_decomposed(job, stage))
         need_space(folder, job.stored_bytes())
@@ -152,9 +153,10 @@ def find_plan(
     """
     made = Recipe.merged(recipe, options).model_copy(update={"evaluation": None})
     job = Job(made, progress or Progress(), resumable=run_dir is not None, cuts=False)
+    place = _place_of_run(None, run_dir)
     with _restored(model):
         job.load(model, tokenizer)
-        with _run_folder(None, run_dir) as folder, Run(folder, job.identity()) as run:
+        with _run_folder(None, place) as folder, Run(folder, job.identity()) as run:
             stage = run.stage(job.spectra_key())
             job.announce(is_decomposed(job, stage))
             need_space(folder, job.stored_bytes())
@@ -192,15 +194,27 @@ def _write(job: Job, record: dict[str, Any], output: OutputFolder) -> None:
         write_reports(record, partial)
 
 
+def _place_of_run(output: OutputFolder | None, run_dir: str | Path | None) -> Path | None:
+    """The run directory that is named; None where nobody asked for one. Refuses what cannot be used."""
+    if run_dir is not None:
+        return usable_folder(run_dir, output.path if output else None)
+    if output is not None:
+        usable_folder(_own_run(output), output.path)
+    return None
+
+
+def _own_run(output: OutputFolder) -> Path:
+    return output.path.with_name(output.path.name + ".run")
+
+
 @contextmanager
-def _run_folder(out: Path | None, run_dir: str | Path | None) -> Iterator[Path]:
+def _run_folder(output: OutputFolder | None, run_dir: Path | None) -> Iterator[Path]:
     """The run directory; one that nobody asked for is removed when all is done, and kept when it is not."""
     if run_dir is not None:
-        yield Path(run_dir)
-    elif out is None:
+        yield run_dir
+    elif output is None:
         with tempfile.TemporaryDirectory(prefix="slimrank-") as temporary:
             yield Path(temporary)
     else:
-        folder = out.with_name(out.name + ".run")
-        yield folder
-        remove_run(folder)
+        yield _own_run(output)
+        remove_run(_own_run(output))
