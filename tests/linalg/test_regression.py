@@ -333,3 +333,15 @@ def test_spd_solve_is_the_pseudo_inverse(rank):
     matrix = root @ root.t()
     close(spd_solve(matrix, right), torch.linalg.pinv(matrix, hermitian=True, rtol=1e-10) @ right, 1e-6)
     assert torch.equal(spd_solve(torch.zeros(5, 5, dtype=torch.float64), right), torch.zeros_like(right))
+
+
+@pytest.mark.parametrize("flaw", ["dead", "repeated"])
+def test_where_a_form_is_singular_the_scale_of_a_channel_does_not_matter_either(flaw):
+    rows = random(100, 30, seed=1) * torch.logspace(0, 7, 30, dtype=torch.float64)
+    expected = random(30, 2, seed=2)
+    if flaw == "dead":
+        rows[:, 3], expected[3] = 0, 0
+    else:
+        rows[:, 4], expected[4] = rows[:, 5], expected[5]
+    matrix = rows.t() @ rows
+    torch.testing.assert_close(spd_solve(matrix, matrix @ expected), expected, rtol=1e-6, atol=1e-6)

@@ -298,3 +298,26 @@ def test_windows_that_a_layer_reads_in_another_shape_are_stacked():
         collector.begin(None, (4, TOKENS))
         layer(x.flatten(0, 1))
     close(collector.sums["layer"].inputs.gram, x.flatten(0, 1).double().T @ x.flatten(0, 1).double())
+
+
+def test_a_strong_common_direction_leaves_the_centred_gram_exact():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 16, generator=draw) + 300 * torch.randn(16, generator=draw)
+    sums = StreamSums.empty(16, torch.device("cpu"), own=True)
+    sums.add(x, x)
+    around = x.double() - x.double().mean(dim=0)
+    found = sums.problem(torch.eye(16), centred=True).gram
+    torch.testing.assert_close(found, around.t() @ around, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("value, change", [(3.0, 0.0), (3.0, 3e-4), (300.0, 3e-2)])
+def test_a_channel_that_hardly_changes_keeps_its_weight(value, change):
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(500, 12, generator=draw), torch.randn(5, 12, generator=draw).double()
+    wanted = x + 0.1 * torch.randn(500, 12, generator=draw)
+    x[:, 4] = wanted[:, 4] = value + change * torch.randn(500, generator=draw)
+    sums = StreamSums.empty(12, torch.device("cpu"), own=False)
+    for part in range(0, 500, 100):
+        sums.add(x[part : part + 100], wanted[part : part + 100])
+    found = sums.problem(weight, centred=True).towards(weight, 1e-3).solution()
+    torch.testing.assert_close(found[:, 4], weight[:, 4], rtol=1e-6, atol=1e-6)

@@ -152,6 +152,22 @@ def spd_solve(matrix: Tensor, right: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0 and bool((factor.diagonal().square() > PINV_TOLERANCE * matrix.diagonal()).all()):
         return torch.cholesky_solve(right, factor)
-    values, vectors, _ = descending_eigen(matrix)
-    kept = values > PINV_TOLERANCE * values[0]
-    return vectors[:, kept] @ (vectors[:, kept].t() @ right / values[kept, None])
+    alive = ~(matrix.diagonal() <= 0)  # NaN stays, for the eigen-solver to refuse
+    found = torch.zeros_like(right)
+    found[alive] = _singular_solve(matrix[alive][:, alive], right[alive])
+    return found
+
+
+def _singular_solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return matrix^+ right. Eigenvalues of the correlation matrix tell the span: all channels count alike in it."""
+    scale = matrix.diagonal().rsqrt()[:, None]
+    values, vectors, _ = descending_eigen(scale * matrix * scale.t())
+    kept = values > PINV_TOLERANCE * values[:1]
+    span, null = vectors[:, kept], scale * vectors[:, ~kept]
+    found = scale * (span @ (span.t() @ (scale * _beside(null, right)) / values[kept, None]))
+    return _beside(null, found)
+
+
+def _beside(null: Tensor, x: Tensor) -> Tensor:
+    """Return the part of x that is orthogonal to the columns of `null`."""
+    return x - null @ torch.linalg.lstsq(null, x).solution

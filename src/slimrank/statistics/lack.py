@@ -49,10 +49,10 @@ class LackSums:
             self.energy + other.energy,
         )
 
-    def centred(self, mean: Tensor, aim: Tensor, count: int) -> LackSums:
-        """The same around the means of e, x' (mean) and x (aim)."""
+    def centred(self, mean: Tensor, aim: Tensor, count: int, varies: Tensor) -> LackSums:
+        """Return the same around the means of e, x' (mean) and x (aim), for the channels of x' that vary (1, or 0)."""
         return LackSums(
-            self.by_inputs - torch.outer(self.total, mean),
+            (self.by_inputs - torch.outer(self.total, mean)) * varies,
             self.by_wanted - torch.outer(self.total, aim),
             torch.zeros_like(self.total),
             self.energy - float(self.total.square().sum()) / count,

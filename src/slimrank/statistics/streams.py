@@ -16,6 +16,8 @@ from slimrank.statistics.lack import LackSums
 from slimrank.statistics.sums import CHUNK, GramSum
 from slimrank.statistics.tokens import Tokens
 
+CONSTANT = (1e-6, 1e-12)  # of a channel's energy: rounding of sums of float32 products, and of float64 ones
+
 
 @dataclass
 class StreamSums:
@@ -25,11 +27,13 @@ class StreamSums:
         inputs: sum of x' x'^T.
         wanted: sum of x x^T; the same object as `inputs` where the target is self.
         cross: sum of x x'^T (n x n, float64); None where it is that of `inputs`.
+        exact: whether all products of x' are of float64.
     """
 
     inputs: GramSum
     wanted: GramSum
     cross: Tensor | None = None
+    exact: bool = True
 
     @classmethod
     def empty(cls, n: int, device: torch.device, own: bool) -> StreamSums:
@@ -42,21 +46,24 @@ class StreamSums:
     def add(self, inputs: Tensor, wanted: Tensor) -> bool:
         """Add tokens (tokens x n) of both; says whether the sums are still finite."""
         finite = self.inputs.add(inputs)
+        exact = finite and (inputs.dtype == torch.float64 or hides_small_spectrum(self.inputs.gram))
+        self.exact = self.exact and exact
         if self.cross is None:
             return finite
-        exact = finite and hides_small_spectrum(self.inputs.gram)
         for x, t in zip(inputs.split(CHUNK), wanted.split(CHUNK), strict=True):
             self.cross += _product(t, x, exact, self.cross.device)
         return self.wanted.add(wanted) and finite
 
     def __add__(self, other: StreamSums) -> StreamSums:
-        inputs = self.inputs + other.inputs
+        inputs, exact = self.inputs + other.inputs, self.exact and other.exact
         if self.cross is None or other.cross is None:
-            return StreamSums(inputs, inputs)
-        return StreamSums(inputs, self.wanted + other.wanted, self.cross + other.cross)
+            return StreamSums(inputs, inputs, exact=exact)
+        return StreamSums(inputs, self.wanted + other.wanted, self.cross + other.cross, exact)
 
     def problem(self, weight: Tensor, centred: bool, lack: LackSums | None = None) -> Regression:
         """The least-squares problem of reproducing W x (+ e) from x'; around the means of all, if `centred`.
+
+        Around its mean, a channel that never changes leaves nothing but rounding. It counts as zero there.
 
         Args:
             weight: W (m x n).
@@ -68,9 +75,11 @@ class StreamSums:
         if centred and self.inputs.count > 1:  # around itself, one token leaves nothing but rounding
             mean, aim = self.means()
             n = self.inputs.count
-            gram, wanted = gram - n * torch.outer(mean, mean), wanted - n * torch.outer(aim, aim)
-            cross = cross - n * torch.outer(aim, mean)
-            lack = lack.centred(mean, aim, n) if lack is not None else None
+            around, wanted = gram - n * torch.outer(mean, mean), wanted - n * torch.outer(aim, aim)
+            varies = (around.diagonal() > CONSTANT[self.exact] * gram.diagonal()).to(gram)
+            cross = (cross - n * torch.outer(aim, mean)) * varies
+            gram = around * torch.outer(varies, varies)
+            lack = lack.centred(mean, aim, n, varies) if lack is not None else None
         plain = Regression(gram, w @ cross, float((w @ wanted * w).sum()), cross)
         if lack is None:
             return plain

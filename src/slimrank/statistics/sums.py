@@ -50,7 +50,8 @@ class GramSum:
             partial = gram(wide)
             finite = finite and bool(torch.isfinite(partial.diagonal()).all())
             if finite and wide.dtype != torch.float64 and hides_small_spectrum(partial):
-                partial = gram(wide.to(self.upper.device).double())  # in this order: mps has no float64
+                wide = wide.to(self.upper.device).double()  # in this order: mps has no float64
+                partial = gram(wide)
             self.upper += partial.to(self.upper.device)
             self.total += wide.sum(dim=0).to(self.upper.device)
         self.count += len(rows)
