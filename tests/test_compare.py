@@ -468,3 +468,14 @@ def test_a_folder_that_cannot_be_made(model, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="Not a directory"):
         comparison.compare(model, [Cell("one", {"keep_ratio": 0.6, "method": "svd"})], tmp_path / "file" / "cmp")
+
+
+def test_a_folder_in_the_home_folder(model, tmp_path, monkeypatch, in_this_process, text_file):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    cell = Cell("one", {"keep_ratio": 0.6, "method": "svd"})
+    comparison.compare(model, [cell], "~/cmp", texts=[str(text_file)], windows=2, seq_len=16)
+    assert {"cells", "run", "comparison.json"} <= {p.name for p in (tmp_path / "home" / "cmp").iterdir()}
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(OutputError, match="home directory"):
+        comparison.compare(model, [cell], "~no-such-user/cmp", texts=[str(text_file)], windows=2, seq_len=16)

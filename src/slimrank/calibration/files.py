@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slimrank.calibration.rows import Row, row_value, text_column
-from slimrank.errors import DataError, MissingExtraError
+from slimrank.errors import DataError, MissingExtraError, first_line
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 WHAT_A_SOURCE_IS = (
@@ -86,8 +86,9 @@ def _lines(path: Path, text: str) -> Iterator[Row]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where} is not JSON: {error.msg}.", "one JSON object per line") from error
+            except (ValueError, RecursionError) as error:  # also numbers that are too long
+                message = f"{where} is not JSON: {getattr(error, 'msg', first_line(error))}."
+                raise DataError(message, "one JSON object per line") from error
             yield where, row_value(row, where)
 
 
@@ -95,7 +96,7 @@ def _json(path: Path, text: str) -> Iterator[Row]:
     """Read a .json file, which holds either one document or, as many published data sets do, one a line."""
     try:
         whole: Any = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return _lines(path, text)
     rows = whole if isinstance(whole, list) else [whole]
     places = [f"row {number} of '{path}'" for number in range(1, len(rows) + 1)]

@@ -80,14 +80,15 @@ def compare(
         OutputError: the folder cannot be made.
         SlimrankError: the model cannot be read.
     """
-    folder, progress = Path(out), progress or Progress()
+    progress = progress or Progress()
     check_windows(windows)
     _check(model, cells, device, dtype)
     _check_sources(cells, texts, tasks)
     try:
+        folder = Path(out).expanduser()
         (folder / "cells").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, folder) from error
+    except (OSError, RuntimeError) as error:  # the latter for an unknown user (~name)
+        raise disk_error(error, Path(out)) from error
     common = {
         "model": resolve(model, progress), "texts": list(texts), "windows": windows, "seq_len": seq_len,
         "device": device, "dtype": dtype, "tasks": None if tasks is None else _plain(tasks), "record": RECORD,

@@ -17,7 +17,7 @@ from slimrank.errors import ModelError, NonFiniteError
 from slimrank.export.processor import find_file
 from slimrank.export.register import register
 from slimrank.models.demo import demo_folder
-from slimrank.models.explained import WHAT_MODEL_MAY_BE, explained
+from slimrank.models.explained import WHAT_MODEL_MAY_BE, explained, reason_of
 from slimrank.models.files import ADAPTER, check_files, refuse_pointers, stored_tensors, total_bytes, weight_files
 from slimrank.models.generation import check_generation
 from slimrank.models.gguf import gguf_place, load_gguf
@@ -208,8 +208,11 @@ def resolve(spec: str | Path, progress: Progress | None = None) -> str:
     """
     if str(spec) == "demo":
         return str(demo_folder(progress))
-    with explained(spec):  # a name that no disk allows, an unknown user (~name), a folder that may not be read
-        path, exists = Path(spec).expanduser(), Path(spec).expanduser().exists()
+    try:
+        path = Path(spec).expanduser()
+        exists = path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no disk allows, or an unknown user (~name)
+        raise ModelError(f"the model '{spec}' cannot be loaded: {reason_of(error)}", WHAT_MODEL_MAY_BE) from error
     if path.is_file() and path.suffix == ".gguf":
         return str(path)
     if path.is_dir() and str(spec):
