@@ -104,6 +104,12 @@ def test_what_transformers_has_itself_is_taken_from_there(custom):
     assert type(skeleton(custom).model) is transformers.LlamaForCausalLM
 
 
+def test_names_of_the_hub_may_differ_in_capitals(custom):
+    """MPTForCausalLM of the hub is MptForCausalLM in transformers."""
+    edit(custom, architectures=["LLaMAForCausalLM"], auto_map=OWN)
+    assert type(load(custom)[0]) is transformers.LlamaForCausalLM
+
+
 def test_a_tokenizer_of_its_own_is_refused(custom):
     path = custom / "tokenizer_config.json"
     about = {**json.loads(path.read_text()), "tokenizer_class": "OwnTokenizer"}

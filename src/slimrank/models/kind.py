@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,13 +95,19 @@ def _refuse_custom_code(spec: str | Path, content: Mapping[str, Any]) -> None:
     if not auto_map or content.get("model_type") == MODEL_TYPE:
         return
     named = list(content.get("architectures") or [])
-    if content.get("model_type") in CONFIG_MAPPING and all(hasattr(transformers, name) for name in named):
+    if content.get("model_type") in CONFIG_MAPPING and set(map(str.lower, named)) <= _names_of_transformers():
         return
     raise ModelError(
         f"the model '{spec}' ({', '.join(named) or content.get('model_type')}) comes with code of its own, which "
         "slimrank never runs.",
         "a model that transformers itself supports, or a newer transformers, which may support this one",
     )
+
+
+@functools.cache
+def _names_of_transformers() -> frozenset[str]:
+    """List the names of transformers in small letters: the MPTForCausalLM of the hub is MptForCausalLM there."""
+    return frozenset(name.lower() for name in dir(transformers))
 
 
 def check_decoder(what: str, config: Any) -> None:
@@ -141,7 +148,7 @@ def _class_of(spec: str | Path, config: Any, content: Mapping[str, Any]) -> Any:
     what = f"the model '{spec}' ({', '.join(named) or type(config).__name__})"
     if not native:
         raise ModelError(f"{what} is not a language model.", _DECODERS)
-    chosen = [each for each in native if each.__name__ in named]
+    chosen = [each for each in native if each.__name__.lower() in map(str.lower, named)]
     if not chosen and named:
         _refuse_other_tasks(what, config, named)
     exact = [each for each in native if each.config_class is type(config)]
