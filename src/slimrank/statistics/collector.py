@@ -24,7 +24,7 @@ from slimrank.statistics.sums import (
     ChannelSums,
     GramSum,
     SampleGradients,
-    channel_energies,
+    squares_of,
     weight_gradient_squares,
 )
 from slimrank.statistics.tokens import Tokens
@@ -188,7 +188,7 @@ class Collector:
 
     def _added(self, energies: Tensor | None, rows: Tensor) -> Tensor:
         """Return the energy of each channel, with those of more tokens (tokens x n) added; float64."""
-        squares = channel_energies(rows.to(self.device))
+        squares = squares_of(rows.to(self.device))
         return squares if energies is None else energies + squares
 
     def _by_outputs(self, path: str, mine: LayerStatistics) -> bool:

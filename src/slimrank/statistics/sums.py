@@ -169,8 +169,8 @@ class SampleGradients:
             yield g.to(like), x.to(like)
 
 
-def channel_energies(rows: Tensor) -> Tensor:
-    """Return the sum of squares of each channel (n, float64) of tokens (tokens x n), few enough at a time to be quick."""
+def squares_of(rows: Tensor) -> Tensor:
+    """Return the sum of squares of each channel (n, float64) over tokens (tokens x n), a few tokens at a time."""
     parts = rows.split(max(1, CACHED // rows.shape[1]))
     return torch.stack([part.double().square().sum(dim=0) for part in parts]).sum(dim=0)
 
