@@ -51,3 +51,11 @@ def test_tokens_that_one_of_them_rules_out():
 def test_distributions_that_have_nothing_in_common():
     z = torch.tensor([[200.0, 0.0, -200.0]])
     assert divergence(log_softmax(z, -1), log_softmax(-z, -1)) == pytest.approx(400)
+
+
+def test_a_token_that_one_rules_out_all_but_for_a_denormal_number():
+    first, second = torch.zeros(2, 2000)
+    first[0], second[0] = -95.0, 3.0
+    log_p, log_q = log_softmax(first.double(), dim=-1), log_softmax(second.double(), dim=-1)
+    expected = float((log_p.exp() * (log_p - log_q)).sum())
+    assert divergence(log_p.float(), log_q.float()) == pytest.approx(expected, rel=1e-5)

@@ -25,10 +25,11 @@ def hides_small_spectrum(gram: Tensor) -> bool:
     alive = int((scale > 0).sum())
     if alive <= DIRECTIONS:
         return alive > 1  # so small a product costs nothing in float64
-    correlation = scale[:, None] * gram * scale
+    scale = scale[:, None]
     draw = torch.Generator().manual_seed(0)
     basis = torch.randn(len(gram), DIRECTIONS, generator=draw).to(gram)
     for _ in range(ITERATIONS):
-        basis = torch.linalg.qr(correlation @ basis).Q
-    held = float((basis * (correlation @ basis)).sum())
+        basis = torch.linalg.qr(scale * (gram @ (scale * basis))).Q
+    basis = scale * basis
+    held = float((basis * (gram @ basis)).sum())
     return 1 - held / alive < LEAST_BESIDE

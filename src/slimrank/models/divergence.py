@@ -24,7 +24,6 @@ from slimrank.models.states import State
 CACHED = 2**18  # numbers: of a CPU's cache
 AT_ONCE = 2**26  # numbers: 256 MB of float32, on an accelerator
 NEAR = 1e-2  # nats: rounding of float32 is a hundred thousandth of it
-LARGEST = 80.0  # of a difference of logarithms whose exponential float32 can hold
 
 
 class Scorer:
@@ -81,15 +80,16 @@ def divergence(log_p: Tensor, log_q: Tensor) -> float:
     """KL(p || q), summed over all distributions (..., vocabulary); both in float32.
 
     With d = log q - log p it is -sum p d, in which errors of rounding in d count as they are. Where that is small it is
-    sum p (e^d - 1 - d): no term is negative, and those errors count by their squares.
+    sum p (e^d - 1 - d): no term is negative, and those errors count by their squares. What p all but rules out adds q
+    to that sum, and e^d might be too large for float32.
     """
     p = log_p.exp()
-    never = p == 0
+    never = p < torch.finfo(p.dtype).tiny
     d = (log_q - log_p).masked_fill_(never, 0)
     found = -(p * d).sum(dim=-1)
     near = found < NEAR
     if bool(near.any()):
-        terms = torch.expm1(d.clamp_(max=LARGEST)).sub_(d).clamp_(min=0).mul_(p)
+        terms = torch.expm1(d).sub_(d).clamp_(min=0).mul_(p)
         if bool(never.any()):
             terms += log_q.exp() * never
         found = torch.where(near, terms.sum(dim=-1), found)

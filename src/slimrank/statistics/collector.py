@@ -20,7 +20,13 @@ from slimrank.statistics.calls import LayerCall
 from slimrank.statistics.layer import LayerStatistics
 from slimrank.statistics.needs import Gathering
 from slimrank.statistics.routing import Routing
-from slimrank.statistics.sums import ChannelSums, GramSum, SampleGradients, weight_gradient_squares
+from slimrank.statistics.sums import (
+    ChannelSums,
+    GramSum,
+    SampleGradients,
+    squares_of,
+    weight_gradient_squares,
+)
 from slimrank.statistics.tokens import Tokens
 from slimrank.statistics.truncation import truncate_output
 from slimrank.statistics.windows import BatchWindows, Part
@@ -182,7 +188,7 @@ class Collector:
 
     def _added(self, energies: Tensor | None, rows: Tensor) -> Tensor:
         """Return the energy of each channel, with those of more tokens (tokens x n) added; float64."""
-        squares = rows.to(self.device).double().square().sum(dim=0)  # in this order: mps has no float64
+        squares = squares_of(rows.to(self.device))
         return squares if energies is None else energies + squares
 
     def _by_outputs(self, path: str, mine: LayerStatistics) -> bool:

@@ -12,6 +12,7 @@ from slimrank.linalg.outliers import hides_small_spectrum
 from slimrank.linalg.symmetric import gram, mirror_upper
 
 CHUNK = 8192  # tokens summed in float32 before they are added to the float64 accumulator
+CACHED = 2**17  # numbers of float64: of a CPU's cache
 
 
 @dataclass
@@ -166,6 +167,12 @@ class SampleGradients:
     def _wide_tokens(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for g, x in self.tokens:
             yield g.to(like), x.to(like)
+
+
+def squares_of(rows: Tensor) -> Tensor:
+    """Return the sum of squares of each channel (n, float64) over tokens (tokens x n), a few tokens at a time."""
+    parts = rows.split(max(1, CACHED // rows.shape[1]))
+    return torch.stack([part.double().square().sum(dim=0) for part in parts]).sum(dim=0)
 
 
 def weight_gradient_squares(g: Tensor, x: Tensor) -> Tensor:

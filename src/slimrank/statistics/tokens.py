@@ -37,7 +37,8 @@ class Tokens:
         repeats = None if shape is None else rows_per_token(tuple(x.shape[:-1]), *shape)
         if shape is None or repeats is None:
             return None
-        return torch.arange(shape[0] * shape[1], device=x.device).repeat_interleave(repeats)
+        tokens = torch.arange(shape[0] * shape[1], device=x.device)
+        return tokens if repeats == 1 else tokens.repeat_interleave(repeats)
 
     def real(self, x: Tensor, numbers: Tensor | None) -> Tensor:
         """The rows (rows x n) of a tensor (..., n) that belong to real tokens; all where that cannot be told."""
