@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Annotated, NamedTuple
 
@@ -24,7 +25,7 @@ Iterations = Annotated[
 ]
 Shrink = Annotated[float, Field(ge=0, le=1, description="Shrinkage of both factors.")]
 
-LEAST_CHANGE = 1e-8  # of a factor of unit norm in one round, at which it has converged; 100 eps where that is more
+LEAST_ERROR = 1e-8  # of a factor of unit norm that has converged; 100 eps where that is more
 
 
 class Nearest(NamedTuple):
@@ -34,14 +35,14 @@ class Nearest(NamedTuple):
         row: m x m, float64, of unit norm.
         column: n x n, float64, of unit norm.
         norm: of the product.
-        change: of `column` in the last round.
+        error: about how far `column` still is from where the rounds lead.
         converged: whether that is as little as rounding.
     """
 
     row: Tensor
     column: Tensor
     norm: float
-    change: float
+    error: float
     converged: bool
 
 
@@ -71,7 +72,7 @@ def gfwsvd(
     found = solve(weight, Metric(*forms)).scaled(nearest.norm)
     if nearest.converged:
         return found
-    note = f"the Kronecker factors still change by {nearest.change:.1e} after {iterations} rounds: raise iterations"
+    note = f"the Kronecker factors are about {nearest.error:.1e} off after {iterations} rounds: raise iterations"
     return replace(found, notes=(*found.notes, note))
 
 
@@ -80,7 +81,8 @@ def kronecker_factors(samples: SampleGradients, like: Tensor, iterations: int) -
 
     Power iteration on the rearranged Fisher matrix, B <- I, A <- sum G_i B G_i^T, B <- sum G_i^T A G_i. Both maps keep
     matrices positive semidefinite, so that the factors have the right sign by themselves; singular vectors as a Lanczos
-    solver gives them may both be negative.
+    solver gives them may both be negative. Changes shrink by the same factor in each round, so that all later rounds
+    together make change / (1 - factor).
 
     Args:
         samples: the G_i (m x n), at least one.
@@ -89,15 +91,16 @@ def kronecker_factors(samples: SampleGradients, like: Tensor, iterations: int) -
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     column = torch.eye(like.shape[1], device=like.device, dtype=dtype)
-    least = max(LEAST_CHANGE, 100 * torch.finfo(dtype).eps)
+    least, change = max(LEAST_ERROR, 100 * torch.finfo(dtype).eps), math.inf
     for _ in range(iterations):
         row = _unit(samples.row(column))
         pulled = samples.column(row)
         before, column = column, _unit(pulled)
-        change = float((column - before).norm())
-        if change <= least:
+        earlier, change = change, float((column - before).norm())
+        error = change / (1 - change / earlier) if change < earlier else math.inf
+        if error <= least or change == 0:
             break
-    return Nearest(row.double(), column.double(), float(pulled.norm()), change, change <= least)
+    return Nearest(row.double(), column.double(), float(pulled.norm()), error, error <= least)
 
 
 def _unit(matrix: Tensor) -> Tensor:
