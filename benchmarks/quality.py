@@ -48,8 +48,11 @@ for _part, _factor in {"three eighths": 3, "half": 4}.items():
         **_BEST, "refine_options": {**_BEST["refine_options"], "samples_factor": _factor},
     }  # fmt: skip
 PIVOT = {**KFAC, "allocation": "spectrum", "factor_form": "pivot"}
-REGRESS = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01}}
-MORE_TEXT = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01, "samples_factor": 4}}
+REGRESS = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01, "ridge_unit": "identity"}}
+MORE_TEXT = {
+    "refine": "regress",
+    "refine_options": {"anchor": 1.0, "ridge": 0.01, "ridge_unit": "identity", "samples_factor": 4},
+}
 ABLATION = {
     "spectrum, pairs": {**KFAC, "allocation": "spectrum"},
     "spectrum, pivot": PIVOT,
