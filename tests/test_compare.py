@@ -461,7 +461,7 @@ def test_notes_on_texts_are_those_of_the_cell(model, tmp_path, in_this_process):
     )
     skipped, found = record["cells"]["one"]["notes"]
     assert "1 rows without text" in skipped
-    assert found.startswith(f"{copy}: perplexity is measured on the calibration text")
+    assert found.startswith(f"{copy}: the calibration text contains")
 
 
 def test_a_folder_that_cannot_be_made(model, tmp_path):

@@ -194,14 +194,14 @@ def _overlap(evaluation: Tensor, draws: Draws, drawn: Sequence[Tensor | None], b
     for some in drawn:
         if some is not None:
             in_drawn |= windows_found(windows, some[:, skipped:])
-    return f"{found_note(found)}, {int(in_drawn.sum())} of them among the windows that were drawn"
+    return f"{found_note(found)} {int(in_drawn.sum())} of them are among the windows that calibrate."
 
 
 def found_note(found: Tensor) -> str:
     """Say how many evaluation windows are found in the calibration text."""
     return (
-        "perplexity is measured on the calibration text, so it shows less of the loss than other text would: "
-        f"that text holds {int(found.sum())} of {len(found)} evaluation windows"
+        f"the calibration text contains {int(found.sum())} of the {len(found)} evaluation windows, so the perplexity "
+        "shows less of the loss than other text would."
     )
 
 

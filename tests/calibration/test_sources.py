@@ -135,6 +135,8 @@ def test_text_in_the_place_of_a_name():
 def test_the_two_demo_parts_do_not_overlap():
     calibration, evaluation = demo_documents("calibration"), demo_documents("evaluation")
     assert not set(calibration) & set(evaluation)
+    paragraphs = {" ".join(p.split()) for text in evaluation for p in text.split("\n\n")}
+    assert not [p for text in calibration for p in text.split("\n\n") if " ".join(p.split()) in paragraphs]
     assert len("".join(calibration)) > 200_000
     assert len("".join(evaluation)) > 50_000
     assert read_source("demo", "evaluation") == "\n\n".join(evaluation)

@@ -121,7 +121,7 @@ def test_perplexity_on_the_calibration_text_is_said(tmp_path, copied):
     result = slimrank.compress(
         tiny_model(), byte_tokenizer(), **options, calibration=str(calibration), out=tmp_path / "out"
     )
-    said = "that text holds 3 of 3 evaluation windows, "
+    said = "the calibration text contains 3 of the 3 evaluation windows, "
     assert (said in result.report["overlap"]) is bool(result.report["overlap"]) is copied
     assert [said in note for note in result.report["notes"]] == [True] * copied
     for name in ("README.md", "report.md", "report.html"):

@@ -110,12 +110,26 @@ def _hub(source: str) -> Iterator[Row]:
 
 
 def demo_documents(part: str) -> list[str]:
-    """The language reference that ships with every Python, one document a topic; every fourth is for evaluation."""
+    """Return the language reference that ships with every Python, one document a topic.
+
+    Every fourth topic is for evaluation. Topics repeat sections of each other, so calibration leaves out all paragraphs
+    that evaluation has.
+    """
     from pydoc_data.topics import topics
 
     names = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    wanted = [name for i, name in enumerate(names) if (i % 4 == 0) == (part == "evaluation")]
-    return [topics[name].strip() for name in wanted]
+    documents = [topics[name].strip() for name in names]
+    evaluation = documents[::4]
+    if part == "evaluation":
+        return evaluation
+    seen = {_words(paragraph) for document in evaluation for paragraph in document.split("\n\n")}
+    others = (document.split("\n\n") for i, document in enumerate(documents) if i % 4)
+    kept = ("\n\n".join(p for p in paragraphs if _words(p) not in seen) for paragraphs in others)
+    return [document for document in kept if document]
+
+
+def _words(paragraph: str) -> str:
+    return " ".join(paragraph.split())
 
 
 def _name(source: Source) -> str:

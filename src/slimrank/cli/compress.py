@@ -73,7 +73,7 @@ def show_report(report: dict[str, Any], out: Path) -> None:
         for name in ("before", "after"):
             print_text(f"  {name}: {one_line(report[name]['sample']['text'])}")
     if report["overlap"]:
-        print_text(f"\nbeware: {report['overlap']}")
+        print_text(f"\nwarning: {report['overlap']}")
     asked = report["provenance"]["recipe"]
     if report["before"] and asked["evaluation"] == "demo" and asked["calibration"] != "demo":
         print_text("\nperplexity is on Python's documentation, not on text like yours: give --eval-text FILE")
