@@ -58,10 +58,7 @@ def kind_of(spec: str | Path, place: Mapping[str, Any]) -> Kind:
     gguf = "gguf_file" in place
     if not gguf:
         _refuse_adapter(spec, str(place["pretrained_model_name_or_path"]))
-        with explained(spec):
-            content, _ = PreTrainedConfig.get_config_dict(**place)
-        if not isinstance(content, dict):
-            raise ModelError(f"the model '{spec}' cannot be loaded: its config.json holds no JSON object.", DAMAGED)
+        content = _content(spec, place)
         _refuse_custom_code(spec, content)
     widened = "GGUF" if gguf else check_quantisation(spec, content)
     with explained(spec):
@@ -73,6 +70,18 @@ def kind_of(spec: str | Path, place: Mapping[str, Any]) -> Kind:
         if reads_images(kind.model_class):
             check_text_alone(kind.model_class, kind.config)
     return kind
+
+
+def _content(spec: str | Path, place: Mapping[str, Any]) -> dict[str, Any]:
+    """Read config.json."""
+    with explained(spec):
+        try:
+            content, _ = PreTrainedConfig.get_config_dict(**place)
+        except TypeError:  # transformers 5.0 fails on a list itself
+            content = None
+    if not isinstance(content, dict):
+        raise ModelError(f"the model '{spec}' cannot be loaded: its config.json holds no JSON object.", DAMAGED)
+    return content
 
 
 def _refuse_adapter(spec: str | Path, source: str) -> None:
