@@ -99,7 +99,7 @@ def usable_folder(run_dir: str | Path, output: Path | None = None) -> Path:
 
     Raises:
         RunError: it is in the output folder, or holds something else.
-        OutputError: it is no folder, or cannot be looked into.
+        OutputError: it is not a folder, or cannot be read.
     """
     try:
         folder = Path(run_dir).expanduser().resolve()
@@ -116,7 +116,7 @@ def usable_folder(run_dir: str | Path, output: Path | None = None) -> Path:
 
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise RunError(f"'{folder}' exists and is no run directory of slimrank.", "choose another folder")
+        raise RunError(f"'{folder}' exists and is not a run directory of slimrank.", "choose another folder")
 
 
 def _unusable(folder: str | Path, error: Exception) -> OutputError:

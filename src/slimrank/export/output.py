@@ -35,7 +35,7 @@ class OutputFolder:
         try:
             self.path = path = path.expanduser().resolve()
             if not path.name:
-                raise OutputError(f"'{path}' is no place for a model.", "give a folder that does not exist yet")
+                raise OutputError(f"'{path}' cannot hold a model.", "give a folder that does not exist yet")
             self._partial = path.with_name(path.name + ".partial")
             self._old = path.with_name(path.name + ".old")
             self._check_path(overwrite)

@@ -178,7 +178,7 @@ class Metric:
 
 
 def channel_energies(diagonal: Tensor) -> Tensor:
-    """Return the diagonal of a form (n) with the median of the others in the place of zeros.
+    """Return the diagonal of a form (n) with the median of the others instead of zeros.
 
     A channel that was zero in all tokens says nothing about its scale. It counts as a typical one, so that a ridge in
     units of this diagonal still protects the weights that read it.

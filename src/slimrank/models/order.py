@@ -38,15 +38,7 @@ def reading_order(layers: Mapping[str, nn.Module], run: Callable[[], object]) ->
                 return
         stages.append((x, [role]))
 
-    def hook(path: str) -> Any:
-        return lambda module, args: observe(path, args[0])
-
-    handles = [layer.register_forward_pre_hook(hook(path)) for path, layer in layers.items()]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_heard(layers, run, observe)
     members = [[path for path in layers if without_numbers(path) in roles] for _, roles in stages]
     missing = [path for path in layers if not any(path in stage for stage in members)]
     return [*members, missing] if missing else members
@@ -73,9 +65,15 @@ def run_until_read(layers: Iterable[nn.Module], run: Callable[[], object]) -> No
 def calls_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> Counter[str]:
     """How often `run` calls each of these layers (module path -> module); once at least, for those that it may miss."""
     found: Counter[str] = Counter()
+    _run_heard(layers, run, lambda path, x: found.update([path]))
+    return Counter({path: max(1, found[path]) for path in layers})
+
+
+def _run_heard(layers: Mapping[str, nn.Module], run: Callable[[], object], hear: Callable[[str, Tensor], None]) -> None:
+    """Run, and tell `hear` the path and the input of each of these layers before every call."""
 
     def hook(path: str) -> Any:
-        return lambda module, args: found.update([path])
+        return lambda module, args: hear(path, args[0])
 
     handles = [layer.register_forward_pre_hook(hook(path)) for path, layer in layers.items()]
     try:
@@ -83,4 +81,3 @@ def calls_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> Coun
     finally:
         for handle in handles:
             handle.remove()
-    return Counter({path: max(1, found[path]) for path in layers})
