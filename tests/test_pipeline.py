@@ -311,7 +311,7 @@ def test_a_run_directory_made_by_other_inputs_is_refused(tmp_path, text_file):
     other = save_tiny(tmp_path / "other", seed=1)
     with pytest.raises(RunError, match=r"\(model: "):
         slimrank.compress(other, run_dir=tmp_path / "run", **options(text_file))
-    with pytest.raises(RunError, match="is no run directory"):
+    with pytest.raises(RunError, match="is not a run directory"):
         slimrank.compress(folder, run_dir=folder, **options(text_file))
 
 
@@ -330,7 +330,7 @@ def test_a_run_directory_in_the_output_folder_is_refused(place, tmp_path):
         ("~no-such-user/run", OutputError, "cannot be used"),
         ("x" * 300, OutputError, "cannot be used"),
         ("file", OutputError, "cannot be used"),
-        (".", RunError, "is no run directory"),
+        (".", RunError, "is not a run directory"),
     ],
 )
 def test_a_run_directory_that_cannot_be_used_is_refused_before_the_model_is_read(

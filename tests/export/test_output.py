@@ -123,7 +123,7 @@ def test_space_is_checked_beforehand(tmp_path):
 
 def test_odd_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OutputError, match="no place for a model"):
+    with pytest.raises(OutputError, match="cannot hold a model"):
         OutputFolder(Path("/"))
     write(tmp_path / "real", "one")
     (tmp_path / "link").symlink_to(tmp_path / "real")
