@@ -16,9 +16,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from slimrank.allocate.curve import candidates, spectral_curve, tails
-from slimrank.allocate.exact import solve_exactly
-from slimrank.allocate.knapsack import solve
+from slimrank.budget.curves import candidates, spectral_curve, tails
+from slimrank.budget.exact import solve_exactly
+from slimrank.budget.knapsack import solve
 
 LLAMA_8B = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
 LLAMA_70B = [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]
@@ -61,8 +61,8 @@ def plain_pass(model, windows):
 def demo_rows(text, run_dir, method, samples, search):
     """On the demo model: gaps of the solver on its own curves, and the cost of measuring every layer once."""
     import slimrank
-    from slimrank.allocate.problem import Allocation
-    from slimrank.allocate.registry import ALLOCATORS, allocator
+    from slimrank.budget.problem import Allocation
+    from slimrank.methods.allocator import ALLOCATORS, allocator
 
     found = {}
 

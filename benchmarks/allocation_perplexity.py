@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 import slimrank
-from slimrank.allocate.registry import ALLOCATORS
-from slimrank.calibration.sources import read_source
-from slimrank.calibration.tokens import bos_of, tokenise
-from slimrank.calibration.windows import leading_windows
+from slimrank.methods.allocator import ALLOCATORS
 from slimrank.models.load import load
+from slimrank.text.sources import read_source
+from slimrank.text.tokens import bos_of, tokenise
+from slimrank.text.windows import leading_windows
 
 VARIANTS = {
     "spectrum relative": ("spectrum", {"scale": "relative"}),

@@ -25,7 +25,7 @@ from slimrank.pipeline.decomposing import decompose
 from slimrank.pipeline.job import Job
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
-from slimrank.run import Run
+from slimrank.store import Run
 
 ROWS = {  # name -> needs, resident, bound
     "column": ({"column"}, False, 1.6),

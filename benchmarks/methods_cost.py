@@ -23,14 +23,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimrank
-from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.linalg.lowrank import Spectrum
+from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.models.load import load
 from slimrank.pipeline.decomposing import decompose
 from slimrank.pipeline.job import Job
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
-from slimrank.run import Run
+from slimrank.store import Run
 
 LLAMA3 = LlamaConfig(
     vocab_size=512, hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32,

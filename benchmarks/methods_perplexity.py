@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 import slimrank
-from slimrank.calibration.sources import read_source
-from slimrank.calibration.tokens import bos_of, tokenise
-from slimrank.calibration.windows import leading_windows
-from slimrank.decompose.registry import DECOMPOSERS
+from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.models.load import load
+from slimrank.text.sources import read_source
+from slimrank.text.tokens import bos_of, tokenise
+from slimrank.text.windows import leading_windows
 
 REFINED = {
     f"svd_llm + {name}": {"method": "svd_llm", "refine": refiner, "refine_options": options}

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 import slimrank
-from slimrank.calibration.sources import read_source
-from slimrank.calibration.tokens import bos_of, tokenise
-from slimrank.calibration.windows import count_windows, leading_windows
 from slimrank.models.load import load
 from slimrank.recipe import Recipe
+from slimrank.text.sources import read_source
+from slimrank.text.tokens import bos_of, tokenise
+from slimrank.text.windows import count_windows, leading_windows
 
 KFAC = {"method": "kfac_svd", "method_options": {"row_shrink": 0.3, "column_shrink": 0.1, "shrink_target": "identity"}}
 PAPERS = {

@@ -14,7 +14,7 @@ import sys
 import torch
 
 import slimrank
-from slimrank.allocate.solving import least_error
+from slimrank.methods.solver_options import least_error
 from slimrank.recipe import Recipe
 
 

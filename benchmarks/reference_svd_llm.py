@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import slimrank
-from slimrank.calibration.windows import draw_windows, leading_windows
 from slimrank.models.load import load
+from slimrank.text.windows import draw_windows, leading_windows
 
 
 def grams_float64(model, windows):

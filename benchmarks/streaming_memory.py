@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slimrank.decompose.registry import DECOMPOSERS
+from slimrank.methods.decomposer import DECOMPOSERS
 
 
 def build(folder, blocks, width):

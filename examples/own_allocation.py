@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import Field
 
 import slimrank
-from slimrank.allocate.problem import Allocation, Problem
-from slimrank.allocate.shares import ranks_from_fractions
+from slimrank.budget.problem import Allocation, Problem
+from slimrank.budget.proportional import ranks_from_fractions
 
 Ends = Annotated[int, Field(ge=0, description="Blocks at either end that keep more.")]
 Extra = Annotated[float, Field(ge=0, le=1, description="What fraction of their parameters more.")]

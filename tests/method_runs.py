@@ -7,13 +7,13 @@ import torch
 
 import slimrank
 from helpers import byte_tokenizer, text, tiny_model
-from slimrank.calibration.tokens import tokenise
-from slimrank.calibration.windows import draw_windows
 from slimrank.cli import main
-from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.layers import LowRankLinear
+from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.models.structure import find_blocks
 from slimrank.progress import Progress
+from slimrank.text.tokens import tokenise
+from slimrank.text.windows import draw_windows
 
 TEXT = (text(),)
 METHODS = list(DECOMPOSERS.all())
@@ -144,4 +144,4 @@ def tied_between_layers():
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Nothing here depends on memory given back, which takes longer than the tests."""
-    monkeypatch.setattr("slimrank.models.paging._weight_files", list)
+    monkeypatch.setattr("slimrank.models.page_out._weight_files", list)

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from slimrank.decompose.registry import Decomposer
 from slimrank.linalg.forms import Metric
+from slimrank.methods.decomposer import Decomposer
+from slimrank.statistics.catalogue import Gathering
 from slimrank.statistics.collector import Collector
-from slimrank.statistics.needs import Gathering
 
 PATH = "block.layer"
 UNTOUCHED = {"trim": 0, "clip": None, "accumulate": 1}

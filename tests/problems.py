@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import torch
 
-from slimrank.allocate.problem import Effect, Item, Problem
+from slimrank.budget.problem import Effect, Item, Problem
 from slimrank.linalg.cost import PAIR
 
 SHAPES = {"attn.q": (48, 48), "attn.k": (16, 48), "mlp.up": (96, 48), "mlp.down": (48, 96)}

@@ -10,15 +10,15 @@ import torch
 from helpers import byte_tokenizer, save_tiny, tiny_model
 from method_runs import SAMPLES, SEQ_LEN, TEXT, compress, run
 from problems import problem
-from slimrank.allocate.additivity import additivity
-from slimrank.allocate.plan import RankPlan
-from slimrank.allocate.problem import Allocation
-from slimrank.allocate.registry import ALLOCATORS, allocator
-from slimrank.calibration.tokens import tokenise
-from slimrank.calibration.windows import draw_apart, draw_windows
+from slimrank.budget.additivity import additivity
+from slimrank.budget.problem import Allocation
+from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import BudgetError, NonFiniteError, PlanError, RecipeError
 from slimrank.layers.dense import weight_of
+from slimrank.methods.allocator import ALLOCATORS, allocator
 from slimrank.models.targets import find_targets
+from slimrank.text.tokens import tokenise
+from slimrank.text.windows import draw_apart, draw_windows
 
 SEARCH = 3
 QUICK = {"fermigrad": {"steps": 2}, "dobi": {"steps": 1}, "atp": {"trials": 2}, "asvd": {"fractions": [0.5, 0.9]}}
@@ -122,8 +122,8 @@ def test_soft_ranks_at_their_ends_and_their_gradient(looking):
     """Nothing missing is the original; all beyond the rank missing is the cut model."""
 
     def look(problem):
-        from slimrank.allocate.fermigrad import Masks
-        from slimrank.allocate.soft import full_ranks
+        from slimrank.methods.allocate.fermigrad import Masks
+        from slimrank.methods.soft_ranks import full_ranks
 
         masks, top = Masks(problem), full_ranks(problem)
         cold = torch.full_like(top, 1e-3)
@@ -517,7 +517,7 @@ def test_a_text_that_is_too_short_says_so():
 
 
 def test_targets_of_other_blocks_have_the_same_role():
-    from slimrank.planning import role_of
+    from slimrank.pipeline.planning import role_of
 
     targets = find_targets(tiny_model())
     roles = [role_of(t, targets.blocks_path) for t in targets]

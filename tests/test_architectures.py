@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 import slimrank
 from architectures import ARCHITECTURES, random_model
 from helpers import byte_tokenizer, text
-from slimrank.dry_run import preview
 from slimrank.errors import ModelError, RecipeError
-from slimrank.evaluation import evaluate
+from slimrank.evaluate.api import evaluate
 from slimrank.layers.convert import compressed_layers
 from slimrank.layers.experts import Experts, experts_of, fuse, unfuse
 from slimrank.models.structure import experts_by_kind, find_blocks
 from slimrank.models.targets import find_targets
 from slimrank.pipeline import find_plan
+from slimrank.pipeline.preview import preview
 from slimrank.statistics.experts import UNREACHED
 
 IDS = torch.arange(20).reshape(2, 10)

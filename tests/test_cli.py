@@ -196,7 +196,7 @@ def test_errors_say_what_and_what_to_try(capsys, tiny_folder, tmp_path, argument
 def test_one_window_to_compare_on_is_refused_before_a_model_is_run(
     capsys, tiny_folder, tmp_path, monkeypatch, windows, message
 ):
-    monkeypatch.setattr("slimrank.evaluation.compare", lambda *_: pytest.fail("a model was run"))
+    monkeypatch.setattr("slimrank.evaluate.api.compare", lambda *_: pytest.fail("a model was run"))
     short = tmp_path / "short.txt"
     short.write_text("a" * 30)
     options = ["--text", short, "--seq-len", 24, *windows]

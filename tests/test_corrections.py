@@ -16,8 +16,8 @@ from slimrank.models.divergence import divergence_gradients
 from slimrank.models.gradients import step_back
 from slimrank.models.structure import find_blocks
 from slimrank.pipeline.correcting import Correction
+from slimrank.statistics.catalogue import Gathering
 from slimrank.statistics.collector import Collector
-from slimrank.statistics.needs import Gathering
 
 SMALL = {"method": "svd_llm", "samples": 4, "search_samples": 4, "seq_len": 24, "batch_size": 2, "evaluation": None}
 FORMS = [{}, {"factor_form": "pivot"}]

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimrank import compress
-from slimrank.calibration.sources import read_source
-from slimrank.calibration.tokens import tokenise
-from slimrank.calibration.windows import leading_windows
 from slimrank.evaluate.perplexity import perplexity
 from slimrank.layers.convert import compressed_layers, pair_of, stored_layer
+from slimrank.text.sources import read_source
+from slimrank.text.tokens import tokenise
+from slimrank.text.windows import leading_windows
 
 pytestmark = pytest.mark.demo
 FIRST = (r"re:model\.layers\.[0-2]\..*",)

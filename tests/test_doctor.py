@@ -18,7 +18,7 @@ from helpers import save_tiny
 from slimrank import doctor
 from slimrank.cli import main
 from slimrank.errors import MissingExtraError, ModelError
-from slimrank.estimate import LIBRARIES
+from slimrank.pipeline.forecast import LIBRARIES
 from slimrank.recipe import Recipe
 
 importlib.import_module("slimrank.report.record")  # has its own versions before a test fakes them

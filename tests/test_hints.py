@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from problems import problem
-from slimrank.allocate.budget import Budget
-from slimrank.allocate.curve import Limits
-from slimrank.allocate.plan import RankPlan
-from slimrank.allocate.registry import ALLOCATORS
-from slimrank.dry_run import preview
+from slimrank.budget.curves import Limits
+from slimrank.budget.rank_plan import RankPlan
+from slimrank.budget.stated import Budget
 from slimrank.errors import BudgetError
+from slimrank.methods.allocator import ALLOCATORS
+from slimrank.pipeline.preview import preview
 
 HINT = re.compile(r"a (keep_ratio|keep_total|max_bytes) of at least ([\d.]+)")
 STEP = {"keep_ratio": 1e-4, "keep_total": 1e-4, "max_bytes": 1}

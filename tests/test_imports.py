@@ -14,27 +14,21 @@ from helpers import byte_tokenizer, tiny_model
 
 ROOT = Path(slimrank.__file__).parent
 BASE = {"errors", "progress", "registry", "options", "_version"}
-ALLOWED = {  # room -> rooms it may know, besides itself and BASE
+ALLOWED = {  # package -> packages it may import, besides itself and BASE
     "linalg": set(),
     "layers": {"linalg"},
-    "run": set(),
-    "recipe": {"allocate"},
+    "store": set(),
+    "budget": {"layers", "linalg"},
+    "recipe": {"budget"},
     "statistics": {"layers", "linalg"},
-    "decompose": {"linalg", "statistics"},
-    "refine": {"linalg"},
-    "allocate": {"linalg"},
-    "export": {"layers", "linalg", "run"},
-    "models": {"layers", "linalg", "export"},
-    "calibration": {"linalg", "models"},
-    "evaluate": {"models"},
-    "report": {"run", "recipe", "allocate", "models"},
-    "estimate": {"models"},
-    "inputs": {"calibration", "models", "recipe"},
-    "sizes": {"allocate", "linalg", "models", "recipe"},
-    "planning": {"allocate", "decompose", "estimate", "linalg", "models", "recipe", "refine", "sizes"},
-    "evaluation": {"calibration", "evaluate", "inputs", "models"},
+    "methods": {"budget", "linalg", "statistics"},
+    "checkpoint": {"layers", "linalg", "store"},
+    "models": {"layers", "linalg", "checkpoint"},
+    "text": {"linalg", "models", "recipe"},
+    "evaluate": {"models", "text"},
+    "report": {"budget", "models", "recipe", "store"},
 }
-ANYTHING = {"cli", "pipeline", "dry_run", "doctor", "comparison", "__init__", "__main__"}
+ANYTHING = {"cli", "pipeline", "doctor", "comparison", "__init__", "__main__"}
 
 
 def room_of(path):
@@ -67,7 +61,7 @@ def modules_of(path):
             yield from (name.name for name in node.names)
 
 
-LOADER = [ROOT / "export" / f"{name}_slimrank.py" for name in ("configuration", "modeling")]
+LOADER = [ROOT / "checkpoint" / f"{name}_slimrank.py" for name in ("configuration", "modeling")]
 COPIED_LAYERS = [name for name in modules_of(LOADER[1]) if name.startswith("slimrank.")]
 
 

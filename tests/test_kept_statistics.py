@@ -9,9 +9,9 @@ from helpers import byte_tokenizer, text
 from slimrank.layers.convert import compressed_layers, pair_of
 from slimrank.pipeline.kept import KeptStatistics
 from slimrank.progress import Progress
-from slimrank.run import Run
-from slimrank.statistics.layer import LayerStatistics
-from slimrank.statistics.needs import Gathering
+from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.layer_statistics import LayerStatistics
+from slimrank.store import Run
 
 OPTIONS = {"keep_ratio": 0.6, "calibration": (text(400),), "samples": 4, "seq_len": 24, "evaluation": None}
 PASSES = ("embed", "step", "run")
@@ -152,9 +152,9 @@ def test_decomposing_from_kept_statistics_goes_on_where_it_was(then, tmp_path, m
     progress.step = step
     with pytest.raises(KeyboardInterrupt):
         compress(progress=progress, **changed, **kept)
-    solved, solve = [], slimrank.decompose.registry.Configured.solve
+    solved, solve = [], slimrank.methods.decomposer.Configured.solve
     monkeypatch.setattr(
-        "slimrank.decompose.registry.Configured.solve", lambda self, w, s: solved.append(1) or solve(self, w, s)
+        "slimrank.methods.decomposer.Configured.solve", lambda self, w, s: solved.append(1) or solve(self, w, s)
     )
     found = compress(**changed, **kept)
     assert len(solved) == len(found.plan.targets) // 2  # one of two blocks

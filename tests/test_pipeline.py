@@ -10,8 +10,6 @@ from transformers import AutoModelForCausalLM
 
 import slimrank.report.html
 from helpers import CONFIGS, VOCABULARY, byte_tokenizer, nothing_drawn, save_tiny, text, tiny_model
-from slimrank.calibration.tokens import tokenise
-from slimrank.calibration.windows import draw_windows
 from slimrank.errors import (
     BudgetError,
     DataError,
@@ -25,6 +23,8 @@ from slimrank.errors import (
 from slimrank.layers import LowRankLinear, PivotLinear
 from slimrank.pipeline import find_plan
 from slimrank.progress import Progress
+from slimrank.text.tokens import tokenise
+from slimrank.text.windows import draw_windows
 
 SMALL = {"method": "svd_llm", "samples": 4, "seq_len": 24, "batch_size": 2, "windows": 2}
 
@@ -474,8 +474,8 @@ def test_a_model_in_training_mode_samples_like_one_that_is_not(text_file):
 def test_a_plan_samples_no_more_text_than_it_reads(text_file, tmp_path, monkeypatch):
     """Windows to refine on are left to `compress`, which goes on in the same run directory."""
     sampled, announced, progress = [], [], Progress()
-    sample = slimrank.inputs.sample_windows
-    monkeypatch.setattr("slimrank.inputs.sample_windows", lambda *a: sampled.append(a[2]) or sample(*a))
+    sample = slimrank.text.texts.sample_windows
+    monkeypatch.setattr("slimrank.text.texts.sample_windows", lambda *a: sampled.append(a[2]) or sample(*a))
     progress.plan = announced.append
     refined = {"refine": "update", "refine_options": {"samples_factor": 4}, "allocation": "spectrum"}
     more = {"progress": progress, "search_samples": 1, **refined}
@@ -572,7 +572,7 @@ def test_disk_full_while_calibrating(tiny_folder, tmp_path, text_file, monkeypat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slimrank.run.save_file", full)
+    monkeypatch.setattr("slimrank.store.save_file", full)
     with pytest.raises(OutputError, match="No space left"):
         slimrank.compress(tiny_folder, out=tmp_path / "out", **options(text_file))
 

@@ -23,14 +23,14 @@ from method_runs import (
     run,
     tied_between_layers,
 )
-from slimrank.allocate.plan import RankPlan
-from slimrank.decompose.registry import DECOMPOSERS
+from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import BudgetError, PlanError, RecipeError
 from slimrank.layers import LowRankLinear, PivotLinear
 from slimrank.layers.convert import compressed_layers
 from slimrank.linalg.cost import PAIR, PIVOT, max_pair_rank, pair_cost, pivot_cost
+from slimrank.methods.decomposer import DECOMPOSERS
+from slimrank.methods.refiner import REFINERS
 from slimrank.recipe import Recipe
-from slimrank.refine.registry import REFINERS
 from test_allocation_end_to_end import IDS as ALLOCATIONS
 from test_allocation_end_to_end import allocated
 

@@ -9,7 +9,7 @@ from slimrank.cli.console import ConsoleProgress
 from slimrank.errors import NonFiniteError
 from slimrank.pipeline import probe
 from slimrank.pipeline.probe import _hook
-from slimrank.run import Stage
+from slimrank.store import Stage
 from test_allocation_end_to_end import SEARCH, SEQ_LEN, allocated
 
 

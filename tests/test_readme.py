@@ -88,8 +88,8 @@ def test_examples_run(example, told, folder, capsys, monkeypatch):
     import runpy
     import sys
 
-    from slimrank.allocate.registry import ALLOCATORS
-    from slimrank.decompose.registry import DECOMPOSERS
+    from slimrank.methods.allocator import ALLOCATORS
+    from slimrank.methods.decomposer import DECOMPOSERS
 
     for registry in (ALLOCATORS, DECOMPOSERS):
         monkeypatch.setattr(registry, "entries", registry.all())
@@ -104,9 +104,9 @@ def test_every_example_has_its_line():
 
 
 def test_every_method_has_a_page():
-    from slimrank.allocate.registry import ALLOCATORS
-    from slimrank.decompose.registry import DECOMPOSERS
-    from slimrank.refine.registry import REFINERS
+    from slimrank.methods.allocator import ALLOCATORS
+    from slimrank.methods.decomposer import DECOMPOSERS
+    from slimrank.methods.refiner import REFINERS
 
     assert {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} == set(DECOMPOSERS.all())
     assert {p.stem for p in (ROOT / "docs" / "refine").glob("*.md")} == {"README", *REFINERS.all()}

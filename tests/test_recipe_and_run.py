@@ -6,7 +6,7 @@ import torch
 
 from slimrank.errors import OutputError, RecipeError, RunError
 from slimrank.recipe import PRESETS, Recipe
-from slimrank.run import Run, content_key, remove_run
+from slimrank.store import Run, content_key, remove_run
 
 
 def test_one_schema_for_yaml_and_python(tmp_path):
@@ -112,7 +112,7 @@ def test_store_round_trip_and_damage(tmp_path):
 def test_one_process_at_a_time_in_a_run_directory(tmp_path):
     with Run(tmp_path / "run", {}):
         folder = f"Path({str(tmp_path / 'run')!r})"
-        code = f"from pathlib import Path; from slimrank.run import Run; Run({folder}, {{}}).__enter__()"
+        code = f"from pathlib import Path; from slimrank.store import Run; Run({folder}, {{}}).__enter__()"
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "another slimrank is at work" in found.stderr
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

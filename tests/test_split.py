@@ -18,7 +18,7 @@ from slimrank.errors import ModelError, RecipeError
 from slimrank.layers.convert import compressed_layers
 from slimrank.layers.dense import weight_of
 from slimrank.layers.split import join_linears, split_linears, splits_of
-from slimrank.models.splitting import sizes_of_parts
+from slimrank.models.fused_layers import sizes_of_parts
 from slimrank.pipeline import find_plan
 
 IDS = torch.arange(20).reshape(2, 10)

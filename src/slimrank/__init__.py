@@ -13,41 +13,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from slimrank._version import __version__
-from slimrank.export.register import register_lazily
+from slimrank.checkpoint.register import register_lazily
 
 if TYPE_CHECKING:
-    from slimrank.allocate.plan import RankPlan as RankPlan
-    from slimrank.allocate.registry import allocator as allocator
-    from slimrank.decompose.registry import decomposer as decomposer
-    from slimrank.dry_run import preview as preview
+    from slimrank.budget.rank_plan import RankPlan as RankPlan
     from slimrank.errors import SlimrankError as SlimrankError
     from slimrank.evaluate.perplexity import perplexity as perplexity
     from slimrank.layers.low_rank import LowRankLinear as LowRankLinear
     from slimrank.layers.pivot import PivotLinear as PivotLinear
+    from slimrank.methods.allocator import allocator as allocator
+    from slimrank.methods.decomposer import decomposer as decomposer
+    from slimrank.methods.refiner import refiner as refiner
     from slimrank.models.load import load as load
     from slimrank.models.targets import find_targets as find_targets
     from slimrank.pipeline import CompressionResult as CompressionResult
     from slimrank.pipeline import compress as compress
     from slimrank.pipeline import find_plan as find_plan
+    from slimrank.pipeline.preview import preview as preview
     from slimrank.recipe import Recipe as Recipe
-    from slimrank.refine.registry import refiner as refiner
 
 _HOME = {
     "CompressionResult": "pipeline",
     "LowRankLinear": "layers.low_rank",
     "PivotLinear": "layers.pivot",
-    "RankPlan": "allocate.plan",
+    "RankPlan": "budget.rank_plan",
     "Recipe": "recipe",
     "SlimrankError": "errors",
-    "allocator": "allocate.registry",
+    "allocator": "methods.allocator",
     "compress": "pipeline",
-    "decomposer": "decompose.registry",
+    "decomposer": "methods.decomposer",
     "find_plan": "pipeline",
     "find_targets": "models.targets",
     "load": "models.load",
     "perplexity": "evaluate.perplexity",
-    "preview": "dry_run",
-    "refiner": "refine.registry",
+    "preview": "pipeline.preview",
+    "refiner": "methods.refiner",
 }
 
 __all__ = ["__version__", *_HOME]

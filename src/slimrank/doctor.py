@@ -257,8 +257,8 @@ def _needs(
     problems: Problems,
 ) -> dict[str, Any]:
     """What compressing the model takes; places in `needs` are told what they must hold."""
-    from slimrank.dry_run import preview
     from slimrank.models.placement import resolve_device
+    from slimrank.pipeline.preview import preview
     from slimrank.recipe import Recipe
 
     made = recipe if recipe is not None else Recipe.make({"keep_ratio": 1.0})
@@ -292,7 +292,7 @@ def _memory(record: dict[str, Any], recipe: Recipe, device: str) -> dict[str, in
     """Bytes by device. Weights lie in the memory of the host; an accelerator holds what is computed, and all weights
     where it runs the whole model.
     """
-    from slimrank.estimate import LIBRARIES
+    from slimrank.pipeline.forecast import LIBRARIES
 
     peak, weights = record["peak_memory"], record["size"]["bytes_loaded"]
     if device == "cpu":

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from slimrank.allocate.plan import RankPlan
+from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import RecipeError, nearest
 
 PRESETS = Path(__file__).parent / "recipes"

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimrank.allocate.budget import Budget
-from slimrank.allocate.plan import RankPlan
-from slimrank.allocate.problem import Item, Problem
-from slimrank.allocate.registry import ALLOCATORS
+from slimrank.budget.problem import Item, Problem
+from slimrank.budget.rank_plan import RankPlan
+from slimrank.budget.stated import Budget
 from slimrank.errors import BudgetError, PlanError, RecipeError
 from slimrank.linalg.cost import dense_cost, max_pair_rank, pair_cost
+from slimrank.methods.allocator import ALLOCATORS
 
 SHAPES = {"a": (576, 576), "b": (192, 576), "c": (1536, 576), "d": (576, 1536), "e": (576, 576)}
 TOTAL = sum(m * n for m, n in SHAPES.values())

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from test_knapsack import plans, small, spectral, whole
 
-from slimrank.allocate.constrained import solve_constrained
-from slimrank.allocate.constrained_exact import solve_constrained_exactly
-from slimrank.allocate.constraints import Constraints
-from slimrank.allocate.curve import Curve
-from slimrank.allocate.exact import solve_exactly
+from slimrank.budget.constrained import solve_constrained
+from slimrank.budget.constrained_exact import solve_constrained_exactly
+from slimrank.budget.constraints import Constraints
+from slimrank.budget.curves import Curve
+from slimrank.budget.exact import solve_exactly
 from slimrank.errors import BudgetError
 
 

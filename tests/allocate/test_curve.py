@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from observed import random
-from slimrank.allocate.curve import DENSE, Curve, Limits, candidates, isotonic, spectral_curve, tails
+from slimrank.budget.curves import DENSE, Curve, Limits, candidates, isotonic, spectral_curve, tails
 from slimrank.errors import PlanError
 from slimrank.linalg.cost import PAIR, PIVOT, dense_cost, pair_cost, pivot_cost
 from slimrank.linalg.forms import Metric

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from problems import SHAPES, KnownModel, problem
-from slimrank.allocate.curve import Curve, Limits
-from slimrank.allocate.dobi import SoftTruncation, _truncating
-from slimrank.allocate.hull import Table
-from slimrank.allocate.knapsack import solve
-from slimrank.allocate.lems import depth_bias
-from slimrank.allocate.mrcs import greedy
-from slimrank.allocate.problem import Allocation, Item, Problem
-from slimrank.allocate.registry import ALLOCATORS
-from slimrank.allocate.shares import project
-from slimrank.allocate.threshold import least_maximum
+from slimrank.budget.curves import Curve, Limits
+from slimrank.budget.hulls import Table
+from slimrank.budget.knapsack import solve
+from slimrank.budget.minimax import least_maximum
+from slimrank.budget.problem import Allocation, Item, Problem
+from slimrank.budget.proportional import project
 from slimrank.errors import BudgetError, NonFiniteError, PlanError, RecipeError
 from slimrank.linalg.cost import PAIR, PIVOT
-from slimrank.planning import provisional
+from slimrank.methods.allocate.dobi import SoftTruncation, _truncating
+from slimrank.methods.allocate.lems import depth_bias
+from slimrank.methods.allocate.mrcs import greedy
+from slimrank.methods.allocator import ALLOCATORS
+from slimrank.pipeline.planning import provisional
 
 
 def allocate(id, given, **options):
@@ -364,7 +364,7 @@ def test_a_descent_is_no_worse_than_where_it_began(id, start, keep):
 
 def test_a_descent_leaves_dense_layers_dense(monkeypatch):
     """Rounded to the budget they became pairs of the same size: the divergence was 50 times that of the start."""
-    from slimrank.allocate import fermigrad
+    from slimrank.methods.allocate import fermigrad
 
     plans = {}
     monkeypatch.setattr(fermigrad, "best_of", lambda given, found: plans.update(found) or Allocation(found["start"]))
@@ -389,7 +389,7 @@ def test_a_loss_that_is_not_finite_names_the_step(id):
 
 
 def test_gradients_by_soft_truncation(monkeypatch):
-    monkeypatch.setattr("slimrank.allocate.dobi.BLUR", 0.0)
+    monkeypatch.setattr("slimrank.methods.allocate.dobi.BLUR", 0.0)
     generator = torch.Generator().manual_seed(0)
     for shape in ((6, 4), (4, 6), (5, 5), (2, 5, 7)):
         y = torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()

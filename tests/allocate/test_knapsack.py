@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 
-from slimrank.allocate.curve import Curve, candidates, spectral_curve, tails
-from slimrank.allocate.exact import solve_exactly
-from slimrank.allocate.hull import Table, hull_steps
-from slimrank.allocate.knapsack import solve, trade_off
+from slimrank.budget.curves import Curve, candidates, spectral_curve, tails
+from slimrank.budget.exact import solve_exactly
+from slimrank.budget.hulls import Table, hull_steps
+from slimrank.budget.knapsack import solve, trade_off
 from slimrank.errors import BudgetError
 
 SEEDS = range(40)

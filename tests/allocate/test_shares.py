@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from problems import problem
-from slimrank.allocate.problem import Item, Problem
-from slimrank.allocate.shares import ranks_from_fractions
+from slimrank.budget.problem import Item, Problem
+from slimrank.budget.proportional import ranks_from_fractions
 from slimrank.linalg.cost import PAIR
 
 
@@ -48,7 +48,7 @@ def handed_out(given, picks, wanted):
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("multiple", [1, 3])
 def test_leftovers_go_to_who_is_farthest_below(multiple, alike):
-    from slimrank.allocate.shares import bounds, floors, project
+    from slimrank.budget.proportional import bounds, floors, project
 
     for seed in range(6):
         given = problem(0.6, multiple, seed=seed, alike=alike)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from slimrank.calibration import overlap
-from slimrank.calibration.overlap import windows_found
+from slimrank.text import overlap
+from slimrank.text.overlap import windows_found
 
 TEXT = torch.randint(1000, (5000,), generator=torch.Generator().manual_seed(0))
 OTHER = torch.randint(1000, (640,), generator=torch.Generator().manual_seed(1))

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from slimrank.calibration.sources import demo_documents, read_source
 from slimrank.errors import DataError, MissingExtraError
+from slimrank.text.sources import demo_documents, read_source
 
 
 def test_a_txt_file_is_read_exactly(tmp_path):

@@ -10,9 +10,9 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerFast
 
 from helpers import byte_tokenizer, text, tiny_model
-from slimrank.calibration import tokens
-from slimrank.calibration.tokens import check_tokens, tokenise
 from slimrank.errors import ModelError
+from slimrank.text import tokens
+from slimrank.text.tokens import check_tokens, tokenise
 
 WORDS = ["the", "a", "river", "token", "matrix", "é", "漢字", "x1", "don't", "2024", "---", '"quoted",', "end.", "</s>"]
 WORDS += ["👩\u200d👧", "e\u0301"]

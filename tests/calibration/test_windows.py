@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from helpers import byte_tokenizer, tiny_model
-from slimrank.calibration.sampling import sample_windows
-from slimrank.calibration.tokens import bos_of
-from slimrank.calibration.windows import (
+from slimrank.errors import DataError, NonFiniteError
+from slimrank.text.self_sampling import sample_windows
+from slimrank.text.tokens import bos_of
+from slimrank.text.windows import (
     count_windows,
     draw_apart,
     draw_spread,
@@ -12,7 +13,6 @@ from slimrank.calibration.windows import (
     leading_windows,
     tokens_digest,
 )
-from slimrank.errors import DataError, NonFiniteError
 
 TOKENS = torch.arange(100)
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from problems import KnownModel, problem
-from slimrank.allocate.curve import Limits
-from slimrank.allocate.plan import RankPlan
-from slimrank.allocate.registry import ALLOCATORS
+from slimrank.budget.curves import Limits
+from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import BudgetError, NonFiniteError, PlanError, RecipeError
 from slimrank.linalg.cost import PIVOT
+from slimrank.methods.allocator import ALLOCATORS
 
 IDS = list(ALLOCATORS.all())
 QUICK = {"fermigrad": {"steps": 4}, "dobi": {"steps": 2}, "atp": {"trials": 3}, "asvd": {"fractions": [0.3, 0.6, 0.9]}}

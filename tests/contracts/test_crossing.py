@@ -7,10 +7,10 @@ import torch
 
 from helpers import tiny_model
 from method_runs import METHODS, compress, logits
-from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.errors import RecipeError
 from slimrank.layers.convert import compressed_layers
-from slimrank.refine.registry import REFINERS
+from slimrank.methods.decomposer import DECOMPOSERS
+from slimrank.methods.refiner import REFINERS
 
 CASES = [
     *((method, {}) for method in METHODS),

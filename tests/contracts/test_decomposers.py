@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 
 from observed import METRICS, gram_of, observe, projector_loss, random, ridged
-from slimrank.decompose.registry import DECOMPOSERS, decomposer
 from slimrank.errors import RecipeError
 from slimrank.linalg.forms import Form, Metric
 from slimrank.linalg.lowrank import solve
+from slimrank.methods.decomposer import DECOMPOSERS, decomposer
 
 Power = Annotated[float, Field(ge=0, le=2, description="Power of the energy.")]
 

@@ -17,15 +17,15 @@ from observed import (
     rows,
     weight_gradients,
 )
-from slimrank.decompose.gfwsvd import kronecker_factors
-from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.linalg.cost import max_pair_rank
 from slimrank.linalg.forms import Metric
 from slimrank.linalg.lowrank import solve
+from slimrank.methods.decompose.gfwsvd import kronecker_factors
+from slimrank.methods.decomposer import DECOMPOSERS
+from slimrank.statistics.accumulators import GramSum, SampleGradients, weight_gradient_squares
+from slimrank.statistics.catalogue import Gathering
 from slimrank.statistics.collector import Collector
-from slimrank.statistics.layer import LayerStatistics
-from slimrank.statistics.needs import Gathering
-from slimrank.statistics.sums import GramSum, SampleGradients, weight_gradient_squares
+from slimrank.statistics.layer_statistics import LayerStatistics
 
 SHAPES = [(12, 12), (8, 20), (20, 8)]
 

@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 import slimrank
 from helpers import CONFIGS, VOCABULARY, byte_tokenizer, tiny_model
-from slimrank.export.save import mark_model
+from slimrank.checkpoint.save import mark_model
 from slimrank.layers import LowRankLinear, PivotLinear
 from slimrank.layers.experts import unfuse
 from slimrank.linalg.cost import pivot_cost

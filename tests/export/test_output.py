@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from slimrank.checkpoint.output_folder import CARD, MANIFEST, OutputFolder, need_space, write_manifest
 from slimrank.errors import OutputError
-from slimrank.export.output import CARD, MANIFEST, OutputFolder, need_space, write_manifest
-from slimrank.run import disk_error
+from slimrank.store import disk_error
 
 
 def write(path, content, overwrite=False, **files):

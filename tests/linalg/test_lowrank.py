@@ -8,7 +8,7 @@ from slimrank.linalg.forms import Metric
 from slimrank.linalg.lowrank import solve as solve_in
 from slimrank.linalg.roots import make_root
 from slimrank.linalg.symmetric import congruence, gram
-from slimrank.statistics.sums import GramSum
+from slimrank.statistics.accumulators import GramSum
 
 SHAPES = [(7, 7), (5, 12), (12, 5), (1, 6), (6, 1)]
 

@@ -5,8 +5,8 @@ import torch
 
 from observed import random
 from slimrank.linalg.outliers import DIRECTIONS, hides_small_spectrum
-from slimrank.statistics.streams import StreamSums
-from slimrank.statistics.sums import GramSum
+from slimrank.statistics.accumulators import GramSum
+from slimrank.statistics.paired_inputs import StreamSums
 
 N, TOKENS = 48, 2000
 

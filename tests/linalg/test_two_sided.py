@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from observed import METRICS, damped, gram_of, observe, random, ridged
-from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.linalg.forms import Form, Metric
 from slimrank.linalg.lowrank import RANDOMISED_BELOW, solve
-from slimrank.statistics.layer import LayerStatistics
-from slimrank.statistics.sums import GramSum
+from slimrank.methods.decomposer import DECOMPOSERS
+from slimrank.statistics.accumulators import GramSum
+from slimrank.statistics.layer_statistics import LayerStatistics
 
 SHAPES = [(7, 7), (6, 11), (11, 6), (1, 5), (5, 1)]
 ROOTS = ["cholesky", "eigen", "pseudo"]

@@ -25,8 +25,8 @@ from method_runs import (
     product,
     result_of,
 )
-from slimrank.decompose.registry import DECOMPOSERS, Configured
 from slimrank.errors import DataError, ModelError
+from slimrank.methods.decomposer import DECOMPOSERS, Configured
 from slimrank.models.targets import find_targets
 from slimrank.progress import Progress
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from method_runs import METHODS, compress, forbid_passes, low_rank, product, result_of, run
-from slimrank.allocate.plan import RankPlan
-from slimrank.allocate.problem import Item, Problem
-from slimrank.allocate.registry import ALLOCATORS
+from slimrank.budget.problem import Item, Problem
+from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import RecipeError
+from slimrank.methods.allocator import ALLOCATORS
+from slimrank.methods.refiner import REFINERS
 from slimrank.recipe import Recipe
-from slimrank.refine.registry import REFINERS
 
 # options -------------------------------------------------------------------------------------------------------
 

@@ -25,16 +25,16 @@ from method_runs import (
     result_of,
     tied_between_layers,
 )
-from slimrank.calibration.tokens import tokenise
-from slimrank.calibration.windows import draw_apart, draw_spread
-from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.errors import RecipeError
 from slimrank.layers import LowRankLinear
 from slimrank.layers.dense import weight_of
+from slimrank.methods.decomposer import DECOMPOSERS
+from slimrank.methods.refiner import REFINERS
 from slimrank.models.targets import find_targets
 from slimrank.pipeline.held_out import HeldOut
-from slimrank.refine.registry import REFINERS
-from slimrank.statistics.streams import StreamSums
+from slimrank.statistics.paired_inputs import StreamSums
+from slimrank.text.tokens import tokenise
+from slimrank.text.windows import draw_apart, draw_spread
 
 
 def first_layers(model):
@@ -116,8 +116,8 @@ def test_refined_on_windows_of_its_own(tmp_path, monkeypatch):
 
 
 def test_refined_on_no_more_windows_than_the_text_holds(monkeypatch):
-    seen, draw = [], slimrank.calibration.draws.draw_spread
-    monkeypatch.setattr("slimrank.calibration.draws.draw_spread", lambda *a: seen.append(draw(*a)) or seen[-1])
+    seen, draw = [], slimrank.text.window_draws.draw_spread
+    monkeypatch.setattr("slimrank.text.window_draws.draw_spread", lambda *a: seen.append(draw(*a)) or seen[-1])
     options = {"refine": "regress", "refine_options": {"samples_factor": 999, "held_out": 0}}
     held = len(tokenise("\n\n".join(TEXT), byte_tokenizer())) // SEQ_LEN
     note = "the calibration text is short: factors are refined on {} windows, not " + str(999 * SAMPLES)

@@ -27,7 +27,7 @@ from method_runs import (
     product,
     result_of,
 )
-from slimrank.allocate.plan import RankPlan
+from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import PlanError, RecipeError
 from slimrank.linalg.cost import pair_cost
 

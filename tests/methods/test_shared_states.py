@@ -10,7 +10,7 @@ from torch.nn.functional import log_softmax
 from architectures import hands_on, random_model
 from method_runs import assert_same, compress, interrupted_then_resumed, low_rank, product
 from slimrank.layers.experts import unfuse
-from slimrank.models.swap import swapped
+from slimrank.models.contexts import swapped
 from slimrank.pipeline.probe import ModelProbe
 
 HANDING = [name for name in ("gemma3n", "gemma4", "glm_moe_dsa") if hands_on(name)]

@@ -12,7 +12,7 @@ from slimrank.comparison.cells import Cell
 from slimrank.comparison.running import compare
 from slimrank.doctor import diagnose
 from slimrank.errors import ModelError
-from slimrank.evaluation import benchmark, evaluate
+from slimrank.evaluate.api import benchmark, evaluate
 from slimrank.models.load import load, skeleton
 
 SMALL = {

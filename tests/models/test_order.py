@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from helpers import tiny_model
-from slimrank.models.order import calls_of, reading_order, run_until_read
+from slimrank.models.reading_order import calls_of, reading_order, run_until_read
 from slimrank.models.targets import find_targets
 
 IDS = torch.arange(24).reshape(2, 12)

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig
 
 from helpers import VOCABULARY, tiny_model
 from slimrank.models.blocks import Batch, BlockRunner
-from slimrank.models.residual import residual_places
+from slimrank.models.residual_layers import residual_places
 from slimrank.models.targets import find_targets
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}

@@ -8,8 +8,8 @@ from slimrank.errors import RecipeError
 from slimrank.linalg.forms import Metric
 from slimrank.linalg.lowrank import solve
 from slimrank.linalg.regression import Regression, best_b, reduced_rank
-from slimrank.refine.registry import REFINERS
-from slimrank.statistics.streams import StreamSums
+from slimrank.methods.refiner import REFINERS
+from slimrank.statistics.paired_inputs import StreamSums
 
 REFINERS_HERE = REFINERS.all()
 SHAPES = [(12, 12), (8, 20), (20, 8)]

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 
 import slimrank
 from helpers import byte_tokenizer, tiny_model
-from slimrank.models import origin
-from slimrank.models.origin import origin_of
+from slimrank.models import provenance as origin
+from slimrank.models.provenance import origin_of
 from slimrank.recipe import Recipe
 from slimrank.report.card import model_card
 

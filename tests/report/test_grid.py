@@ -7,7 +7,7 @@ import torch
 
 from slimrank.linalg.lowrank import solve
 from slimrank.pipeline.spectra import POINTS, outline
-from slimrank.report import grid
+from slimrank.report import layer_grid as grid
 
 
 def row(block, role, rank, **more):

@@ -6,9 +6,9 @@ from helpers import VOCABULARY, tiny_model
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.targets import find_targets
+from slimrank.statistics.accumulators import CHUNK, GramSum
+from slimrank.statistics.catalogue import Gathering
 from slimrank.statistics.collector import Collector
-from slimrank.statistics.needs import Gathering
-from slimrank.statistics.sums import CHUNK, GramSum
 
 CPU = torch.device("cpu")
 GRAM = Gathering(needs={"gram"})

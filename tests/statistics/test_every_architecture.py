@@ -11,7 +11,7 @@ from slimrank.layers.dense import weight_of
 from slimrank.layers.experts import unfuse
 from slimrank.models.blocks import Batch
 from slimrank.models.targets import find_targets
-from slimrank.statistics.needs import Gathering
+from slimrank.statistics.catalogue import Gathering
 
 WINDOWS, TOKENS = 5, 10
 NAMES = [*ARCHITECTURES, *(name for name in UNUSUAL if name != "zaya")]  # a layer of it is refused: see below

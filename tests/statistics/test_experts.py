@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from observed import random
+from slimrank.statistics.accumulators import GramSum
 from slimrank.statistics.experts import UNREACHED, lean_on_each_other, shrunk, trust_in_all
-from slimrank.statistics.layer import LayerStatistics
-from slimrank.statistics.sums import GramSum
+from slimrank.statistics.layer_statistics import LayerStatistics
 
 N, NEEDS = 6, frozenset({"column"})
 

@@ -16,11 +16,11 @@ from slimrank.models.states import State
 from slimrank.models.structure import experts_by_kind, find_blocks
 from slimrank.models.targets import find_targets
 from slimrank.pipeline.decomposing import alone
+from slimrank.statistics.accumulators import SampleGradients, weight_gradient_squares
+from slimrank.statistics.catalogue import Gathering
 from slimrank.statistics.collector import Collector
-from slimrank.statistics.gradients import token_scales
-from slimrank.statistics.needs import Gathering
 from slimrank.statistics.routing import Routing
-from slimrank.statistics.sums import SampleGradients, weight_gradient_squares
+from slimrank.statistics.token_weights import token_scales
 from slimrank.statistics.tokens import Tokens
 
 CPU = torch.device("cpu")

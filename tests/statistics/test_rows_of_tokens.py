@@ -9,8 +9,8 @@ from architectures import random_model
 from slimrank.errors import ModelError
 from slimrank.layers.experts import Experts, unfuse
 from slimrank.statistics.calls import UNPLACED
+from slimrank.statistics.catalogue import Gathering
 from slimrank.statistics.collector import Collector
-from slimrank.statistics.needs import Gathering
 from slimrank.statistics.routing import Routing
 from slimrank.statistics.tokens import Tokens, rows_per_token
 

@@ -9,7 +9,7 @@ from slimrank.errors import NonFiniteError
 from slimrank.layers.dense import weight_of
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.targets import find_targets
-from slimrank.statistics.streams import StreamCollector, StreamSums
+from slimrank.statistics.paired_inputs import StreamCollector, StreamSums
 
 CPU = torch.device("cpu")
 M, N, TOKENS = 5, 7, 11
@@ -219,7 +219,7 @@ def test_padding_counts_for_nothing(anchor):
 
 
 def test_additive_over_chunks_and_order():
-    from slimrank.statistics.sums import CHUNK
+    from slimrank.statistics.accumulators import CHUNK
 
     x, y = random(CHUNK + 50, 3), random(CHUNK + 50, 3, seed=1)
     whole, parts = StreamSums.empty(3, CPU, own=False), StreamSums.empty(3, CPU, own=False)

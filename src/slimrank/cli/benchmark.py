@@ -24,7 +24,7 @@ def benchmark(
 
     Example: slimrank benchmark smaller --against demo
     """
-    from slimrank.evaluation import benchmark as library_benchmark
+    from slimrank.evaluate.api import benchmark as library_benchmark
     from slimrank.recipe import Recipe
 
     Recipe.make({"dtype": dtype, "device": device})

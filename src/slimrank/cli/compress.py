@@ -62,8 +62,8 @@ def run_compress(
 
 def show_report(report: dict[str, Any], out: Path) -> None:
     """The headline of a report, and where the rest is."""
-    from slimrank.report.rows import comparison
-    from slimrank.report.words import percent
+    from slimrank.report.number_format import percent
+    from slimrank.report.tables import comparison
 
     size = report["size"]
     kept = f"kept {percent(size['keep_ratio'])} of the linears, {percent(size['keep_total'])} of the model"

@@ -82,7 +82,7 @@ def _device(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def _show_needs(model: dict[str, Any]) -> None:
-    from slimrank.report.words import millions
+    from slimrank.report.number_format import millions
 
     memory = ", ".join(f"about {_bytes(needed)} of {name}" for name, needed in model["memory"].items())
     print_text(f"{model['name']}: {millions(model['parameters'])} parameters, {_bytes(model['bytes_before'])}")

@@ -9,7 +9,7 @@ import typer
 
 from slimrank.cli import options as o
 from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
-from slimrank.report.words import verdict
+from slimrank.report.number_format import verdict
 
 
 def evaluate(
@@ -44,7 +44,7 @@ def evaluate(
 
     slimrank evaluate smaller --against org/original --tasks arc_easy,piqa
     """
-    from slimrank.evaluation import evaluate as library_evaluate
+    from slimrank.evaluate.api import evaluate as library_evaluate
     from slimrank.recipe import Recipe
 
     Recipe.make({"dtype": dtype, "device": device})

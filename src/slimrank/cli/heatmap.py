@@ -11,7 +11,7 @@ from rich.text import Text
 from slimrank.cli.console import plain_console
 
 if TYPE_CHECKING:
-    from slimrank.allocate.plan import PlannedTarget, RankPlan
+    from slimrank.budget.rank_plan import PlannedTarget, RankPlan
     from slimrank.linalg.cost import FactorForm
 
 BAR = 40  # characters

@@ -38,12 +38,12 @@ def methods(
 
 
 def _listed() -> dict[str, list[dict[str, Any]]]:
-    from slimrank.allocate.registry import ALLOCATORS
-    from slimrank.allocate.registry import NEEDS as ALLOCATION_NEEDS
-    from slimrank.decompose.registry import DECOMPOSERS
+    from slimrank.methods.allocator import ALLOCATORS
+    from slimrank.methods.allocator import NEEDS as ALLOCATION_NEEDS
+    from slimrank.methods.decomposer import DECOMPOSERS
+    from slimrank.methods.refiner import REFINERS
     from slimrank.options import table
-    from slimrank.refine.registry import REFINERS
-    from slimrank.statistics.needs import NEEDS
+    from slimrank.statistics.catalogue import NEEDS
 
     return {
         "decompose": [

@@ -32,9 +32,9 @@ def plan(
 
     Example: slimrank plan demo --keep 0.8 --method kfac_svd --allocation spectrum --save plan.json --run-dir run
     """
-    from slimrank.allocate.plan import check_place
-    from slimrank.dry_run import preview
-    from slimrank.export.output import OutputFolder
+    from slimrank.budget.rank_plan import check_place
+    from slimrank.checkpoint.output_folder import OutputFolder
+    from slimrank.pipeline.preview import preview
 
     if out is not None:
         OutputFolder(out, overwrite)
@@ -70,7 +70,7 @@ def _foretold(chosen: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _computes(recipe: Any) -> bool:
     """Whether ranks are not known without spectra or measurements."""
-    from slimrank.allocate.registry import ALLOCATORS
+    from slimrank.methods.allocator import ALLOCATORS
 
     return recipe.plan is None and bool(ALLOCATORS.get(recipe.allocation).needs)
 
@@ -90,7 +90,7 @@ def _computed(
 
 
 def _show(model: str, record: dict[str, Any], save: Path | None) -> None:
-    from slimrank.report.words import megabytes, millions, percent
+    from slimrank.report.number_format import megabytes, millions, percent
 
     size, coverage = record["size"], record["coverage"]
     print_table(

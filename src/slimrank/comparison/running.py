@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from slimrank import __version__
-from slimrank.allocate.registry import ALLOCATORS
-from slimrank.calibration.sources import read_source
 from slimrank.comparison.cells import Cell
-from slimrank.decompose.registry import DECOMPOSERS
-from slimrank.dry_run import preview
 from slimrank.errors import RecipeError
 from slimrank.evaluate.paired import check_windows, compare_tasks, too_few
 from slimrank.evaluate.tasks import Metric, TaskRequest, TaskResult, Tasks
+from slimrank.methods.allocator import ALLOCATORS
+from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.models.load import resolve
-from slimrank.planning import reads_text
+from slimrank.pipeline.planning import reads_text
+from slimrank.pipeline.preview import preview
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.report.comparison import write_comparison
-from slimrank.run import content_key, disk_error, locked
+from slimrank.store import content_key, disk_error, locked
+from slimrank.text.sources import read_source
 
 RECORD = 2  # what records of cells hold: older ones are made anew
 LAYERS = ("dtype", "targets", "ignore", "split")

@@ -18,20 +18,14 @@ from typing import Any
 
 import torch
 
-from slimrank.calibration.overlap import windows_found
-from slimrank.calibration.rows import Tell
-from slimrank.calibration.sources import read_source
-from slimrank.calibration.tokens import bos_of, tokenise
-from slimrank.calibration.windows import tokens_digest
 from slimrank.errors import SlimrankError
-from slimrank.evaluate.material import Material, compare, measure
+from slimrank.evaluate.api import windows_of
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.paired import LEAST
 from slimrank.evaluate.sample import sample
 from slimrank.evaluate.speed import measure_speeds
+from slimrank.evaluate.suite import Material, compare, measure
 from slimrank.evaluate.tasks import TaskRequest, Tasks
-from slimrank.evaluation import windows_of
-from slimrank.inputs import found_note, window_length
 from slimrank.models.load import load
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.storage import saved_bytes
@@ -40,7 +34,13 @@ from slimrank.pipeline import compress
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.report.record import environment
-from slimrank.run import write_text
+from slimrank.store import write_text
+from slimrank.text.overlap import windows_found
+from slimrank.text.rows import Tell
+from slimrank.text.sources import read_source
+from slimrank.text.texts import found_note, window_length
+from slimrank.text.tokens import bos_of, tokenise
+from slimrank.text.windows import tokens_digest
 
 MEMORY = "keep less in memory: a smaller --seq-len or --samples, --set batch_size=1, or --dtype bfloat16"
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as allocators put it

@@ -15,8 +15,8 @@ from torch.nn.functional import log_softmax
 
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.evaluate.perplexity import Perplexity, check_windows, summary, window_nll, windows_at_once
+from slimrank.models.contexts import evaluating
 from slimrank.models.divergence import divergence, positions
-from slimrank.models.mode import evaluating
 from slimrank.progress import Progress
 
 

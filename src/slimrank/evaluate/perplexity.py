@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.errors import DataError, NonFiniteError
-from slimrank.models.mode import evaluating
+from slimrank.models.contexts import evaluating
 from slimrank.progress import Progress
 
 LARGEST_NLL = 700.0  # exp of more is no float

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slimrank.models.mode import evaluating
+from slimrank.models.contexts import evaluating
 
 PROMPT_TOKENS = 32
 

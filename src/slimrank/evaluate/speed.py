@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slimrank.models.cache import next_inputs
-from slimrank.models.mode import evaluating
+from slimrank.models.contexts import evaluating
 from slimrank.models.structure import context_of
 
 UNLIMITED = 2**31

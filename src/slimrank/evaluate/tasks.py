@@ -12,7 +12,7 @@ from typing import Any
 from slimrank.errors import RecipeError
 from slimrank.evaluate.harness import BATCH_SIZE, language_model, quiet, seeded
 from slimrank.evaluate.task_files import check_installed, load_tasks
-from slimrank.models.mode import evaluating
+from slimrank.models.contexts import evaluating
 from slimrank.progress import Progress
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.errors import ModelError, NonFiniteError
+from slimrank.models.contexts import evaluating
 from slimrank.models.handover import Handover, handover_of
-from slimrank.models.mode import evaluating
 from slimrank.models.placement import placed
 from slimrank.models.recording import Answer, Batch, Call, Recorder, share
 from slimrank.models.states import State

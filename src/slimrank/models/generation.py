@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from slimrank.export.processor import find_file
+from slimrank.checkpoint.processor import find_file
 from slimrank.models.explained import explained
 
 

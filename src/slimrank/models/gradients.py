@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.blocks import BlockRunner, parts_outside
+from slimrank.models.contexts import evaluating
 from slimrank.models.handover import PROBE_TOKENS
-from slimrank.models.mode import evaluating
 from slimrank.models.recording import Answer, Batch, Patched
 from slimrank.models.states import State, pulled_back
 

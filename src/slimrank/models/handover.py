@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.errors import ModelError
-from slimrank.models.paging import page_out
+from slimrank.models.page_out import page_out
 from slimrank.models.recording import Batch, Call, Container, Recorder, extras_of, first_of, opened
 from slimrank.models.states import State, only_none, tensors_in, with_tensors
 

@@ -13,10 +13,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
 
+from slimrank.checkpoint.configuration_slimrank import MODEL_TYPE
+from slimrank.checkpoint.modeling_slimrank import SlimRankForCausalLM, native_classes
+from slimrank.checkpoint.processor import find_file
 from slimrank.errors import ModelError
-from slimrank.export.configuration_slimrank import MODEL_TYPE
-from slimrank.export.modeling_slimrank import SlimRankForCausalLM, native_classes
-from slimrank.export.processor import find_file
 from slimrank.models.explained import DAMAGED, explained
 from slimrank.models.files import ADAPTER
 from slimrank.models.quantised import check_quantisation

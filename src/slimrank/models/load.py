@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from slimrank.checkpoint.processor import find_file
+from slimrank.checkpoint.register import register
 from slimrank.errors import ModelError, NonFiniteError
-from slimrank.export.processor import find_file
-from slimrank.export.register import register
 from slimrank.models.demo import demo_folder
 from slimrank.models.explained import WHAT_MODEL_MAY_BE, explained, reason_of
 from slimrank.models.files import ADAPTER, check_files, refuse_pointers, stored_tensors, total_bytes, weight_files

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from slimrank.allocate.additivity import additivity
-from slimrank.allocate.knapsack import TradeOff, trade_off
-from slimrank.allocate.problem import Allocation, Problem
+from slimrank.budget.additivity import additivity
+from slimrank.budget.knapsack import TradeOff, trade_off
+from slimrank.budget.problem import Allocation, Problem
 from slimrank.pipeline.job import Job
+from slimrank.pipeline.planning import search_passes
 from slimrank.pipeline.probe import ModelProbe
 from slimrank.pipeline.spectra import Spectra
-from slimrank.planning import search_passes
 from slimrank.progress import Forecast
-from slimrank.run import Run, Stage
+from slimrank.store import Run, Stage
 
 
 def allocate(job: Job, run: Run, stage: Stage) -> dict[str, Any]:

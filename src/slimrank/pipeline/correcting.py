@@ -20,16 +20,16 @@ from slimrank.linalg.forms import channel_energies
 from slimrank.linalg.tangent import tangent_step
 from slimrank.models.divergence import divergence_gradients
 from slimrank.models.gradients import step_back
-from slimrank.models.paging import page_out
+from slimrank.models.page_out import page_out
 from slimrank.models.recording import Batch
 from slimrank.models.states import State, named, states_named
 from slimrank.models.targets import Target
 from slimrank.pipeline.held_out import HeldOut
 from slimrank.pipeline.job import Job
-from slimrank.run import Stage
+from slimrank.statistics.catalogue import Gathering
 from slimrank.statistics.collector import Collector
-from slimrank.statistics.layer import LayerStatistics
-from slimrank.statistics.needs import Gathering
+from slimrank.statistics.layer_statistics import LayerStatistics
+from slimrank.store import Stage
 
 HELD_OUT = 4  # search windows that judge a round
 LENGTH = 0.5  # of Polyak's step, to begin with

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from slimrank.export.save import replace_linears
-from slimrank.models.paging import page_out
+from slimrank.checkpoint.save import replace_linears
+from slimrank.models.page_out import page_out
 from slimrank.pipeline.job import Job
+from slimrank.pipeline.planning import Unit
 from slimrank.pipeline.spectra import Spectra, outline
-from slimrank.planning import Unit
-from slimrank.run import Stage
+from slimrank.store import Stage
 
 
 @dataclass

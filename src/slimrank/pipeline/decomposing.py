@@ -17,25 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimrank.decompose.registry import DECOMPOSERS
 from slimrank.errors import NonFiniteError
 from slimrank.layers.dense import weight_of
 from slimrank.linalg.lowrank import Spectrum
+from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.models.blocks import BlockRunner
 from slimrank.models.gradients import loss_gradients, step_back, whole_model_gradients
-from slimrank.models.paging import page_out
+from slimrank.models.page_out import page_out
 from slimrank.models.states import State, named, states_named
 from slimrank.models.structure import find_blocks
 from slimrank.models.targets import Target
 from slimrank.pipeline.job import Job
 from slimrank.pipeline.kept import KeptStatistics
-from slimrank.planning import Unit
-from slimrank.run import Stage
+from slimrank.pipeline.planning import Unit
+from slimrank.statistics.catalogue import Need
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.experts import UNREACHED, lean_on_each_other
-from slimrank.statistics.layer import LayerStatistics
-from slimrank.statistics.needs import Need
+from slimrank.statistics.layer_statistics import LayerStatistics
 from slimrank.statistics.routing import Routing
+from slimrank.store import Stage
 
 
 def is_decomposed(job: Job, stage: Stage) -> bool:

@@ -6,13 +6,13 @@ import math
 
 from torch import Tensor
 
-from slimrank.allocate.measuring import Measuring
 from slimrank.errors import NonFiniteError
+from slimrank.methods.divergence_options import Measuring
 from slimrank.models.divergence import Scorer
 from slimrank.models.recording import Batch
 from slimrank.models.states import State
 from slimrank.pipeline.job import Job
-from slimrank.run import Stage
+from slimrank.store import Stage
 
 
 class HeldOut:

@@ -14,30 +14,30 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from slimrank._version import __version__
-from slimrank.allocate.plan import RankPlan
-from slimrank.allocate.problem import Allocation, Problem
-from slimrank.allocate.registry import ALLOCATORS
-from slimrank.decompose.registry import DECOMPOSERS, Configured
+from slimrank.budget.problem import Allocation, Problem
+from slimrank.budget.rank_plan import RankPlan
+from slimrank.checkpoint.companions import rehearse_saving
+from slimrank.checkpoint.output_folder import OutputFolder
+from slimrank.checkpoint.save import check_loadable
 from slimrank.errors import RecipeError
-from slimrank.estimate import Workload, measure_machine, run_bytes, stage_seconds
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.quality import measure_quality
-from slimrank.export.companions import rehearse_saving
-from slimrank.export.output import OutputFolder
-from slimrank.export.save import check_loadable
-from slimrank.inputs import Texts, prepare_texts, window_length
 from slimrank.linalg.cost import COST_MODELS
+from slimrank.methods.allocator import ALLOCATORS
+from slimrank.methods.decomposer import DECOMPOSERS, Configured
 from slimrank.models.blocks import Batch, BlockRunner
+from slimrank.models.fused_layers import take_apart
 from slimrank.models.gradients import check_differentiable
 from slimrank.models.kind import check_decoder
 from slimrank.models.load import digest, load_model
-from slimrank.models.paging import page_out
+from slimrank.models.page_out import page_out
 from slimrank.models.placement import placed, resolve_device, solving_device
 from slimrank.models.quantised import check_dense
-from slimrank.models.splitting import take_apart
 from slimrank.models.storage import stored_dtype
 from slimrank.models.targets import TargetSet, find_targets
-from slimrank.planning import (
+from slimrank.pipeline.forecast import Workload, measure_machine, run_bytes, stage_seconds
+from slimrank.pipeline.model_bytes import ModelBytes
+from slimrank.pipeline.planning import (
     Unit,
     at_first,
     check_corrections,
@@ -52,8 +52,8 @@ from slimrank.planning import (
 )
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
-from slimrank.run import Run
-from slimrank.sizes import ModelBytes
+from slimrank.store import Run
+from slimrank.text.texts import Texts, prepare_texts, window_length
 
 BEFORE_CUTTING = ("calibrate and decompose", "allocate")
 

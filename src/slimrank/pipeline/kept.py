@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimrank.run import Stage
-from slimrank.statistics.layer import LayerStatistics
-from slimrank.statistics.needs import NEEDS, Gathering, Need
-from slimrank.statistics.sums import ChannelSums, GramSum
+from slimrank.statistics.accumulators import ChannelSums, GramSum
+from slimrank.statistics.catalogue import NEEDS, Gathering, Need
+from slimrank.statistics.layer_statistics import LayerStatistics
+from slimrank.store import Stage
 
 KINDS: dict[Need, tuple[str, ...]] = {
     "column": ("inputs", "outputs", "input_energies"),

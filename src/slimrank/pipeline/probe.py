@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from slimrank.allocate.measuring import Measuring
-from slimrank.allocate.problem import Effect, Transform
+from slimrank.budget.problem import Effect, Transform
 from slimrank.errors import NonFiniteError
 from slimrank.linalg.cost import Rank
+from slimrank.methods.divergence_options import Measuring
+from slimrank.models.contexts import swapped
 from slimrank.models.divergence import Scorer
 from slimrank.models.gradients import frozen, logits_of, next_token_loss
 from slimrank.models.recording import Batch
 from slimrank.models.states import State
-from slimrank.models.swap import swapped
 from slimrank.pipeline.job import Job
+from slimrank.pipeline.planning import Unit
 from slimrank.pipeline.spectra import Spectra
-from slimrank.planning import Unit
 from slimrank.progress import Forecast
-from slimrank.run import Stage, content_key
+from slimrank.store import Stage, content_key
 
 HELD = 2**30  # bytes of final hidden states, of cuts that are compared at a time
 Cut = tuple[str, int]  # path and rank

@@ -16,7 +16,8 @@ from slimrank.layers.dense import weight_of
 from slimrank.linalg.forms import Form
 from slimrank.linalg.regression import Regression, best_b
 from slimrank.linalg.ridge import RIDGES, cross_validated
-from slimrank.models.paging import page_out
+from slimrank.methods.refiner import Following
+from slimrank.models.page_out import page_out
 from slimrank.models.states import named, states_named
 from slimrank.models.structure import without_numbers
 from slimrank.models.targets import Target
@@ -24,9 +25,8 @@ from slimrank.pipeline.cutting import Cutter
 from slimrank.pipeline.held_out import HeldOut
 from slimrank.pipeline.job import Job
 from slimrank.pipeline.two_streams import TwoStreams
-from slimrank.refine.registry import Following
-from slimrank.run import Stage
-from slimrank.statistics.streams import LayerSums, StreamCollector
+from slimrank.statistics.paired_inputs import LayerSums, StreamCollector
+from slimrank.store import Stage
 
 _MORE_OUTPUTS = "more outputs than inputs: it does not make up for the residual stream"
 UNSEEN = 1e-3  # ridge besides a chosen one, for what the text does not show

@@ -13,8 +13,8 @@ from slimrank.linalg.forms import Form
 from slimrank.linalg.lowrank import Spectrum
 from slimrank.models.targets import Target
 from slimrank.pipeline.job import Job
-from slimrank.planning import Unit
-from slimrank.run import Stage
+from slimrank.pipeline.planning import Unit
+from slimrank.store import Stage
 
 FILES = 2  # that are kept in memory
 POINTS = 32  # of a spectrum, for a report

@@ -11,15 +11,15 @@ from itertools import accumulate, pairwise
 import torch
 from torch import nn
 
-from slimrank.models.order import calls_of, reading_order, run_until_read
+from slimrank.methods.refiner import Following
+from slimrank.models.contexts import swapped
+from slimrank.models.reading_order import calls_of, reading_order, run_until_read
 from slimrank.models.recording import Batch
-from slimrank.models.residual import Place, answers_of, residual_places
+from slimrank.models.residual_layers import Place, answers_of, residual_places
 from slimrank.models.states import State
 from slimrank.models.structure import without_numbers
-from slimrank.models.swap import swapped
 from slimrank.pipeline.job import Job
-from slimrank.refine.registry import Following
-from slimrank.statistics.streams import StreamCollector
+from slimrank.statistics.paired_inputs import StreamCollector
 
 
 @dataclass(frozen=True)

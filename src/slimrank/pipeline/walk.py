@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from slimrank.allocate.plan import RankPlan
+from slimrank.budget.rank_plan import RankPlan
+from slimrank.checkpoint.output_folder import CARD, OutputFolder, need_space, write_manifest
+from slimrank.checkpoint.save import mark_model, save_model, weight_bytes
 from slimrank.errors import RecipeError
-from slimrank.export.output import CARD, OutputFolder, need_space, write_manifest
-from slimrank.export.save import mark_model, save_model, weight_bytes
-from slimrank.models.origin import origin_of
-from slimrank.models.splitting import put_together
+from slimrank.models.fused_layers import put_together
+from slimrank.models.provenance import origin_of
 from slimrank.models.storage import saved_bytes
 from slimrank.models.structure import find_blocks
 from slimrank.pipeline.allocating import allocate
@@ -30,7 +30,7 @@ from slimrank.recipe import Recipe
 from slimrank.report.card import model_card
 from slimrank.report.record import Facts, build_record
 from slimrank.report.write import write_reports
-from slimrank.run import Run, Stage, remove_run, usable_folder, write_text
+from slimrank.store import Run, Stage, remove_run, usable_folder, write_text
 
 
 def compress(

@@ -10,9 +10,9 @@ from markupsafe import Markup
 
 from slimrank.errors import MissingExtraError
 from slimrank.report import plots
+from slimrank.report.number_format import megabytes, percent, verdict
 from slimrank.report.render import render
-from slimrank.report.words import megabytes, percent, verdict
-from slimrank.run import write_text
+from slimrank.store import write_text
 
 Record = dict[str, Any]
 

@@ -9,7 +9,8 @@ from typing import Any
 from markupsafe import Markup
 
 from slimrank.errors import MissingExtraError
-from slimrank.report import grid, plots
+from slimrank.report import layer_grid as grid
+from slimrank.report import plots
 from slimrank.report.render import render
 
 WIDE = 9.6  # inches, of which a page is as wide as a column of text

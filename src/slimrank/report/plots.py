@@ -8,7 +8,7 @@ from itertools import cycle
 from math import log10
 from typing import Any
 
-from slimrank.report.grid import Curve, Grid
+from slimrank.report.layer_grid import Curve, Grid
 from slimrank.report.svg import INK, figure, inline
 
 # Of a luminance that stands out from white and from a dark page alike (contrast of at least 3 to both).

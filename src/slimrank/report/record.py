@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from slimrank._version import __version__
-from slimrank.allocate.plan import RankPlan
+from slimrank.budget.rank_plan import RankPlan
 from slimrank.models.targets import TargetSet, role_of
 from slimrank.recipe import Recipe
 

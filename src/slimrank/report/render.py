@@ -6,7 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from slimrank.report import rows, words
+from slimrank.report import number_format as words
+from slimrank.report import tables as rows
 
 FILTERS = {f.__name__: f for f in (words.millions, words.megabytes, words.percent, words.code, words.cell)}
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slimrank.report import grid
+from slimrank.report import layer_grid as grid
 from slimrank.report.html import html
 from slimrank.report.render import render
-from slimrank.run import write_text
+from slimrank.store import write_text
 
 
 def write_reports(record: dict[str, Any], folder: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from slimrank.errors import ModelError
-from slimrank.statistics.gradients import scales_anywhere, token_norms, token_scales
-from slimrank.statistics.needs import Gathering
+from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.token_weights import scales_anywhere, token_norms, token_scales
 from slimrank.statistics.tokens import Places, Tokens
 
 UNPLACED = (

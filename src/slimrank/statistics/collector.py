@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.layers.dense import weight_of
-from slimrank.statistics.calls import LayerCall
-from slimrank.statistics.layer import LayerStatistics
-from slimrank.statistics.needs import Gathering
-from slimrank.statistics.routing import Routing
-from slimrank.statistics.sums import (
+from slimrank.statistics.accumulators import (
     ChannelSums,
     GramSum,
     SampleGradients,
     squares_of,
     weight_gradient_squares,
 )
+from slimrank.statistics.calls import LayerCall
+from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.dobi_projectors import truncate_output
+from slimrank.statistics.layer_statistics import LayerStatistics
+from slimrank.statistics.routing import Routing
 from slimrank.statistics.tokens import Tokens
-from slimrank.statistics.truncation import truncate_output
 from slimrank.statistics.windows import BatchWindows, Part
 
 INPUT_NEEDS = {"column", "gram", "channels"}

@@ -18,9 +18,9 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from functools import reduce
 from operator import add
 
-from slimrank.statistics.layer import LayerStatistics
-from slimrank.statistics.needs import Need
-from slimrank.statistics.sums import GramSum
+from slimrank.statistics.accumulators import GramSum
+from slimrank.statistics.catalogue import Need
+from slimrank.statistics.layer_statistics import LayerStatistics
 
 UNREACHED = "no calibration token reached this expert: the inputs of the others stand in"
 

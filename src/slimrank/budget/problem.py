@@ -1,0 +1,187 @@
+"""What an allocator is given: targets, a budget, spectra, and a model to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from slimrank.budget.curves import Curve, Floats, Integers, Limits, candidates, spectral_curve, tails
+from slimrank.budget.knapsack import check_feasible
+from slimrank.budget.stated import Budget
+from slimrank.linalg.cost import PAIR, CostModel, Rank
+
+
+@dataclass(frozen=True)
+class Item:
+    """What gets one rank: a target, or several that share the factor A.
+
+    Attributes:
+        path: the (first) target.
+        shape: (m, n) of the stacked weight.
+        block: decoder block of the first.
+        role: its place in a block, numbers left out ("mlp.down_proj"): equal for layers that do the same in others.
+        limits: what ranks it may have.
+        members: the targets, where there are several, and their shapes.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    block: int = 0
+    role: str = ""
+    limits: Limits = field(default_factory=Limits)
+    members: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> Mapping[str, tuple[int, int]]:
+        """The shapes of all targets, the first one first."""
+        return self.members or {self.path: self.shape}
+
+    @property
+    def parameters(self) -> int:
+        """m n."""
+        return self.shape[0] * self.shape[1]
+
+
+class Effect(NamedTuple):
+    """What a change does to the model, on the search tokens.
+
+    Attributes:
+        kl: Kullback-Leibler divergence of the next-token distribution from the original's, in nats a token.
+        nll: negative log-likelihood of the text, in nats a token.
+    """
+
+    kl: float
+    nll: float
+
+
+Transform = Callable[[Tensor, Tensor, slice], Tensor]  # (input, output without bias, rows of the weight) -> new output
+
+
+class Probe(Protocol):
+    """The model that is to be compressed, for allocators that measure it."""
+
+    def single(self, ranks: Mapping[str, Sequence[int]]) -> Mapping[str, list[Effect]]:
+        """Effects of each target alone at some ranks, all others dense."""
+
+    def joint(self, ranks: Mapping[str, Rank]) -> Effect:
+        """Effect of all targets at these ranks."""
+
+    def influence(self) -> list[float]:
+        """Of each decoder block: the mean over tokens of the cosine of its input and its output."""
+
+    def factors(self, path: str) -> tuple[Tensor, Tensor]:
+        """A and B of a target at its full rank, float32."""
+
+    def batches(self) -> int:
+        """How many batches of search tokens there are."""
+
+    def loss(self, transforms: Mapping[str, Transform], batch: int) -> Tensor:
+        """Next-token loss in nats a token, differentiable by what the transforms depend on."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an allocator is given.
+
+    Attributes:
+        items: in model order.
+        budget: parameters that they together may store.
+        multiple: ranks are multiples of this.
+        cost: what a rank stores.
+        spectra: path -> singular values in the metric of the decomposition (float64, largest first) and the energy
+            beyond them; empty for allocators that do not need them.
+        probe: the model, for allocators that measure it.
+        in_loss: squared singular values are in units of the loss, and can be compared between items.
+        stated: the budget as it was stated, for hints; None: as a fraction of the items' parameters.
+    """
+
+    items: tuple[Item, ...]
+    budget: int
+    multiple: int = 1
+    cost: CostModel = PAIR
+    spectra: Mapping[str, tuple[Floats, float]] = field(default_factory=dict)
+    probe: Probe | None = None
+    in_loss: bool = False
+    stated: Budget | None = None
+
+    @cached_property
+    def sizes(self) -> Floats:
+        """Parameters of the dense weights."""
+        return np.array([item.parameters for item in self.items], dtype=np.float64)
+
+    @cached_property
+    def choices(self) -> list[tuple[Integers, Integers]]:
+        """Candidate ranks of each item, and their costs."""
+        known: dict[tuple[tuple[int, int], Limits], tuple[Integers, Integers]] = {}  # thousands of experts are alike
+        for item in self.items:
+            if (key := (item.shape, item.limits)) not in known:
+                known[key] = candidates(item.path, item.shape, self.multiple, item.limits, self.cost)
+        return [known[item.shape, item.limits] for item in self.items]
+
+    @property
+    def keep_ratio(self) -> float:
+        """Fraction of the parameters that the budget allows."""
+        return self.budget / float(self.sizes.sum())
+
+    def tail(self, item: Item, power: int = 2) -> Floats:
+        """T(r) of a target, for r = 0 .. k."""
+        values, beyond = self.spectra[item.path]
+        return tails(values, beyond, item.shape, item.path, power)
+
+    def curves(self, weights: Mapping[str, float] | None = None, power: int = 2) -> list[Curve]:
+        """Spectral curves of all items, times their weights."""
+        return [
+            spectral_curve(item.path, self.tail(item, power), *choice, 1.0 if weights is None else weights[item.path])
+            for item, choice in zip(self.items, self.choices, strict=True)
+        ]
+
+    def flat_curves(self) -> list[Curve]:
+        """Curves of costs only."""
+        return [
+            Curve(item.path, ranks, costs, np.zeros(len(ranks)))
+            for item, (ranks, costs) in zip(self.items, self.choices, strict=True)
+        ]
+
+    def needed(self, parameters: int) -> str:
+        """The budget that allows so many parameters, in the unit that it was stated in, rounded up."""
+        targets = int(self.sizes.sum())
+        stated = self.stated or Budget("keep_ratio", self.budget / targets, targets, targets)
+        return stated.needed(parameters)
+
+    def check(self, curves: Sequence[Curve] | None = None) -> None:
+        """Make sure that the smallest ranks, of these curves or all that are allowed, fit into the budget.
+
+        Raises:
+            BudgetError: they do not.
+            PlanError: limits leave a target no rank.
+        """
+        check_feasible(self.flat_curves() if curves is None else curves, self.budget, self.needed)
+
+    def measured(self) -> Probe:
+        """The probe, which an allocator that asks for it has."""
+        assert self.probe is not None
+        return self.probe
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What an allocator gives back.
+
+    Attributes:
+        ranks: path -> rank, for every item.
+        curves: errors of single targets that it went by, if it has any, before any bias.
+        divergence: these are divergences, which sums of can be compared with measured ones.
+        gap: certified relative distance from the best plan for these curves.
+        notes: anything to tell.
+    """
+
+    ranks: Mapping[str, Rank]
+    curves: Sequence[Curve] = ()
+    divergence: bool = False
+    gap: float | None = None
+    notes: tuple[str, ...] = ()

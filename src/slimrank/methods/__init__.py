@@ -1,0 +1,1 @@
+"""What papers offer: decomposers, allocators and refiners, each in a file of its own."""

@@ -1,0 +1,201 @@
+"""The registry of allocators. An allocator is one function with this decorator, in its own file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from slimrank.budget.curves import DENSE
+from slimrank.budget.problem import Allocation, Problem
+from slimrank.errors import PlanError
+from slimrank.methods.divergence_options import Measuring
+from slimrank.methods.solver_options import Solving, check_constraints
+from slimrank.options import options_of, validated
+from slimrank.registry import Registry
+
+Allocate = Callable[..., Allocation]
+Passes = Callable[[Mapping[str, Any], int, int], float]
+Check = Callable[[Problem, Mapping[str, Any]], None]
+Need = Literal["spectra", "divergence", "influence", "gradient"]
+NEEDS: dict[Need, str] = {
+    "spectra": "singular values of every weight in the metric of the method",
+    "divergence": "what the model's predictions lose when targets are cut",
+    "influence": "how far each block turns its input",
+    "gradient": "gradients of the loss by soft ranks",
+}
+COSTS: dict[Need, str] = {
+    "spectra": "seconds",
+    "divergence": "half a forward pass over the search text for each layer and rank that is measured",
+    "influence": "one forward pass over the search text",
+    "gradient": "a forward and a backward pass over a batch of the search text for each step",
+}
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """A rank allocator.
+
+    Attributes:
+        id: its name in recipes.
+        title: one line for people.
+        paper: where it comes from.
+        needs: what it asks for; see `NEEDS`. Without any, a plan can be made before anything is computed.
+        allocate: (Problem, **options) -> Allocation.
+        passes: (options, layers, batches of search text) -> forward passes over the search text, about.
+        options: their names, types, ranges and defaults.
+        check: (Problem without spectra, options) -> None; raises where they do not go together.
+        gradient_passes: forward passes over as much text that a loss and its gradient take, about.
+    """
+
+    id: str
+    title: str
+    paper: str
+    needs: frozenset[Need]
+    allocate: Allocate
+    passes: Passes
+    options: type[BaseModel]
+    check: Check
+    gradient_passes: float
+
+    @property
+    def cost(self) -> str:
+        """One line for people."""
+        measured = sorted(self.needs - {"spectra"})
+        return "; ".join(COSTS[need] for need in measured) or "seconds"
+
+    def configured(self, given: Mapping[str, Any]) -> ConfiguredAllocator:
+        """The allocator with these options.
+
+        Raises:
+            RecipeError: an unknown option, or a value out of range.
+        """
+        chosen = validated(self.options, given, f"the allocation '{self.id}'").model_dump()
+        measuring = Measuring(**{name: chosen.pop(name) for name in Measuring.model_fields if name in chosen})
+        return ConfiguredAllocator(self, chosen, measuring)
+
+
+@dataclass(frozen=True)
+class ConfiguredAllocator:
+    """An allocator with its options."""
+
+    allocator: Allocator
+    options: Mapping[str, Any]
+    measuring: Measuring
+
+    def allocate(self, problem: Problem) -> Allocation:
+        """Ranks within the budget.
+
+        Raises:
+            BudgetError: no choice of ranks meets the budget.
+            PlanError: the allocator broke its contract.
+        """
+        self.check(problem)
+        found = self.allocator.allocate(problem, **self.options)
+        _check(problem, found, self.allocator.id)
+        return found
+
+    def check(self, problem: Problem) -> None:
+        """Refuse what no spectra are needed to refuse.
+
+        Raises:
+            BudgetError: the smallest ranks store more than the budget, or a block cannot keep what is asked of it.
+            PlanError: limits leave a target no rank.
+            RecipeError: options that do not go together.
+        """
+        if self.needs:  # without any it is a certain plan, and says itself what that takes
+            problem.check()
+        self.allocator.check(problem, self.options)
+        if self.options.keys() >= Solving.model_fields.keys():
+            check_constraints(problem, self.options)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it asks for."""
+        return self.allocator.needs
+
+    @property
+    def measures(self) -> bool:
+        """Whether it needs search tokens."""
+        return bool(self.needs - {"spectra"})
+
+    @property
+    def gradient_passes(self) -> float:
+        """Forward passes over as much text that a loss and its gradient take, about."""
+        return self.allocator.gradient_passes
+
+    def passes(self, layers: int, batches: int) -> float:
+        """About how many forward passes over the search text it takes."""
+        plans = self.measuring.plans if self.allocator.needs >= {"spectra", "divergence"} else 0
+        return self.allocator.passes(self.options, layers, batches) + plans
+
+    def described(self) -> dict[str, Any]:
+        """All that a result depends on, for JSON."""
+        measuring = self.measuring.model_dump(include=set(_measuring(self.needs)))
+        return {"id": self.allocator.id, **self.options, **measuring}
+
+
+ALLOCATORS: Registry[Allocator] = Registry("slimrank.methods.allocate", "rank allocation")
+
+
+def allocator(
+    id: str,
+    title: str,
+    paper: str,
+    needs: Iterable[Need] = (),
+    solves: bool = False,
+    passes: Passes = lambda options, layers, batches: 0.0,
+    check: Check = lambda problem, options: None,
+    gradient_passes: float = 7.0,
+) -> Callable[[Allocate], Allocate]:
+    """Register the decorated function as the allocator `id`; its keyword-only parameters are its options.
+
+    Args:
+        id: its name in recipes.
+        title: one line for people.
+        paper: where it comes from.
+        needs: what it asks for, see `NEEDS`.
+        solves: it takes the options of the budget solver, as `solving`.
+        passes: for the forecast of time, see `Allocator`.
+        check: what it refuses before any work, see `Allocator`.
+        gradient_passes: for the time left, see `Allocator`.
+    """
+    asked = frozenset(needs)
+    unknown = asked - NEEDS.keys()
+    if unknown:
+        raise ValueError(f"unknown needs {sorted(unknown)}; there are {sorted(NEEDS)}")
+
+    def register(allocate: Allocate) -> Allocate:
+        solving = Solving.model_fields if solves else {}
+        options = options_of(allocate, {**solving, **_measuring(asked)})
+        ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, passes, options, check, gradient_passes))
+        return allocate
+
+    return register
+
+
+def _measuring(needs: frozenset[Need]) -> dict[str, Any]:
+    """The fields of `Measuring` that matter: random plans are compared with what single layers and spectra predict."""
+    if "divergence" not in needs:
+        return {}
+    return {name: field for name, field in Measuring.model_fields.items() if name != "plans" or "spectra" in needs}
+
+
+def _check(problem: Problem, found: Allocation, id: str) -> None:
+    """Every allocator, others' too, keeps the budget and gives every item one of its candidates."""
+    wrong = {item.path for item in problem.items} ^ set(found.ranks)
+    if wrong:
+        raise PlanError(f"the allocation '{id}' left out, or made up, '{min(wrong)}'.", _REPORT)
+    cost = 0
+    for item, (candidates, _) in zip(problem.items, problem.choices, strict=True):
+        rank = found.ranks[item.path]
+        if (DENSE if rank == "dense" else rank) not in candidates:
+            raise PlanError(f"the allocation '{id}' gave '{item.path}' rank {rank}, which it may not have.", _REPORT)
+        cost += problem.cost.of(*item.shape, rank)
+    if cost > problem.budget:
+        raise PlanError(f"the allocation '{id}' stores {cost:,} parameters, over {problem.budget:,}.", _REPORT)
+
+
+_REPORT = "this is a mistake in that allocation; another one works"

@@ -1,0 +1,143 @@
+"""The registry of decomposers. A method is one function with this decorator, in its own file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel
+
+from slimrank.linalg.lowrank import Spectrum
+from slimrank.options import options_of, validated
+from slimrank.registry import Registry
+from slimrank.statistics.catalogue import NEEDS, Gathering, Need, Pass
+
+Solve = Callable[..., Spectrum]
+
+
+class Member(NamedTuple):
+    """A target as grouping sees it: its path, its shape (m, n) and its decoder block."""
+
+    path: str
+    shape: tuple[int, int]
+    block: int
+
+
+Solves = Literal["once", "twice", "per batch"]
+Grouping = Callable[..., Sequence[Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Decomposer:
+    """A decomposition method.
+
+    Attributes:
+        id: its name in recipes.
+        title: one line for people.
+        paper: where it comes from.
+        cost: one line for people, besides the pass that its needs take.
+        needs: the statistics it asks for.
+        solve: (weight m x n, LayerStatistics, **options) -> Spectrum. Pure; any device.
+        solves: how often it solves for a weight, for the forecast of time.
+        groups: (members, **options) -> paths that share one factor A, for methods that do that; None for the others.
+        options: their names, types, ranges and defaults, gathering settings included.
+    """
+
+    id: str
+    title: str
+    paper: str
+    cost: str
+    needs: frozenset[Need]
+    solve: Solve
+    solves: Solves
+    groups: Grouping | None
+    options: type[BaseModel]
+
+    @property
+    def takes(self) -> Pass:
+        """The most expensive pass over the calibration text that its needs take."""
+        passes = {NEEDS[need].takes for need in self.needs}
+        return "backward" if "backward" in passes else "forward" if "forward" in passes else "none"
+
+    def configured(self, given: Mapping[str, Any]) -> Configured:
+        """The method with these options.
+
+        Raises:
+            RecipeError: an unknown option, or a value out of range.
+        """
+        chosen = validated(self.options, given, f"the method '{self.id}'").model_dump()
+        settings = {name: chosen.pop(name) for name in _settings(self.needs)}
+        return Configured(self, chosen, Gathering(needs=self.needs, **settings))
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A method with its options."""
+
+    method: Decomposer
+    options: Mapping[str, Any]
+    gathering: Gathering
+
+    def solve(self, weight: Any, statistics: Any) -> Spectrum:
+        """The spectrum of a weight, given its statistics."""
+        return self.method.solve(weight, statistics, **self.options)
+
+    def groups(self, members: Iterable[Member]) -> list[list[str]]:
+        """Targets that share a factor; each by itself, for most methods."""
+        members = list(members)
+        if self.method.groups is None:
+            return [[member.path] for member in members]
+        return [list(group) for group in self.method.groups(members, **self.options)]
+
+    def described(self) -> dict[str, Any]:
+        """All that a result depends on, for JSON."""
+        gathering = self.gathering.model_dump(mode="json")
+        return {"id": self.method.id, "options": dict(self.options), **gathering, "needs": sorted(gathering["needs"])}
+
+
+DECOMPOSERS: Registry[Decomposer] = Registry("slimrank.methods.decompose", "decomposition method")
+
+
+def decomposer(
+    id: str,
+    title: str,
+    paper: str,
+    needs: Iterable[Need] = (),
+    cost: str = "one eigen-decomposition per weight, on its smaller side",
+    solves: Solves = "once",
+    groups: Grouping | None = None,
+) -> Callable[[Solve], Solve]:
+    """Register the decorated function as the decomposer `id`.
+
+    The function is called with the weight (m x n) and its `LayerStatistics`. Its keyword-only parameters are the
+    options of the method: annotate them (`Annotated[float, Field(ge=0, le=1)]` for a range) and give them defaults.
+
+    Args:
+        id: its name in recipes.
+        title: one line for people.
+        paper: where it comes from.
+        needs: the statistics it asks for, see `slimrank.statistics.catalogue.NEEDS`.
+        cost: one line for people, besides the pass that the needs take.
+        solves: once for each weight, twice, or once for each batch as well.
+        groups: for a method whose targets share a factor: which of them do.
+
+    Raises:
+        ValueError: an unknown need.
+    """
+    asked = frozenset(needs)
+    unknown = asked - NEEDS.keys()
+    if unknown:
+        raise ValueError(f"unknown needs {sorted(unknown)}; there are {sorted(NEEDS)}")
+
+    def register(solve: Solve) -> Solve:
+        options = options_of(solve, {name: Gathering.model_fields[name] for name in _settings(asked)})
+        DECOMPOSERS.add(Decomposer(id, title, paper, cost, asked, solve, solves, groups, options))
+        return solve
+
+    return register
+
+
+def _settings(needs: Iterable[Need]) -> list[str]:
+    """Names of the gathering settings that steer these needs."""
+    return [name for need in sorted(needs) for name in NEEDS[need].settings]

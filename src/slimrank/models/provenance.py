@@ -1,0 +1,56 @@
+"""Where a model comes from: its name, its id on the hub, and the licence that its card states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from slimrank.checkpoint.output_folder import CARD
+from slimrank.models.load import resolve
+
+_LICENCE = ("license", "license_name", "license_link")
+
+
+def origin_of(model: Any) -> dict[str, Any]:
+    """What a report says of the original.
+
+    Args:
+        model: what `compress` was given: the name of a model that can be loaded, or a loaded model.
+
+    Returns:
+        "name"; "hub_id", or None where it is not from the hub; "license", those of the fields license, license_name
+        and license_link that its card states, read from the hub for a model that is from there.
+    """
+    named = isinstance(model, (str, Path))
+    name = str(model) if named else model.config.name_or_path
+    hub_id = _hub_id(name) if named else _cached_id(name)
+    return {"name": name or type(model).__name__, "hub_id": hub_id, "license": _licence(hub_id, name)}
+
+
+def _hub_id(name: str) -> str | None:
+    """The name of a model that can be loaded, unless it is of something local."""
+    return name if resolve(name) == name and not Path(name).expanduser().exists() else None
+
+
+def _cached_id(name: str) -> str | None:
+    """The name that a loaded model goes by, if files of the hub's model of that name are here."""
+    if not name or Path(name).expanduser().exists():
+        return None
+    try:
+        return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
+    except HFValidationError:
+        return None
+
+
+def _licence(hub_id: str | None, name: str) -> dict[str, Any]:
+    card = Path(name).expanduser() / CARD
+    if hub_id is None and not (name and card.is_file()):
+        return {}
+    try:
+        data = ModelCard.load(hub_id or card).data.to_dict()
+    except Exception:  # no network, no card, metadata that is none: the libraries below raise many unrelated classes
+        return {}
+    return {key: data[key] for key in _LICENCE if data.get(key)}

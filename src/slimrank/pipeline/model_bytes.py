@@ -1,0 +1,83 @@
+"""Bytes of a model before and after compression: every tensor in its own dtype, saved buffers included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from slimrank.budget.rank_plan import RankPlan
+from slimrank.linalg.cost import FactorForm
+from slimrank.models.storage import saved_bytes, saved_tensors
+from slimrank.models.targets import Target, TargetSet
+from slimrank.recipe import Recipe
+
+HEADER_BYTES = 160  # of a safetensors file, per tensor; more where names are long
+FIELD_BYTES = 100  # of an entry in that header, besides the name
+PART_NAME = len(".interpolation.weight")
+INDEX_BYTES = 4  # of an entry of a pivot layer's order
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Bytes of the tensors of a model before compression.
+
+    Attributes:
+        total: of all tensors that saving writes.
+        itemsizes: bytes per parameter of each target, by path.
+        targets: of the targets' weights.
+    """
+
+    total: int
+    itemsizes: dict[str, int]
+    targets: int
+
+    @classmethod
+    def of(cls, model: Any, targets: TargetSet) -> ModelBytes:
+        """Count the bytes of a model, whose weights may be on the meta device."""
+        itemsizes = {t.path: model.get_submodule(t.path).weight.element_size() for t in targets}
+        return cls(saved_bytes(model), itemsizes, sum(t.parameters * itemsizes[t.path] for t in targets))
+
+    @property
+    def rest(self) -> int:
+        """Bytes of everything that is not a target."""
+        return self.total - self.targets
+
+    @property
+    def largest_item(self) -> int:
+        """Bytes per parameter of the widest target."""
+        return max(self.itemsizes.values())
+
+    def compressed(self, recipe: Recipe, plan: RankPlan, targets: TargetSet) -> int:
+        """Count the bytes of the tensors that a plan leads to, headers left out."""
+        factored = [t for t in targets if plan.targets[t.path].rank != "dense"]
+        stored = sum(t.cost(plan.stored_as) * self.itemsizes[path] for path, t in plan.targets.items())
+        biases = sum(new_biases(recipe, [t]) * self.itemsizes[t.path] for t in factored if not t.bias)
+        return self.rest + stored + biases + order_bytes(plan.stored_as, factored)
+
+    def besides(self, recipe: Recipe, model: Any, targets: TargetSet) -> int:
+        """Count the bytes that a model's files may take besides all parameters at the width of the widest target."""
+        biased = {t.path: new_biases(recipe, [t]) for t in targets if not t.bias}
+        others = self.rest + sum(count * self.itemsizes[path] for path, count in biased.items())
+        counted = targets.coverage.total - targets.coverage.targets + sum(biased.values())
+        return _header_bytes(recipe.stored_as, model, targets) + others - counted * self.largest_item
+
+
+def new_biases(recipe: Recipe, targets: Iterable[Target]) -> int:
+    """Count the parameters of the biases that refining would give to these targets."""
+    given = recipe.refine is not None and recipe.refine_options.get("bias") == "all"
+    return sum(t.shape[0] for t in targets if not t.ties) if given else 0
+
+
+def order_bytes(form: FactorForm, targets: Iterable[Target]) -> int:
+    """Count the bytes of the order of each pivot layer, one for every place that a target stands in."""
+    places = sum(min(t.shape) * (1 + len(t.ties)) for t in targets)
+    return INDEX_BYTES * places if form == "pivot" else 0
+
+
+def _header_bytes(form: FactorForm, model: Any, targets: TargetSet) -> int:
+    """Bytes of a model's files that are no parameters, or more."""
+    added = len(targets) if form == "pair" else 2 * sum(1 + len(t.ties) for t in targets)
+    names = list(saved_tensors(model))
+    each = max(HEADER_BYTES, FIELD_BYTES + PART_NAME + max(map(len, names)))
+    return each * (len(names) + added + 2) + order_bytes(form, targets)

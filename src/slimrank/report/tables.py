@@ -1,0 +1,144 @@
+"""What reports say of a record: rows of tables and sentences, the same in HTML, Markdown and the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slimrank.report import layer_grid as grid
+from slimrank.report.layer_grid import Grid
+from slimrank.report.number_format import megabytes, millions, percent
+
+Record = dict[str, Any]
+
+
+def comparison(record: Record) -> list[tuple[str, str, str, str]]:
+    """The table before / after: label, before, after, ratio."""
+    size, before, after = record["size"], record["before"], record["after"]
+    rows = [
+        _row("parameters of the linears", size["linears_before"], size["linears_after"], millions),
+        _row("parameters of the model", size["parameters_before"], size["parameters_after"], millions),
+        _row("size on disk", size["bytes_before"], size["bytes_after"], megabytes),
+    ]
+    if before:
+        found, now = (side["perplexity"]["perplexity"] for side in (before, after))
+        rows.append(_row("perplexity", found, now, "{:.2f}".format))
+    return rows
+
+
+def _row(label: str, before: float, after: float, shown: Any) -> tuple[str, str, str, str]:
+    return label, shown(before), shown(after), f"x {after / before:.3f}"
+
+
+def made_by(record: Record) -> str:
+    """One line: method, allocation, what comes after, and how it is stored."""
+    recipe, rounds = record["provenance"]["recipe"], [c for c in record["corrections"] if c["kept"]]
+    parts = [f"method {recipe['method']}", f"ranks by {record['allocation']['id']}"]
+    if recipe["refine"]:
+        parts.append(f"refined by {recipe['refine']}")
+    if rounds:
+        parts.append(f"corrected {len(rounds)} times" if len(rounds) > 1 else "corrected once")
+    return ", ".join(
+        [*parts, f"stored as {'pivot layers' if record['size']['stored_as'] == 'pivot' else 'two factors'}"]
+    )
+
+
+def perplexity(record: Record) -> str:
+    """What the perplexity was measured on, up to the name of the text."""
+    p = record["before"]["perplexity"]
+    return (
+        f"{p['windows']} windows of {p['seq_len']} tokens, no overlap, {'with' if p['bos'] else 'without'} BOS, "
+        f"{p['tokens']:,} predictions"
+    )
+
+
+def coverage(record: Record) -> list[tuple[str, str, str]]:
+    """What is compressed, and what is not for which reason: label, parameters, share of the model."""
+    found = record["coverage"]
+    counts = [("compressed", found["targets"])] + [(f"not: {reason}", n) for reason, n in found["left_out"].items()]
+    return [(label, millions(count), percent(count / found["total"])) for label, count in counts]
+
+
+def corrections(record: Record) -> list[tuple[str, ...]]:
+    """Rounds: number, divergence on its windows, on windows kept aside before and after, what became of it."""
+    return [
+        (str(number), *(f"{c[key]:.4f}" for key in ("here", "before", "after")), "kept" if c["kept"] else "undone")
+        for number, c in enumerate(record["corrections"], 1)
+    ]
+
+
+def refined(record: Record) -> bool:
+    """Whether any layer was refined."""
+    return any("refined" in target for target in record["targets"])
+
+
+def layers(record: Record) -> list[tuple[str, ...]]:
+    """Every target: path, shape, rank, kept, relative error; before and after refining where any was refined."""
+    more = refined(record)
+    return [
+        (
+            t["path"],
+            "{} x {}".format(*t["shape"]),
+            str(t["rank"]),
+            percent(t["parameters_after"] / t["parameters_before"]),
+            f"{t['relative_error']:.4f}",
+            *((f"{t['refined'][when]:.4f}" if "refined" in t else "" for when in ("before", "after")) if more else ()),
+        )
+        for t in record["targets"]
+    ]
+
+
+def by_block(found: Grid, shown: str) -> list[tuple[str, ...]]:
+    """A grid with a row for each block, its numbers as `shown` formats them."""
+    columns = zip(*found.cells, strict=True)
+    return [
+        (str(block), *("" if cell is None else shown.format(cell) for cell in cells))
+        for block, cells in zip(found.blocks, columns, strict=True)
+    ]
+
+
+def spectra(record: Record) -> list[tuple[str, ...]]:
+    """Of some targets: kind, block, error at an eighth, a quarter and half of all ranks, rank taken, its error."""
+    return [
+        (
+            kind,
+            str(curve.block),
+            *(f"{np.interp(part * curve.ranks[-1], curve.ranks, curve.errors):.2f}" for part in (1 / 8, 1 / 4, 1 / 2)),
+            *(("dense", "") if curve.cut is None else (str(curve.cut[0]), f"{curve.cut[1]:.4f}")),
+        )
+        for kind, curves in grid.spectra(record).items()
+        for curve in curves
+    ]
+
+
+def seconds(record: Record) -> list[tuple[str, str]]:
+    """Stages and the seconds that they took."""
+    return [(name, f"{taken:.1f}") for name, taken in record["seconds"].items()]
+
+
+def recipe(record: Record) -> list[tuple[str, str]]:
+    """Options and their values; a plan that was given as such is in plan.json."""
+    return [(key, _option(key, value)) for key, value in record["provenance"]["recipe"].items()]
+
+
+def _option(key: str, value: Any) -> str:
+    if key == "plan" and isinstance(value, dict):
+        return "see plan.json"
+    return str(value)
+
+
+def provenance(record: Record) -> list[tuple[str, str]]:
+    """The model, versions, machine, and digests of inputs."""
+    made, model = record["provenance"], record["model"]
+    return [
+        ("model", model["name"]),
+        ("on the hub", model["hub_id"] or "not known"),
+        ("slimrank", made["slimrank"]),
+        ("Python", made["python"]),
+        *made["versions"].items(),
+        ("method", str(made["method"])),
+        *((f"input: {name}", str(value)) for name, value in made["inputs"].items()),
+        ("dtype", made["dtype"]),
+        ("device", f"{made['device']}, {made['threads']} threads"),
+    ]

@@ -1,0 +1,140 @@
+"""Text for calibration and evaluation, out of files, a hub data set, a list, or Python's own documentation.
+
+A source is a local file or folder (.txt, .jsonl, .json, .parquet), `hub:ID[:CONFIG[:SPLIT]]`, `demo`, or a list of
+strings. (`self`, text that the model samples, is in `calibration.sampling`.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+from slimrank.errors import DataError, MissingExtraError, first_line
+from slimrank.text.files import WHAT_A_SOURCE_IS, file_rows, kind_of
+from slimrank.text.rows import Row, Tell, documents, text_column
+
+Source = str | Path | Sequence[str]
+_SPLIT = re.compile(r"(?:^|/)(train|test|validation|valid|val|dev|eval)(?=[-_./])", re.IGNORECASE)
+
+
+def read_source(source: Source, part: Literal["calibration", "evaluation"], tell: Tell = lambda _: None) -> str:
+    """Read the whole text of a source. Documents are joined by blank lines; a .txt file is taken as it is.
+
+    Args:
+        source: see the module's text; a list holds one document per item.
+        part: which of the two disjoint parts of the `demo` text is wanted.
+        tell: called with one sentence for each kind of thing that is skipped or changed.
+
+    Raises:
+        DataError: a missing, unreadable or empty source, or `self` for evaluation.
+        MissingExtraError: a parquet file or hub data set without the extra `data`.
+    """
+    if source == "self" and part == "evaluation":
+        raise DataError("a model is not evaluated on text that it sampled itself.", "a text of its own, or demo")
+
+    def named(note: str) -> None:
+        tell(f"{part} text {_name(source)}: {note}")
+
+    text = "\n\n".join(documents(_rows(source, part, named), named))
+    if not text.strip():
+        raise DataError(f"the text source {_name(source)} is empty.", "give text with at least a few thousand words")
+    return text
+
+
+def _rows(source: Source, part: str, tell: Tell) -> Iterable[Row]:
+    if not isinstance(source, (str, Path)):
+        return ((f"item {number} of the list", item) for number, item in enumerate(source, start=1))
+    if str(source) == "demo":
+        return (("demo", text) for text in demo_documents(part))
+    if str(source).startswith("hub:"):
+        return _hub(str(source))
+    return _local(str(source), tell)
+
+
+def _local(name: str, tell: Tell) -> Iterator[Row]:
+    try:
+        path = Path(name).expanduser()
+        folder, file = bool(name) and path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError):  # a name that no file system allows, or an unknown user
+        folder = file = False
+    if folder:
+        return _folder(path, tell)
+    if not file:
+        raise DataError(
+            f"the text source '{_short(name)}' does not exist.", f"{WHAT_A_SOURCE_IS}; in Python, text in a list"
+        )
+    return file_rows(path)
+
+
+def _folder(path: Path, tell: Tell) -> Iterator[Row]:
+    """Read all files of text in a folder and in the folders inside it, in the order of their names.
+
+    Hidden ones are left out. So is plain .json, which mostly is not text there but describes other files.
+    """
+    names = sorted(file.relative_to(path) for file in path.rglob("*") if kind_of(file) and file.is_file())
+    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    read = [name for name in shown if name.suffix.lower() != ".json"]
+    if not read:
+        raise DataError(f"the folder '{path}' holds no text.", WHAT_A_SOURCE_IS + "; a .json file is given by itself")
+    if len(read) < len(shown):
+        tell(f"{len(shown) - len(read)} .json files in the folder were not read")
+    splits = {match[1].lower() for name in read if (match := _SPLIT.search(name.as_posix()))}
+    if len(splits) > 1:
+        tell(f"all splits in the folder were read: {', '.join(sorted(splits))}")
+    return chain.from_iterable(file_rows(path / name) for name in read)
+
+
+def _hub(source: str) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("datasets", "data", f"the data set '{source}'") from error
+    name, config, split, *rest = [*source.removeprefix("hub:").split(":"), "", "", ""][:4]
+    if not name or any(rest):
+        raise DataError(
+            f"'{source}' is no data set.",
+            "hub:ID[:CONFIG[:SPLIT]], e.g. hub:Salesforce/wikitext:wikitext-2-raw-v1:train",
+        )
+    try:
+        data = datasets.load_dataset(name, config or None, split=split or "train", trust_remote_code=False)
+    except Exception as error:  # the library raises many unrelated classes
+        raise DataError(
+            f"the data set '{source}' cannot be loaded: {first_line(error)}", "check the id and the network"
+        ) from error
+    column = text_column(data.column_names, f"'{source}'")
+    return ((f"row {number} of '{source}'", value) for number, value in enumerate(data[column], start=1))
+
+
+def demo_documents(part: str) -> list[str]:
+    """Return the language reference that ships with every Python, one document a topic.
+
+    Every fourth topic is for evaluation. Topics repeat sections of each other, so calibration leaves out all paragraphs
+    that evaluation has.
+    """
+    from pydoc_data.topics import topics
+
+    names = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    documents = [topics[name].strip() for name in names]
+    evaluation = documents[::4]
+    if part == "evaluation":
+        return evaluation
+    seen = {_words(paragraph) for document in evaluation for paragraph in document.split("\n\n")}
+    others = (document.split("\n\n") for i, document in enumerate(documents) if i % 4)
+    kept = ("\n\n".join(p for p in paragraphs if _words(p) not in seen) for paragraphs in others)
+    return [document for document in kept if document]
+
+
+def _words(paragraph: str) -> str:
+    return " ".join(paragraph.split())
+
+
+def _name(source: Source) -> str:
+    return f"'{_short(str(source))}'" if isinstance(source, (str, Path)) else "given as a list"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 200 else name[:200] + "..."
