@@ -76,7 +76,7 @@ def demo_rows(text, run_dir, method, samples, search):
             found[f"gap to HiGHS, multiples of {multiple}"] = max(gaps)
         probe = problem.probe
         probe.joint({item.path: "dense" for item in problem.items})
-        forward = min(plain_pass(probe.job.model, probe.job.texts.search) for _ in range(2))
+        forward = min(plain_pass(probe.state.model, probe.state.texts["search"]) for _ in range(2))
         start = time.process_time()
         probe.single({item.path: [max(1, problem.cost.largest(*item.shape) // 10)] for item in problem.items})
         passes = (time.process_time() - start) / forward

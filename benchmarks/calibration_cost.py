@@ -21,8 +21,10 @@ import torch
 import slimrank
 from slimrank.linalg.lowrank import Spectrum
 from slimrank.models.load import load
-from slimrank.pipeline.decomposing import decompose
-from slimrank.pipeline.job import Job
+from slimrank.pipeline.inputs import load_inputs
+from slimrank.pipeline.prepare import Choices
+from slimrank.pipeline.stages.calibrate import decompose
+from slimrank.pipeline.state import State
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.store import Run
@@ -54,11 +56,13 @@ def calibrate(name, model, tokenizer, args):
             "batch_size": args.batch, "resident": ROWS[name][1], "evaluation": None,
         }
     )  # fmt: skip
-    job = Job(recipe, Progress(), resumable=False)
-    job.load(model, tokenizer)
+    choices = Choices.of(recipe)
+    stages = choices.stages()
+    inputs = load_inputs(choices, choices.requests(), model, tokenizer, Progress())
     with tempfile.TemporaryDirectory() as folder:
-        decompose(job, Run(Path(folder) / "run", {}).stage({}))
-    return job.seconds["calibrate and decompose"]
+        state = State(inputs, Run(Path(folder) / "run", {}), stages, Progress(), False, False, inputs.prepared.plan)
+        decompose(state, state.store({}))
+    return state.seconds["calibrate and decompose"]
 
 
 def forward(model, windows, batch, logits):

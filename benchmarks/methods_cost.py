@@ -26,8 +26,10 @@ import slimrank
 from slimrank.linalg.lowrank import Spectrum
 from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.models.load import load
-from slimrank.pipeline.decomposing import decompose
-from slimrank.pipeline.job import Job
+from slimrank.pipeline.inputs import load_inputs
+from slimrank.pipeline.prepare import Choices
+from slimrank.pipeline.stages.calibrate import decompose
+from slimrank.pipeline.state import State
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 from slimrank.store import Run
@@ -107,10 +109,12 @@ def bench(id, model, tokenizer, args):
             "evaluation": None, "targets": args.targets or [f"re:layers\\.([0-{args.blocks - 1}])\\."],
         }
     )  # fmt: skip
-    job = Job(recipe, Progress(), resumable=False)
-    job.load(model, tokenizer)
+    choices = Choices.of(recipe)
+    stages = choices.stages()
+    inputs = load_inputs(choices, choices.requests(), model, tokenizer, Progress())
     with tempfile.TemporaryDirectory() as folder:
-        decompose(job, Run(Path(folder) / "run", {}).stage({}))
+        state = State(inputs, Run(Path(folder) / "run", {}), stages, Progress(), False, False, inputs.prepared.plan)
+        decompose(state, state.store({}))
 
     def total(key):
         return sum(row[key] for row in rows)

@@ -85,7 +85,7 @@ def forbid_passes(monkeypatch):
     """Any pass over the calibration text fails from here on."""
     for name in ("embed", "step", "run"):
         monkeypatch.setattr(f"slimrank.models.blocks.BlockRunner.{name}", None)
-    monkeypatch.setattr("slimrank.pipeline.decomposing.whole_model_gradients", None)
+    monkeypatch.setattr("slimrank.pipeline.stages.calibration_ways.whole_model_gradients", None)
 
 
 def interrupted_then_resumed(folder, stage, after, model="llama", **options):

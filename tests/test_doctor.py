@@ -204,7 +204,7 @@ def test_a_folder_that_cannot_be_written(machine, tiny_folder):
 )
 def test_the_run_directory_is_foretold_as_compress_asks_for_it(options, tiny_folder, text_file, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("slimrank.pipeline.walk.need_space", lambda path, needed: asked.append(needed))
+    monkeypatch.setattr("slimrank.pipeline.compression.need_space", lambda path, needed: asked.append(needed))
     small = {"samples": 4, "search_samples": 4, "seq_len": 24, "batch_size": 2, "evaluation": None, "keep_ratio": 0.6}
     chosen = {**small, **options, "calibration": str(text_file)}
     slimrank.compress(tiny_folder, out=tmp_path / "out", run_dir=tmp_path / "run", **chosen)

@@ -77,6 +77,9 @@ class Recipe(BaseModel):
         description="Rounds that move all factors against the gradient of the divergence from the original model.",
     )
     correction_windows: int = Field(16, ge=1, description="Windows of one round, apart from those that calibrate.")
+    stages: dict[str, dict[str, Any]] = Field(
+        {}, description="Further stages to run by name, and their options (see docs/adding-a-stage.md)."
+    )
     allocation: str = Field("uniform", description="Rank allocation (see: slimrank methods).")
     allocation_options: dict[str, Any] = Field(
         {}, description="Options of the allocation by name (see: slimrank methods ID)."

@@ -32,9 +32,10 @@ class Registry(Generic[T]):
         self.package, self.kind = package, kind
         self.entries: dict[str, T] = {}
 
-    def add(self, entry: T) -> None:
-        """Register a method; one of the same id is replaced."""
+    def add(self, entry: T) -> T:
+        """Register a method and return it, so that this works as a decorator; one of the same id is replaced."""
         self.entries[entry.id] = entry
+        return entry
 
     def all(self) -> dict[str, T]:
         """All methods by id: those of the package, and those registered from outside."""

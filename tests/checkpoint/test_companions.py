@@ -16,7 +16,7 @@ OPTIONS = {"keep_ratio": 0.6, "method": "svd", "evaluation": None}
 @pytest.fixture
 def no_work(monkeypatch):
     """Cutting a layer, or anything else that takes long, fails the test."""
-    monkeypatch.setattr("slimrank.pipeline.walk.decompose", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("slimrank.pipeline.stages.calibrate.decompose", lambda *_: pytest.fail("work began"))
 
 
 def test_a_generation_configuration_that_transformers_refuses_is_written_as_it_is(tmp_path):
@@ -77,7 +77,7 @@ def test_a_foreign_file_in_the_old_output(tmp_path, monkeypatch):
     del manifest["files"]["tokenizer.json"]
     (out / "slimrank.json").write_text(json.dumps(manifest))
     (out / "tokenizer.json").write_text("mine")
-    monkeypatch.setattr("slimrank.pipeline.walk.decompose", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("slimrank.pipeline.stages.calibrate.decompose", lambda *_: pytest.fail("work began"))
     with pytest.raises(OutputError, match=r"tokenizer\.json' was not written by slimrank"):
         slimrank.compress(tiny_model(), byte_tokenizer(), **OPTIONS, out=out, overwrite=True)
     assert (out / "tokenizer.json").read_text() == "mine"

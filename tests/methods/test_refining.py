@@ -31,7 +31,7 @@ from slimrank.layers.dense import weight_of
 from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.methods.refiner import REFINERS
 from slimrank.models.targets import find_targets
-from slimrank.pipeline.held_out import HeldOut
+from slimrank.pipeline.stages.held_out_check import HeldOutCheck
 from slimrank.statistics.paired_inputs import StreamSums
 from slimrank.text.tokens import tokenise
 from slimrank.text.windows import draw_apart, draw_spread
@@ -100,7 +100,7 @@ def test_refined_on_windows_of_its_own(tmp_path, monkeypatch):
     """More of them than calibrate, none of them a search window; another count needs no new calibration."""
     settings = {"anchor": 1, "ridge": 0.0, "held_out": 2}
     apart = {"corrections": 1, "correction_windows": 2, "search_samples": 2}
-    monkeypatch.setattr(HeldOut, "divergence", lambda self, index: 0.0)  # so that nothing is undone
+    monkeypatch.setattr(HeldOutCheck, "divergence", lambda self, index: 0.0)  # so that nothing is undone
     result = compress(tiny_model("qwen2").double(), refine="regress", refine_options={**settings, "samples_factor": 2})
     tokens = tokenise("\n\n".join(TEXT), byte_tokenizer())
     windows = draw_spread(tokens, 2 * SAMPLES, [16, 0], SAMPLES, SEQ_LEN, seed=0)
@@ -109,7 +109,7 @@ def test_refined_on_windows_of_its_own(tmp_path, monkeypatch):
     monkeypatch.undo()
     options = {**apart, "method": "kfac_svd", "run_dir": tmp_path / "run", "refine": "regress"}
     few = compress(refine_options={"samples_factor": 2}, **options)
-    monkeypatch.setattr("slimrank.pipeline.decomposing.Collector", None)
+    monkeypatch.setattr("slimrank.pipeline.stages.calibration_pass.Collector", None)
     many = compress(refine_options={"samples_factor": 3}, **options)
     assert few.plan == many.plan
     assert [r["refined"] for r in few.report["targets"]] != [r["refined"] for r in many.report["targets"]]
@@ -151,8 +151,10 @@ def blocks_undone(report):
 def test_a_refined_block_is_kept_only_where_it_is_nearer_on_windows_kept_aside(model, bias, tmp_path, monkeypatch):
     """Each decision by whole passes of models that are made by hand; the last one is the finished model's."""
     options = {"refine": "regress", "refine_options": {"bias": bias}, "keep_ratio": 0.4, "search_samples": 3}
-    seen, divergence = [], HeldOut.divergence
-    monkeypatch.setattr(HeldOut, "divergence", lambda self, index: seen.append(divergence(self, index)) or seen[-1])
+    seen, divergence = [], HeldOutCheck.divergence
+    monkeypatch.setattr(
+        HeldOutCheck, "divergence", lambda self, index: seen.append(divergence(self, index)) or seen[-1]
+    )
     result = compress(tiny_model(model), **options)
     after, before = seen[0::2], seen[1::2]
     undone = {i for i, (a, b) in enumerate(zip(after, before, strict=True)) if a > b}
@@ -176,7 +178,7 @@ def test_undone_blocks_are_cut_blocks_also_after_an_interruption(worse, after, t
         seen.append(index)
         return float(len(seen) % 2) if worse else 0.0
 
-    monkeypatch.setattr(HeldOut, "divergence", judged)
+    monkeypatch.setattr(HeldOutCheck, "divergence", judged)
     options = {"refine": "update", "refine_options": {"bias": "all"}}
     resumed, _ = interrupted_then_resumed(tmp_path, "cut and refine factors", after, **options)
     seen.clear()
@@ -191,7 +193,7 @@ def test_undone_blocks_are_cut_blocks_also_after_an_interruption(worse, after, t
 def test_a_refined_block_that_gives_no_number_is_undone(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        HeldOut, "divergence", lambda self, index: seen.append(index) or (math.nan, 1.0)[1 - len(seen) % 2]
+        HeldOutCheck, "divergence", lambda self, index: seen.append(index) or (math.nan, 1.0)[1 - len(seen) % 2]
     )
     assert blocks_undone(compress(refine="update").report) == {0, 1, 2}
 
@@ -280,7 +282,7 @@ def test_the_ridge_is_chosen_by_halves_of_the_calibration_tokens(batch, monkeypa
         seen.append((halves, weight))
         return float(len(seen))
 
-    monkeypatch.setattr("slimrank.pipeline.refining.cross_validated", chosen)
+    monkeypatch.setattr("slimrank.pipeline.stages.refinement.cross_validated", chosen)
     settings = {"anchor": 1, "ridge": "auto", "held_out": 0}
     result = compress(refine="regress", refine_options=settings, batch_size=batch)
     assert sorted(row["refined"]["ridge"] for row in result.report["targets"]) == list(range(1, 22))
@@ -302,7 +304,7 @@ def test_a_stack_that_half_of_the_windows_cannot_make():
 
 def test_a_large_ridge_by_halves_leaves_the_target_to_the_original_weight(monkeypatch):
     """Then the anchored target is that of `self`, whatever the compressed model lacks."""
-    monkeypatch.setattr("slimrank.pipeline.refining.cross_validated", lambda halves, weight, unit: 1e12)
+    monkeypatch.setattr("slimrank.pipeline.stages.refinement.cross_validated", lambda halves, weight, unit: 1e12)
     settings = {"held_out": 0, "residual": False}
     ours = compress(refine="regress", refine_options={**settings, "anchor": 1, "ridge": "auto"})
     other = compress(refine="regress", refine_options={**settings, "anchor": 0, "ridge": 1e-3})

@@ -11,7 +11,7 @@ from architectures import hands_on, random_model
 from method_runs import assert_same, compress, interrupted_then_resumed, low_rank, product
 from slimrank.layers.experts import unfuse
 from slimrank.models.contexts import swapped
-from slimrank.pipeline.probe import ModelProbe
+from slimrank.pipeline.stages.model_probe import ModelProbe
 
 HANDING = [name for name in ("gemma3n", "gemma4", "glm_moe_dsa") if hands_on(name)]
 SEARCH = {"search_samples": 3}
@@ -76,7 +76,7 @@ def test_measured_effects_are_those_of_the_whole_model(name, monkeypatch):
 
 def divergence(probe, path, rank):
     """KL in nats a token, from the logits of whole passes, in float64."""
-    model, temperature, dropped = probe.job.model, probe._scorer.temperature, probe._scorer.dropped
+    model, temperature, dropped = probe.state.model, probe._scorer.temperature, probe._scorer.dropped
     windows = torch.cat([batch.input_ids for batch in probe._batches])
     before = model(input_ids=windows).logits[:, dropped:].double()
     with swapped(model, probe.spectra.layers(probe.units[path], rank)):

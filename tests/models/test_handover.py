@@ -147,10 +147,10 @@ def test_hidden_states_in_which_windows_are_not_found():
 )
 def test_what_measures_a_divergence_is_refused_before_any_work(asked, monkeypatch):
     from slimrank.models import handover
-    from slimrank.pipeline.job import Job
+    from slimrank.pipeline.stages.measure import MeasureBefore
 
     monkeypatch.setattr(handover, "_axis", lambda hidden, ids: None)
-    monkeypatch.setattr(Job, "measure_original", None)
+    monkeypatch.setattr(MeasureBefore, "run", None)
     options = {"method": "kfac_svd", "samples": 4, "search_samples": 2, **asked}
     with pytest.raises(ModelError, match="do not count windows and tokens"):
         compress(tiny_model(), **options)

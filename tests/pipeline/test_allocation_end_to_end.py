@@ -197,7 +197,7 @@ def test_refining_follows_the_allocation():
 def test_a_plan_is_the_same_from_the_run_directory(id, tmp_path, monkeypatch):
     """Measured and decomposed once, for any budget."""
     first = allocated(id, run_dir=tmp_path / "run")
-    monkeypatch.setattr("slimrank.pipeline.probe.ModelProbe._block", None)
+    monkeypatch.setattr("slimrank.pipeline.stages.model_probe.ModelProbe._block", None)
     again = allocated(id, run_dir=tmp_path / "run")
     assert again.plan == first.plan
     other = allocated(id, run_dir=tmp_path / "run", keep_ratio=0.8)
@@ -205,7 +205,7 @@ def test_a_plan_is_the_same_from_the_run_directory(id, tmp_path, monkeypatch):
 
 
 def test_interrupted_measurements_go_on(tmp_path, monkeypatch):
-    from slimrank.pipeline.probe import ModelProbe
+    from slimrank.pipeline.stages.model_probe import ModelProbe
 
     whole = allocated("lems")
     real, blocks = ModelProbe._block, []
@@ -232,7 +232,7 @@ def test_interrupted_measurements_go_on(tmp_path, monkeypatch):
     "id, options, plans", [("lems", {"search": True, "plans": 6}, 7 + 6), ("atp", {"trials": 5}, 5)]
 )
 def test_plans_that_were_measured_before_an_interruption_are_not_again(id, options, plans, tmp_path, monkeypatch):
-    from slimrank.pipeline.probe import ModelProbe
+    from slimrank.pipeline.stages.model_probe import ModelProbe
 
     whole = allocated(id, allocation_options=options)
     real, measured = ModelProbe._joint, []
@@ -271,7 +271,7 @@ def test_gradients_through_weights_that_are_only_there_for_the_forward_pass(id, 
 def test_an_allocation_that_was_found_is_not_sought_again(id, tmp_path, monkeypatch):
     first = allocated(id, run_dir=tmp_path / "run")
     for name in ("_block", "_joint", "influence", "loss"):
-        monkeypatch.setattr(f"slimrank.pipeline.probe.ModelProbe.{name}", None)
+        monkeypatch.setattr(f"slimrank.pipeline.stages.model_probe.ModelProbe.{name}", None)
     again = allocated(id, run_dir=tmp_path / "run")
     assert again.plan == first.plan
     for part in ("allocation", "notes"):
@@ -359,7 +359,7 @@ def test_limits_of_layers_that_share_a_factor_must_overlap(second):
     ],
 )
 def test_bad_input_is_told_before_any_work(changes, error, message, monkeypatch):
-    monkeypatch.setattr("slimrank.pipeline.walk.decompose", None)
+    monkeypatch.setattr("slimrank.pipeline.stages.calibrate.decompose", None)
     with pytest.raises(error, match=message):
         allocated("lems", **{"allocation_options": {}, **changes})
 
@@ -423,7 +423,7 @@ def test_plan_computes_what_the_allocation_needs_and_compress_goes_on_from_there
     assert float(mine) == pytest.approx(record["allocation"]["predicted"], rel=1e-3)
     assert len(record["allocation"]["additivity"]["measured"]) == 20
     assert record["plan"] == plan.model_dump(mode="json")
-    monkeypatch.setattr("slimrank.pipeline.probe.ModelProbe._block", None)
+    monkeypatch.setattr("slimrank.pipeline.stages.model_probe.ModelProbe._block", None)
     code, shown, error = run(capsys, "compress", *shared, "--no-eval", "--json", "--out", tmp_path / "out")
     assert code == 0, error
     made = json.loads(shown)
@@ -517,7 +517,7 @@ def test_a_text_that_is_too_short_says_so():
 
 
 def test_targets_of_other_blocks_have_the_same_role():
-    from slimrank.pipeline.planning import role_of
+    from slimrank.models.targets import role_of
 
     targets = find_targets(tiny_model())
     roles = [role_of(t, targets.blocks_path) for t in targets]

@@ -15,9 +15,11 @@ from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.divergence import divergence_gradients
 from slimrank.models.gradients import step_back
 from slimrank.models.structure import find_blocks
-from slimrank.pipeline.correcting import Correction
+from slimrank.pipeline.prepare import Choices
+from slimrank.pipeline.stages.correction import Correction
 from slimrank.statistics.catalogue import Gathering
 from slimrank.statistics.collector import Collector
+from slimrank.text.texts import read_texts
 
 SMALL = {"method": "svd_llm", "samples": 4, "search_samples": 4, "seq_len": 24, "batch_size": 2, "evaluation": None}
 FORMS = [{}, {"factor_form": "pivot"}]
@@ -94,8 +96,9 @@ def test_the_report_is_of_the_model_that_comes_out(calibration):
     """The divergence after the last round, measured again by whole passes."""
     original = tiny_model()
     result = compress(copy.deepcopy(original), calibration)
-    search = slimrank.pipeline.job.prepare_texts(result_recipe(result), True, True)
-    windows = search.tokenised(result_recipe(result), original, byte_tokenizer(), slimrank.progress.Progress()).search
+    recipe = result_recipe(result)
+    raw = read_texts(recipe, Choices.of(recipe).requests())
+    windows = raw.tokenised(recipe, original, byte_tokenizer(), slimrank.progress.Progress())["search"]
     dropped = 12
     with torch.no_grad():
         p, q = (log_softmax(m(input_ids=windows).logits[:, dropped:], -1) for m in (original, result.model))
@@ -138,7 +141,7 @@ def test_biases_and_dtypes_stay(calibration):
 def test_a_step_that_does_not_help_is_left_out(calibration, monkeypatch):
     plain = compress(tiny_model(), calibration, corrections=0)
     values = itertools.count(1.0)
-    monkeypatch.setattr("slimrank.pipeline.correcting.HeldOut.divergence", lambda self, index: next(values))
+    monkeypatch.setattr("slimrank.pipeline.stages.correction.HeldOutCheck.divergence", lambda self, index: next(values))
     result = compress(tiny_model(), calibration)
     assert [r["kept"] for r in result.report["corrections"]] == [False, False]
     for path, layer in compressed_layers(result.model).items():
@@ -146,14 +149,14 @@ def test_a_step_that_does_not_help_is_left_out(calibration, monkeypatch):
 
 
 def test_nan_is_never_nearer(calibration, monkeypatch):
-    monkeypatch.setattr("slimrank.pipeline.correcting.HeldOut.divergence", lambda self, index: float("nan"))
+    monkeypatch.setattr("slimrank.pipeline.stages.correction.HeldOutCheck.divergence", lambda self, index: float("nan"))
     assert not any(r["kept"] for r in compress(tiny_model(), calibration).report["corrections"])
 
 
 def test_steps_that_go_too_far_for_the_dtype_are_halved(calibration, monkeypatch):
     """In float16 the first trial overflows; the run goes on with what is finite."""
-    monkeypatch.setattr("slimrank.pipeline.correcting.LENGTH", 2.0**14)
-    monkeypatch.setattr("slimrank.pipeline.correcting.TRIALS", 20)
+    monkeypatch.setattr("slimrank.pipeline.stages.correction.LENGTH", 2.0**14)
+    monkeypatch.setattr("slimrank.pipeline.stages.correction.TRIALS", 20)
     result = compress(tiny_model().to(torch.float16), calibration, corrections=1)
     assert bool(torch.isfinite(torch.cat([p.flatten() for p in result.model.parameters()])).all())
     (made,) = result.report["corrections"]

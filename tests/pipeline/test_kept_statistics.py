@@ -7,7 +7,7 @@ import slimrank
 from architectures import random_model
 from helpers import byte_tokenizer, text
 from slimrank.layers.convert import compressed_layers, pair_of
-from slimrank.pipeline.kept import KeptStatistics
+from slimrank.pipeline.stages.statistics_cache import StatisticsCache
 from slimrank.progress import Progress
 from slimrank.statistics.catalogue import Gathering
 from slimrank.statistics.layer_statistics import LayerStatistics
@@ -25,7 +25,7 @@ def forbid_passes(monkeypatch):
     """Any pass over the calibration text fails from here on."""
     for name in PASSES:
         monkeypatch.setattr(f"slimrank.models.blocks.BlockRunner.{name}", None)
-    monkeypatch.setattr("slimrank.pipeline.decomposing.whole_model_gradients", None)
+    monkeypatch.setattr("slimrank.pipeline.stages.calibration_ways.whole_model_gradients", None)
 
 
 def products(result):
@@ -165,7 +165,7 @@ def test_decomposing_from_kept_statistics_goes_on_where_it_was(then, tmp_path, m
 def test_notes_of_all_kinds_come_back(tmp_path):
     """What was unusual about the inputs is not lost where the gradients were gathered by another method."""
     with Run(tmp_path, {}) as run:
-        kept = KeptStatistics(run.stage({}), 1, torch.device("cpu"))
+        kept = StatisticsCache(run.stage({}), 1, torch.device("cpu"))
         for need, notes in (("column", ("both", "inputs")), ("row", ("both", "gradients"))):
             gathering = Gathering(needs=frozenset({need}))
             kept.save(0, {"q": LayerStatistics((2, 3), gathering.needs, notes=notes)}, {}, gathering)
@@ -175,5 +175,5 @@ def test_notes_of_all_kinds_come_back(tmp_path):
 
 
 def test_statistics_are_kept_somewhere():
-    with pytest.raises(slimrank.SlimrankError, match="kept in a run directory"):
+    with pytest.raises(slimrank.SlimrankError, match="stored in a run directory"):
         compress(method="svd_llm", keep_statistics=True)

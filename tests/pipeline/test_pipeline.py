@@ -490,7 +490,7 @@ def test_a_plan_samples_no_more_text_than_it_reads(text_file, tmp_path, monkeypa
 
 
 def test_an_error_while_cutting_leaves_a_model_that_says_it_is_compressed(text_file, tmp_path, monkeypatch):
-    import slimrank.pipeline.cutting as cutting
+    import slimrank.pipeline.stages.factorize as cutting
 
     real, calls = cutting.replace_linears, []
 

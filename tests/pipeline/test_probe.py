@@ -7,16 +7,16 @@ import torch
 
 from slimrank.cli.console import ConsoleProgress
 from slimrank.errors import NonFiniteError
-from slimrank.pipeline import probe
-from slimrank.pipeline.probe import _hook
+from slimrank.pipeline.stages import model_probe as probe
+from slimrank.pipeline.stages.model_probe import _hook
 from slimrank.store import Stage
 from test_allocation_end_to_end import SEARCH, SEQ_LEN, allocated
 
 
 def test_what_is_not_finite_inside_a_block_names_the_cut(monkeypatch):
-    from slimrank.pipeline.spectra import Spectra
+    from slimrank.pipeline.stages.spectrum_store import SpectrumStore
 
-    real = Spectra.layers
+    real = SpectrumStore.layers
 
     def overflowing(self, unit, rank):
         layers = real(self, unit, rank)
@@ -24,7 +24,7 @@ def test_what_is_not_finite_inside_a_block_names_the_cut(monkeypatch):
             layer.B.weight.data.mul_(float("inf") if "layers.1.mlp.down" in unit.path else 1.0)
         return layers
 
-    monkeypatch.setattr(Spectra, "layers", overflowing)
+    monkeypatch.setattr(SpectrumStore, "layers", overflowing)
     name = r"model\.layers\.1\.mlp\.down_proj"
     with pytest.raises(NonFiniteError, match=rf"while '{name}' cut to rank \d+ was measured: NaN .* block"):
         allocated("lems")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slimrank.linalg.lowrank import solve
-from slimrank.pipeline.spectra import POINTS, outline
+from slimrank.pipeline.stages.spectrum_store import POINTS, outline
 from slimrank.report import layer_grid as grid
 
 

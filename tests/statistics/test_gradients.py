@@ -15,7 +15,7 @@ from slimrank.models.gradients import frozen, loss_gradients, next_token_loss, s
 from slimrank.models.states import State
 from slimrank.models.structure import experts_by_kind, find_blocks
 from slimrank.models.targets import find_targets
-from slimrank.pipeline.decomposing import alone
+from slimrank.pipeline.stages.calibration_pass import alone
 from slimrank.statistics.accumulators import SampleGradients, weight_gradient_squares
 from slimrank.statistics.catalogue import Gathering
 from slimrank.statistics.collector import Collector

@@ -19,10 +19,8 @@ from slimrank.comparison.cells import Cell
 from slimrank.errors import RecipeError
 from slimrank.evaluate.paired import check_windows, compare_tasks, too_few
 from slimrank.evaluate.tasks import Metric, TaskRequest, TaskResult, Tasks
-from slimrank.methods.allocator import ALLOCATORS
-from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.models.load import resolve
-from slimrank.pipeline.planning import reads_text
+from slimrank.pipeline.prepare import Choices
 from slimrank.pipeline.preview import preview
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
@@ -183,10 +181,8 @@ def _check_sources(cells: Sequence[Cell], texts: Sequence[str], tasks: TaskReque
 
 
 def _calibrates(recipe: Recipe) -> bool:
-    """Whether its method, its refiner or its allocation looks at text."""
-    allocator = ALLOCATORS.get(recipe.allocation).configured(recipe.allocation_options)
-    searches = recipe.plan is None and allocator.measures
-    return searches or reads_text(recipe, DECOMPOSERS.get(recipe.method).configured(recipe.method_options))
+    """Tell whether anything that the recipe asks for looks at calibration text."""
+    return any(request.source == "calibration" for request in Choices.of(recipe).requests())
 
 
 def _run(name: str, asked: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -214,10 +210,9 @@ def _run_folder(asked: Mapping[str, Any], folder: Path) -> Path:
     if asked["options"] is None:
         return folder / "run"
     recipe = Recipe.make(asked["options"])
-    method = DECOMPOSERS.get(recipe.method).configured(recipe.method_options)
     about = {name: getattr(recipe, name) for name in LAYERS}
     sources = [asked["model"]]
-    if reads_text(recipe, method):
+    if Choices.of(recipe).reads_text:
         about |= {name: getattr(recipe, name) for name in WINDOWS}
         sources.append(recipe.calibration)
     files = [_state(str(source)) for source in sources]

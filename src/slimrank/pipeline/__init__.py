@@ -1,6 +1,5 @@
-"""The walk of a model through all stages. The only place that joins them."""
+"""The stages of a compression, and what runs them. The only package that joins the others."""
 
-from slimrank.pipeline.job import CompressionResult
-from slimrank.pipeline.walk import compress, find_plan
+from slimrank.pipeline.compression import CompressionResult, compress, find_plan
 
 __all__ = ["CompressionResult", "compress", "find_plan"]

@@ -1,17 +1,27 @@
-"""What a compression will cost, said before it is paid: seconds per stage, and peak memory."""
+"""What a compression costs, estimated before it is paid: the units that stages state their costs in."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
+from slimrank.models.structure import find_blocks, parameters_of
 from slimrank.models.targets import Target
+
+if TYPE_CHECKING:
+    from slimrank.pipeline.prepare import Prepared
+    from slimrank.pipeline.stage import Stage
+    from slimrank.text.texts import WindowRequest
 
 GRAM_SHARE = 0.6  # of a full product, since only the upper panels are computed
 LIBRARIES = 400_000_000  # bytes that a process takes with torch and transformers loaded
+DISK_BYTES_PER_SECOND = 1e9
 
 
 @dataclass(frozen=True)
@@ -23,60 +33,167 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What is to be computed.
+class Cost:
+    """What a stage takes.
 
     Attributes:
-        targets: all targets.
+        float32: operations in single precision.
+        float64: operations in double precision.
+        written: bytes written to disk in the end.
+        peak: bytes of memory at most, besides the libraries and the weights of the model.
+        stored: bytes that it leaves in the run directory.
+    """
+
+    float32: float = 0.0
+    float64: float = 0.0
+    written: float = 0.0
+    peak: int = 0
+    stored: int = 0
+
+    def seconds(self, machine: Machine) -> float:
+        """Estimate the time on a machine."""
+        return self.float32 / machine.float32 + self.float64 / machine.float64 + self.written / DISK_BYTES_PER_SECOND
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that costs follow from.
+
+    Attributes:
+        targets: the weights to compress.
         matrices: parameters of all matrices in the blocks.
         head: parameters of the output head.
         parameters: those of the whole model.
-        width: numbers in a hidden state.
-        batch_tokens: tokens that run through a block at a time.
-        resident: whether the whole model is on the device at once.
-        calibration_tokens: tokens of calibration (0 for a method that needs none).
-        evaluation_tokens: tokens of one perplexity measurement (0 for none).
-        gathers: whether the method gathers statistics at all.
-        backward: whether it needs gradients.
-        refined: tokens that factors are refined on after the cut (0 for no refining).
-        pivots: whether they are stored as pivot layers, for which they are decomposed once more.
-        solves: eigen-problems per weight.
-        search: forward passes over the search text, times its tokens.
-        held_out: tokens that refined blocks are judged on.
-        corrected: tokens of all rounds of correction.
-        rounds: rounds of correction.
-        sums: numbers in the statistics of all layers.
-        bases: numbers in one basis of every weight or stack of weights.
         blocks: decoder blocks of the model.
-        samples: weight gradients held per weight (0 for a method that needs none).
+        vocabulary: tokens that the head tells apart.
+        seq_len: tokens of a window.
+        batch_tokens: tokens that run through a block at a time.
+        tokens: text tokens by the name of their request.
+        itemsize: bytes per stored parameter.
+        upcast: blocks are computed in float32.
+        resident: the whole model is on the device at once.
+        resumable: finished parts are stored.
+        keeps_statistics: statistics are stored, too.
     """
 
     targets: tuple[Target, ...]
     matrices: int
     head: int
     parameters: int
-    width: int
+    blocks: int
+    vocabulary: int
+    seq_len: int
     batch_tokens: int
+    tokens: Mapping[str, int]
+    itemsize: int
+    upcast: bool
     resident: bool
-    calibration_tokens: int
-    evaluation_tokens: int
-    gathers: bool = True
-    backward: bool = False
-    refined: int = 0
-    pivots: bool = False
-    solves: int = 1
-    samples: int = 0
-    search: float = 0.0
-    held_out: int = 0
-    corrected: int = 0
-    rounds: int = 0
-    sums: int = 0
-    bases: int = 0
-    blocks: int = 0
+    resumable: bool = True
+    keeps_statistics: bool = False
+
+    @classmethod
+    def of(cls, prepared: Prepared, tokens: Mapping[str, int], **stored: bool) -> Shape:
+        """Read the sizes off a prepared recipe; `stored`: whether it is resumable, and keeps statistics."""
+        model, recipe, seq_len = prepared.model, prepared.recipe, prepared.recipe.seq_len or 0
+        head: Any = model.get_output_embeddings()
+        return cls(
+            targets=prepared.targets.targets,
+            matrices=prepared.targets.coverage.matrices,
+            head=parameters_of(head) if head is not None else 0,
+            parameters=prepared.targets.coverage.total,
+            blocks=len(find_blocks(model)[1]),
+            vocabulary=model.config.get_text_config().vocab_size,
+            seq_len=seq_len,
+            batch_tokens=recipe.batch_size * seq_len,
+            tokens=tokens,
+            itemsize=prepared.dtype.itemsize,
+            upcast=prepared.device.type == "cpu",
+            resident=recipe.resident,
+            **stored,
+        )
+
+    @property
+    def width(self) -> int:
+        """The numbers in a hidden state."""
+        return self.targets[0].shape[1]
+
+    @property
+    def widest(self) -> int:
+        """The longer side of the largest target."""
+        return max(max(t.shape) for t in self.targets)
+
+    @property
+    def logits(self) -> int:
+        """The elements of the logits of one evaluation pass."""
+        return max(LOGITS_AT_ONCE, self.seq_len * self.vocabulary)
+
+    @cached_property
+    def first(self) -> list[Target]:
+        """The targets of the first block that has any."""
+        block = min(t.block for t in self.targets)
+        return [t for t in self.targets if t.block == block]
+
+    @property
+    def compressed_blocks(self) -> int:
+        """The number of blocks that have targets."""
+        return len({t.block for t in self.targets})
+
+    @property
+    def compute_bytes(self) -> int:
+        """The bytes of a number while a block is computed."""
+        return 4 if self.upcast else self.itemsize
+
+    @property
+    def copies(self) -> int:
+        """The bytes of the copies of weights that are computed in another dtype than they are stored in."""
+        if self.compute_bytes == self.itemsize:
+            return 0
+        block = self.matrices // max(1, self.compressed_blocks) * self.compute_bytes
+        return self.parameters * self.compute_bytes if self.resident else block
+
+    @property
+    def solving(self) -> int:
+        """The bytes that the largest eigen-problem takes."""
+        return 8 * 5 * self.widest * min(self.widest, max(min(t.shape) for t in self.targets))
+
+    def forward(self, tokens: int) -> float:
+        """Count the operations of a forward pass through the blocks."""
+        return 2.0 * tokens * self.matrices
+
+    def through(self, tokens: float) -> float:
+        """Count the operations of a forward pass through the blocks and the head."""
+        return 2 * tokens * (self.matrices + self.head)
+
+    def grams(self, tokens: int) -> float:
+        """Count the operations of the grams of all layers' inputs."""
+        return 2 * GRAM_SHARE * tokens * sum(n * n for n in group_widths(self.targets))
+
+    def decompose(self) -> float:
+        """Count the operations of one eigen-problem for every target."""
+        return sum(solve_flops(*t.shape) for t in self.targets)
+
+
+def expected_tokens(requests: Iterable[WindowRequest], seq_len: int) -> dict[str, int]:
+    """Count the tokens of each request where the text is long enough."""
+    return {request.name: request.count * seq_len for request in requests}
+
+
+def timetable(stages: Iterable[Stage], prepared: Prepared, shape: Shape) -> dict[str, Cost]:
+    """Return the cost of every part by its title, in the order in which the parts run."""
+    stages, costs = list(stages), dict[str, Cost]()
+    first = next((stage for stage in stages if stage.factorizes), None)
+    for stage in stages:
+        if stage is first:
+            found = {other.before_title: other.cost_before(prepared, shape) for other in stages if other.before_title}
+            costs |= {title: cost for title, cost in found.items() if cost is not None}
+        cost = stage.cost(prepared, shape)
+        if cost is not None:
+            costs[stage.title] = cost
+    return costs
 
 
 def measure_machine(device: torch.device) -> Machine:
-    """A fraction of a second of matrix products on the device."""
+    """Measure the device by matrix products, for a fraction of a second."""
     rates: list[float] = []
     for dtype in (torch.float32, torch.float64):
         if device.type == "mps" and dtype == torch.float64:
@@ -88,97 +205,8 @@ def measure_machine(device: torch.device) -> Machine:
     return Machine(*rates)
 
 
-def stage_seconds(work: Workload, machine: Machine) -> dict[str, float]:
-    """Predicted seconds of each stage, in order."""
-    evaluate = 2 * work.evaluation_tokens * (work.matrices + work.head)
-    forward, grams = _passes(work, work.calibration_tokens)
-    calibrate = (forward + grams) if work.gathers else 0.0
-    if work.backward:  # each block forwards twice and backwards once, the head thrice; grams on both sides
-        calibrate = 3.2 * forward + 2.2 * grams + 6 * work.calibration_tokens * work.head
-        calibrate += 12 * work.samples * sum(t.parameters * sum(t.shape) for t in work.targets)
-    decompose = sum(_solve_flops(*t.shape) for t in work.targets)
-    cutting = (2 if work.pivots else 1) * decompose / 4 / machine.float64
-    if work.refined:
-        forward, grams = _passes(work, work.refined)
-        cutting += (5 * forward + 4 * grams) / machine.float32 + decompose / machine.float64
-        judged = work.held_out * len({t.block for t in work.targets})
-        cutting += 2 * judged * (work.matrices + work.head) / machine.float32
-    stored = 4 * sum(t.parameters for t in work.targets)
-    remembering = 2 * work.corrected * work.matrices / machine.float32
-    correcting = (8 * work.corrected * work.matrices + 8 * work.corrected * work.head) / machine.float32
-    correcting += work.rounds * sum(_step_flops(*t.shape) for t in work.targets) / machine.float64
-    stages = {
-        "measure the original": evaluate / machine.float32,
-        "calibrate and decompose": calibrate / machine.float32 + work.solves * decompose / machine.float64,
-        "allocate": 2 * work.search * (work.matrices + work.head) / machine.float32,
-        "remember the original": remembering,
-        "cut and refine factors" if work.refined else "cut factors": cutting,
-        "correct": correcting,
-        "measure the result": evaluate / machine.float32,
-        "write": stored / 1e9,
-    }
-    left_out = () if work.rounds else ("remember the original", "correct")
-    return {name: seconds for name, seconds in stages.items() if name not in left_out}
-
-
-def peak_bytes(work: Workload, logits: int, itemsize: int, upcast: bool) -> int:
-    """Predicted peak memory of the process, in bytes.
-
-    Args:
-        work: what is to be computed.
-        logits: elements of the logits of one evaluation pass.
-        itemsize: bytes per stored parameter.
-        upcast: blocks are computed in float32.
-    """
-    blocks = {t.block for t in work.targets}
-    compute = 4 if upcast else itemsize
-    block = work.matrices // max(1, len(blocks)) * compute
-    copies = (work.parameters * compute if work.resident else block) if compute != itemsize else 0
-    wide = work.width * compute
-    hidden, streams = work.calibration_tokens * wide, 3 * work.refined * wide
-    first = [t for t in work.targets if t.block == min(blocks)]
-    widest = max(max(t.shape) for t in work.targets)
-    grams = sum(12 * n * n for n in group_widths(first)) if work.gathers else 0
-    solving = 8 * 5 * widest * min(widest, max(min(t.shape) for t in work.targets))
-    activations = (16 if work.backward else 6) * work.batch_tokens * widest * compute
-    if work.backward:
-        hidden, grams = 2 * hidden, 3 * grams + 4 * work.samples * sum(t.parameters for t in first)
-        if work.resident:
-            grams, activations = len(blocks) * grams, len(blocks) * activations
-        activations = max(activations, 16 * logits)
-    calibrating = copies + hidden + grams + solving + activations
-    if work.refined:
-        sums = 3 * sum(8 * n * n for n in group_widths(first))
-        calibrating = max(calibrating, copies + streams + sums + solving)
-    evaluating = 12 * logits if work.evaluation_tokens else 0
-    return LIBRARIES + work.parameters * itemsize + max(calibrating, evaluating)
-
-
-def run_bytes(work: Workload, stored: int, resumable: bool, keeps_statistics: bool = False) -> int:
-    """About how many bytes the run directory will hold: bases of all targets, hidden states, gradients.
-
-    Args:
-        work: what is to be computed.
-        stored: parameters of the targets once they are compressed.
-        resumable: finished parts are kept, so that an interrupted run goes on.
-        keeps_statistics: statistics are kept, in float64.
-    """
-    numbers = work.bases * (2 if work.backward else 1)
-    numbers += 2 * work.sums if keeps_statistics else 0
-    copies = 1 if resumable else 0
-    if work.backward and not work.resident:
-        copies += 2 + work.blocks
-    tokens = copies * work.calibration_tokens
-    if work.refined and resumable:
-        numbers, tokens = numbers + stored, tokens + 2 * work.refined
-    if work.rounds:
-        numbers += 2 * stored
-        tokens += (work.rounds + work.blocks) * (work.corrected // work.rounds)
-    return 4 * (numbers + tokens * work.width)
-
-
 def group_widths(targets: Iterable[Target]) -> list[int]:
-    """Input widths of the groups that will share a Gram: siblings of equal width, except the last to run.
+    """Return the input widths of the groups that will share a gram: siblings of equal width, except the last to run.
 
     A guess made without running the model; calibration itself goes by the identity of the tensors.
     """
@@ -189,19 +217,10 @@ def group_widths(targets: Iterable[Target]) -> list[int]:
     return list(seen.values())
 
 
-def _passes(work: Workload, tokens: int) -> tuple[float, float]:
-    """Operations of a forward pass over so many tokens, and of the grams of all layers' inputs."""
-    return 2.0 * tokens * work.matrices, 2 * GRAM_SHARE * tokens * sum(n * n for n in group_widths(work.targets))
-
-
-def _solve_flops(m: int, n: int) -> float:
+def solve_flops(m: int, n: int) -> float:
+    """Count the operations of the eigen-problem of an m x n weight."""
     k, widest = min(m, n), max(m, n)
     return 40 * k**3 + 4 * k * k * widest + (2 * k * widest * widest if n > m else 0)
-
-
-def _step_flops(m: int, n: int) -> float:
-    k = min(m, n)
-    return n**3 / 3 + 2 * m * n * n + 6 * k * m * n + 4 * k**3
 
 
 def _time(work: Callable[[], torch.Tensor]) -> float:

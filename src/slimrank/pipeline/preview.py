@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from slimrank.budget.rank_plan import RankPlan
-from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
-from slimrank.linalg.cost import COST_MODELS
-from slimrank.methods.allocator import ALLOCATORS, ConfiguredAllocator
-from slimrank.methods.decomposer import DECOMPOSERS
-from slimrank.models.fused_layers import take_apart
 from slimrank.models.load import skeleton
-from slimrank.models.placement import resolve_device
-from slimrank.models.storage import stored_dtype
 from slimrank.models.structure import short_names, without_numbers
-from slimrank.models.targets import TargetSet, find_targets
-from slimrank.pipeline.forecast import measure_machine, peak_bytes, run_bytes, stage_seconds
-from slimrank.pipeline.model_bytes import ModelBytes, new_biases
-from slimrank.pipeline.planning import (
-    Unit,
-    at_first,
-    check_corrections,
-    configured_refiner,
-    following_plan,
-    given_plan,
-    make_problem,
-    plan_of,
-    reads_text,
-    units_of,
-    workload,
-)
+from slimrank.pipeline.forecast import LIBRARIES, Shape, expected_tokens, measure_machine, timetable
+from slimrank.pipeline.model_bytes import new_biases
+from slimrank.pipeline.prepare import Choices, Prepared
+from slimrank.pipeline.stages.save import Save
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
-from slimrank.text.texts import window_length
+from slimrank.text.texts import merged
 
 
 def preview(
     model: str | Path, recipe: Recipe | None = None, progress: Progress | None = None, **options: Any
 ) -> dict[str, Any]:
-    """What `compress` would do with the same arguments.
+    """Tell what `compress` would do with the same arguments.
 
     Returns:
         A record with "plan" (as `RankPlan`), "blocks_path", "size", "coverage", "kinds" (one row for each layer name),
@@ -51,51 +31,33 @@ def preview(
     Raises:
         SlimrankError: whatever `compress` would refuse for the same model and budget.
     """
-    made = following_plan(Recipe.merged(recipe, options))
-    device = resolve_device(made.device)
-    read = skeleton(model, made.dtype, progress)
-    bones = read.model
-    take_apart(bones, made.split)
-    seq_len = window_length(bones, made.seq_len)
-    targets = find_targets(bones, made.targets, made.ignore, COST_MODELS[made.factor_form])
-    coverage = targets.coverage
-    size = ModelBytes.of(bones, targets)
-    method = DECOMPOSERS.get(made.method).configured(made.method_options)
-    refiner = configured_refiner(made, method)
-    check_corrections(made, method)
-    allocator = ALLOCATORS.get(made.allocation).configured(made.allocation_options)
-    plan = _plan(made, bones, targets, units_of(method, targets, made.stored_as), size, allocator)
-    work = workload(
-        made,
-        bones,
-        targets,
-        method,
-        calibration_tokens=made.samples * seq_len if reads_text(made, method) else 0,
-        refined_tokens=made.samples * seq_len * (refiner.following.samples_factor if refiner else 0),
-        evaluation_tokens=made.windows * seq_len if made.evaluation else 0,
-        seq_len=seq_len,
-    )
-    logits = max(LOGITS_AT_ONCE, seq_len * bones.config.get_text_config().vocab_size)
+    choices = Choices.of(Recipe.merged(recipe, options))
+    stages = [*choices.stages(), Save(None)]
+    read = skeleton(model, choices.recipe.dtype, progress)
+    prepared = Prepared.of(choices, read.model)
+    requests = merged(request for stage in stages for request in stage.windows(choices))
+    shape = Shape.of(prepared, expected_tokens(requests, prepared.recipe.seq_len or 0))
+    costs = timetable(stages, prepared, shape)
+    machine = measure_machine(prepared.device)
+    coverage = prepared.targets.coverage
     return {
-        "plan": plan,
-        "blocks_path": targets.blocks_path,
-        "size": {**_size(made, plan, targets, size, read.file_bytes), "stored_as": plan.stored_as},
+        "plan": prepared.plan,
+        "blocks_path": prepared.targets.blocks_path,
+        "size": {**_size(prepared, read.file_bytes), "stored_as": prepared.plan.stored_as},
         "coverage": {**asdict(coverage), "of_matrices": coverage.of_matrices},
-        "kinds": _kinds(plan),
-        "seconds": stage_seconds(work, measure_machine(device)),
-        "peak_memory": peak_bytes(work, logits, stored_dtype(bones).itemsize, upcast=device.type == "cpu"),
-        "run_bytes": run_bytes(work, plan.stored_parameters, resumable=True),
+        "kinds": _kinds(prepared.plan),
+        "seconds": {title: cost.seconds(machine) for title, cost in costs.items()},
+        "peak_memory": LIBRARIES + shape.parameters * shape.itemsize + max(cost.peak for cost in costs.values()),
+        "run_bytes": sum(cost.stored for cost in costs.values()),
         "notes": read.notes,
     }
 
 
-def _size(
-    recipe: Recipe, plan: RankPlan, targets: TargetSet, size: ModelBytes, file_bytes: int | None
-) -> dict[str, Any]:
+def _size(prepared: Prepared, file_bytes: int | None) -> dict[str, Any]:
     """Count before and after: of the linears, and of the whole model."""
-    coverage = targets.coverage
+    plan, targets, size, coverage = prepared.plan, prepared.targets, prepared.size, prepared.targets.coverage
     factored = [t for t in targets if plan.targets[t.path].rank != "dense"]
-    linears = plan.stored_parameters + new_biases(recipe, (t for t in factored if not t.bias))
+    linears = plan.stored_parameters + new_biases(prepared.recipe, (t for t in factored if not t.bias))
     after = coverage.total - coverage.targets + linears
     return {
         "keep_ratio": linears / coverage.targets,
@@ -104,27 +66,12 @@ def _size(
         "parameters_after": after,
         "bytes_before": file_bytes or size.total,
         "bytes_loaded": size.total,
-        "bytes_after": size.compressed(recipe, plan, targets),
+        "bytes_after": size.compressed(prepared.recipe, plan, targets),
     }
 
 
-def _plan(
-    recipe: Recipe,
-    model: Any,
-    targets: TargetSet,
-    units: Sequence[Unit],
-    size: ModelBytes,
-    allocator: ConfiguredAllocator,
-) -> RankPlan:
-    plan = given_plan(recipe, targets, units)
-    if plan is not None:
-        return plan
-    problem = make_problem(recipe, model, targets, units, size)
-    return plan_of(at_first(problem, allocator), recipe, problem, targets, units)
-
-
 def _kinds(plan: RankPlan) -> list[dict[str, Any]]:
-    """One row per layer name and shape: how many, and the range of their ranks."""
+    """Return a row for each layer name and shape: how many there are, and the range of their ranks."""
     rows: dict[tuple[str, tuple[int, int]], dict[str, Any]] = {}
     names = short_names(list(dict.fromkeys(map(without_numbers, plan.targets))))
     for path, target in plan.targets.items():

@@ -1,10 +1,10 @@
-"""The texts of a run: read before any long work, tokenised once the model is there."""
+"""The text windows of a run, by request: read before any long work, tokenised once the model is there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,155 +26,162 @@ TOO_SHORT = "the calibration text is too short for windows of their own to searc
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Token windows of a run; None where a text is not needed. `refinement`: where it is not that of calibration.
+class WindowRequest:
+    """Windows that a stage asks for.
 
-    `overlap` says that evaluation windows are found in the calibration text; empty if they are not.
+    Attributes:
+        name: what they are for; two requests of one name share their windows.
+        count: how many.
+        source: the text they come from. Windows of the evaluation text are the first of it.
+        disjoint: they overlap neither the windows that calibrate nor other disjoint ones.
+        spread: they are spread evenly over the text, and overlap no disjoint ones. Others are drawn at random.
     """
 
-    calibration: Tensor | None = None
-    refinement: Tensor | None = None
-    search: Tensor | None = None
-    correction: Tensor | None = None
-    evaluation: Tensor | None = None
+    name: str
+    count: int
+    source: Literal["calibration", "evaluation"] = "calibration"
+    disjoint: bool = False
+    spread: bool = False
+
+
+def merged(requests: Iterable[WindowRequest]) -> list[WindowRequest]:
+    """Join requests of one name; the largest count holds."""
+    found: dict[str, WindowRequest] = {}
+    for request in requests:
+        known = found.setdefault(request.name, request)
+        if request.count > known.count:
+            found[request.name] = request
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token windows of a run by the name of their request.
+
+    Attributes:
+        windows: name -> token ids (windows x seq_len), for every request that could be met.
+        bos: whether every window begins with a BOS token.
+        notes: what reading and drawing skipped or changed.
+        overlap: a sentence where evaluation windows are found in the calibration text; else empty.
+    """
+
+    windows: Mapping[str, Tensor] = field(default_factory=dict)
     bos: bool = False
     notes: list[str] = field(default_factory=list)
     overlap: str = ""
 
-    @property
-    def calibration_tokens(self) -> int:
-        """Tokens of calibration."""
-        return 0 if self.calibration is None else self.calibration.numel()
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the windows of a request."""
+        return self.windows[name]
 
-    @property
-    def refinement_tokens(self) -> int:
-        """Tokens that factors are refined on."""
-        return self.calibration_tokens if self.refinement is None else self.refinement.numel()
+    def get(self, name: str) -> Tensor | None:
+        """Return the windows of a request; None if nobody asked for them."""
+        return self.windows.get(name)
 
-    @property
-    def search_tokens(self) -> int:
-        """Tokens that plans are measured on."""
-        return 0 if self.search is None else self.search.numel()
+    def digest(self, name: str) -> str | None:
+        """Return the sha256 of the windows of a request; None if there are none."""
+        return tokens_digest(self.windows[name]) if name in self.windows else None
 
-    @property
-    def search_digest(self) -> str | None:
-        """sha256 of the search windows."""
-        return None if self.search is None else tokens_digest(self.search)
-
-    @property
-    def refinement_digest(self) -> str | None:
-        """sha256 of the windows that factors are refined on, where they are others than those of calibration."""
-        return None if self.refinement is None else tokens_digest(self.refinement)
-
-    @property
-    def correction_digest(self) -> str | None:
-        """sha256 of the windows that factors are corrected on."""
-        return None if self.correction is None else tokens_digest(self.correction)
-
-    @property
-    def evaluation_tokens(self) -> int:
-        """Tokens of one evaluation."""
-        return 0 if self.evaluation is None else self.evaluation.numel()
-
-    @property
-    def evaluation_windows(self) -> int:
-        """Windows of one evaluation."""
-        return 0 if self.evaluation is None else len(self.evaluation)
-
-    @property
-    def calibration_digest(self) -> str | None:
-        """sha256 of the calibration windows."""
-        return None if self.calibration is None else tokens_digest(self.calibration)
-
-    @property
-    def evaluation_digest(self) -> str | None:
-        """sha256 of the evaluation windows."""
-        return None if self.evaluation is None else tokens_digest(self.evaluation)
+    def tokens(self) -> dict[str, int]:
+        """Count the tokens of each request."""
+        return {name: ids.numel() for name, ids in self.windows.items()}
 
 
 @dataclass(frozen=True)
 class RawTexts:
-    """The texts as read; `calibration` is None for text that the model samples, or none at all.
+    """The texts as read.
 
-    `refining` counts the windows that factors are refined on, where they are others than those of calibration.
-    `notes` name what reading skipped or changed.
+    Attributes:
+        requests: the windows to make of them.
+        sources: the text of each source; no calibration text where the model writes it.
+        notes: what reading skipped or changed.
     """
 
-    calibrates: bool
-    searches: bool
-    refining: int | None
-    calibration: str | None
-    evaluation: str | None
+    requests: list[WindowRequest]
+    sources: Mapping[str, str]
     notes: list[str]
 
     def tokenised(self, recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Texts:
-        """Token windows, of the length that the recipe says.
+        """Make the token windows, of the length that the recipe says.
 
         Raises:
             DataError: too little text.
             ModelError: tokens that the model has no embedding for.
             RecipeError: no tokenizer, or windows longer than the model's context.
         """
-        if not self.calibrates and not self.searches and self.evaluation is None:
+        if not self.requests:
             return Texts()
         if tokenizer is None:
             raise RecipeError(
                 "a tokenizer is needed to read text.", "compress(model, tokenizer, ...), or evaluation=None"
             )
-        bos = bos_of(tokenizer)
-        notes = list(self.notes)
-        evaluation = None
-        if self.evaluation is not None:
-            evaluation = _evaluation(recipe, self.evaluation, model, tokenizer, bos, notes)
-        if not (self.calibrates or self.searches):
-            return Texts(evaluation=evaluation, bos=bos is not None, notes=notes)
+        bos, notes = bos_of(tokenizer), list(self.notes)
+        windows = {
+            request.name: _leading(request, self.sources["evaluation"], recipe, model, tokenizer, notes)
+            for request in self._from("evaluation")
+        }
+        drawn = self._from("calibration")
+        if not drawn:
+            return Texts(windows, bos is not None, notes)
         draws = self._draws(recipe, model, tokenizer, bos, progress)
-        search = correction = None
-        if self.searches:
-            (search, correction), apart = draws.kept_apart()
-            if not apart:
-                notes.append(TOO_SHORT)
-        calibration = draws.calibration() if self.calibrates else None
-        refinement = self._refinement(draws, notes)
-        overlap = "" if evaluation is None else _overlap(evaluation, draws, [calibration, refinement], bos)
-        return Texts(
-            calibration=calibration,
-            refinement=refinement,
-            search=search,
-            correction=correction if recipe.corrections else None,
-            evaluation=evaluation,
-            bos=bos is not None,
-            notes=[*notes, overlap] if overlap else notes,
-            overlap=overlap,
-        )
+        found = _drawn(draws, drawn, notes)
+        overlap = _overlap(windows.values(), draws, list(_calibrating(found, drawn)), bos)
+        return Texts({**found, **windows}, bos is not None, [*notes, overlap] if overlap else notes, overlap)
 
-    def _refinement(self, draws: Draws, notes: list[str]) -> Tensor | None:
-        """Windows that factors are refined on; None for those of calibration, also where no more fit."""
-        if self.refining is None:
-            return None
-        windows = draws.refinement(self.refining)
-        count = max(len(windows), draws.samples)
-        if count < self.refining:
-            notes.append(f"the calibration text is short: factors are refined on {count} windows, not {self.refining}")
-        return windows if len(windows) == count else None
+    def _from(self, source: str) -> list[WindowRequest]:
+        return [request for request in self.requests if request.source == source]
 
     def _draws(self, recipe: Recipe, model: Any, tokenizer: Any, bos: int | None, progress: Progress) -> Draws:
         def sampled(count: int, seq_len: int, seed: int) -> Tensor:
             with placed([model], resolve_device(recipe.device), upcast=False):
                 return sample_windows(model, tokenizer, count, seq_len, seed, progress)
 
-        samples = recipe.samples if self.calibrates else 0
-        apart = (recipe.search_samples, recipe.corrections * recipe.correction_windows) if self.searches else ()
+        requests = self._from("calibration")
+        samples = max((r.count for r in requests if not (r.disjoint or r.spread)), default=0)
+        apart = tuple(r.count for r in requests if r.disjoint)
         shared = samples, apart, recipe.seq_len or DEFAULT_SEQ_LEN, recipe.seed
-        if self.calibration is None:
+        if "calibration" not in self.sources:
             return FromModel(*shared, sampled)
-        tokens = tokenise(self.calibration, tokenizer)
+        tokens = tokenise(self.sources["calibration"], tokenizer)
         check_tokens(tokens, tokenizer, model)
         return FromText(*shared, tokens, bos)
 
 
-def _evaluation(recipe: Recipe, text: str, model: Any, tokenizer: Any, bos: int | None, notes: list[str]) -> Tensor:
-    wanted, seq_len = recipe.windows, recipe.seq_len or DEFAULT_SEQ_LEN
+def _drawn(draws: Draws, requests: Sequence[WindowRequest], notes: list[str]) -> dict[str, Tensor]:
+    """Draw the windows of all requests; add to the notes where the text is too short for one."""
+    found: dict[str, Tensor] = {}
+    disjoint = [request.name for request in requests if request.disjoint]
+    if disjoint:
+        windows, apart = draws.kept_apart()
+        found |= dict(zip(disjoint, windows, strict=True))
+        if not apart:
+            notes.append(TOO_SHORT)
+    for request in requests:
+        if not (request.disjoint or request.spread):
+            found[request.name] = draws.calibration()[: request.count]
+        elif request.spread and (spread := _spread(draws, request, notes)) is not None:
+            found[request.name] = spread
+    return found
+
+
+def _spread(draws: Draws, request: WindowRequest, notes: list[str]) -> Tensor | None:
+    """Draw windows spread over the text; None where fewer fit than calibrate, which then serve instead."""
+    windows = draws.refinement(request.count)
+    count = max(len(windows), draws.samples)
+    if count < request.count:
+        what = "factors are refined on" if request.name == "refinement" else f"'{request.name}' has"
+        notes.append(f"the calibration text is short: {what} {count} windows, not {request.count}")
+    return windows if len(windows) == count else None
+
+
+def _calibrating(found: Mapping[str, Tensor], requests: Sequence[WindowRequest]) -> Iterable[Tensor]:
+    """Yield the windows that results are fitted to."""
+    return (found[r.name] for r in requests if not r.disjoint and r.name in found)
+
+
+def _leading(request: WindowRequest, text: str, recipe: Recipe, model: Any, tokenizer: Any, notes: list[str]) -> Tensor:
+    """Cut the first windows of a text; add to the notes where it holds fewer."""
+    wanted, seq_len, bos = request.count, recipe.seq_len or DEFAULT_SEQ_LEN, bos_of(tokenizer)
     tokens = tokenise(text, tokenizer, most=wanted * seq_len)
     check_tokens(tokens, tokenizer, model)
     available = count_windows(tokens, seq_len, bos)
@@ -183,18 +190,17 @@ def _evaluation(recipe: Recipe, text: str, model: Any, tokenizer: Any, bos: int 
     return leading_windows(tokens, max(1, min(available, wanted)), seq_len, bos)
 
 
-def _overlap(evaluation: Tensor, draws: Draws, drawn: Sequence[Tensor | None], bos: int | None) -> str:
+def _overlap(evaluation: Iterable[Tensor], draws: Draws, drawn: Sequence[Tensor], bos: int | None) -> str:
     """Say how many evaluation windows are found in the calibration text, and in the windows drawn from it."""
     skipped = int(bos is not None)
-    windows = evaluation[:, skipped:]
-    found = draws.holds(windows)
-    if not bool(found.any()):
-        return ""
-    in_drawn = torch.zeros_like(found)
-    for some in drawn:
-        if some is not None:
-            in_drawn |= windows_found(windows, some[:, skipped:])
-    return f"{found_note(found)} {int(in_drawn.sum())} of them are among the windows that calibrate."
+    for windows in (some[:, skipped:] for some in evaluation):
+        found = draws.holds(windows)
+        if bool(found.any()):
+            in_drawn = torch.zeros_like(found)
+            for some in drawn:
+                in_drawn |= windows_found(windows, some[:, skipped:])
+            return f"{found_note(found)} {int(in_drawn.sum())} of them are among the windows that calibrate."
+    return ""
 
 
 def found_note(found: Tensor) -> str:
@@ -205,26 +211,23 @@ def found_note(found: Tensor) -> str:
     )
 
 
-def prepare_texts(recipe: Recipe, calibrates: bool, searches: bool = False, refining: int | None = None) -> RawTexts:
-    """Read the texts of a recipe; what for: see `RawTexts`.
+def read_texts(recipe: Recipe, requests: Iterable[WindowRequest]) -> RawTexts:
+    """Read the texts that some windows are made of.
 
     Raises:
         DataError: a missing, unreadable or empty source.
     """
-    own = recipe.calibration == "self" or not (calibrates or searches)
-    notes: list[str] = []
-    return RawTexts(
-        calibrates,
-        searches,
-        refining,
-        None if own else read_source(recipe.calibration, "calibration", notes.append),
-        None if recipe.evaluation is None else read_source(recipe.evaluation, "evaluation", notes.append),
-        notes,
-    )
+    wanted, notes, read = merged(requests), list[str](), dict[str, str]()
+    sources = {request.source for request in wanted}
+    if "calibration" in sources and recipe.calibration != "self":
+        read["calibration"] = read_source(recipe.calibration, "calibration", notes.append)
+    if "evaluation" in sources and recipe.evaluation is not None:
+        read["evaluation"] = read_source(recipe.evaluation, "evaluation", notes.append)
+    return RawTexts(wanted, read, notes)
 
 
 def window_length(model: Any, wanted: int | None) -> int:
-    """Tokens per window: what was asked for, else 512 or the model's context, whichever is less.
+    """Return the tokens per window: what was asked for, else 512 or the model's context, whichever is less.
 
     Raises:
         RecipeError: more was asked for than the model was made for.

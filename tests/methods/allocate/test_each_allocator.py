@@ -20,7 +20,7 @@ from slimrank.methods.allocate.dobi import SoftTruncation, _truncating
 from slimrank.methods.allocate.lems import depth_bias
 from slimrank.methods.allocate.mrcs import greedy
 from slimrank.methods.allocator import ALLOCATORS
-from slimrank.pipeline.planning import provisional
+from slimrank.pipeline.rank_problem import provisional
 
 
 def allocate(id, given, **options):

@@ -15,7 +15,7 @@ from torch import Tensor
 from slimrank.statistics.accumulators import ChannelSums, GramSum
 from slimrank.statistics.catalogue import NEEDS, Gathering, Need
 from slimrank.statistics.layer_statistics import LayerStatistics
-from slimrank.store import Stage
+from slimrank.store import Stage as Store
 
 KINDS: dict[Need, tuple[str, ...]] = {
     "column": ("inputs", "outputs", "input_energies"),
@@ -27,17 +27,17 @@ KINDS: dict[Need, tuple[str, ...]] = {
 SUMS: dict[str, Any] = {"gram": GramSum, "channels": ChannelSums}
 
 
-class KeptStatistics:
+class StatisticsCache:
     """What has been gathered of a text.
 
     Args:
-        stage: of everything that statistics depend on but for how they are gathered.
+        store: of everything that statistics depend on but for how they are gathered.
         blocks: blocks of the model.
         device: where sums are loaded to.
     """
 
-    def __init__(self, stage: Stage, blocks: int, device: torch.device) -> None:
-        self.stage, self.blocks, self.device = stage, blocks, device
+    def __init__(self, store: Store, blocks: int, device: torch.device) -> None:
+        self.store, self.blocks, self.device = store, blocks, device
 
     def save(
         self, index: int, statistics: Mapping[str, LayerStatistics], leaders: Mapping[str, str], gathering: Gathering
@@ -49,7 +49,7 @@ class KeptStatistics:
             packed = _Packed(KINDS[need])
             layers = {path: packed.layer(path, mine) for path, mine in statistics.items()}
             about = {"layers": layers, "leaders": dict(leaders)}
-            self.stage.save(_name(index, need, gathering), packed.tensors, about)
+            self.store.save(_name(index, need, gathering), packed.tensors, about)
 
     def load(
         self, index: int, sources: Sequence[Need], gathering: Gathering, ranks: Mapping[str, int]
@@ -58,7 +58,7 @@ class KeptStatistics:
         found: dict[str, LayerStatistics] = {}
         leaders: dict[str, str] = {}
         for source in sources:
-            tensors, about = self.stage.load(_name(index, source, gathering), str(self.device))
+            tensors, about = self.store.load(_name(index, source, gathering), str(self.device))
             shared: dict[str, Any] = {}
             leaders |= about["leaders"]
             for path, mine in about["layers"].items():
@@ -87,7 +87,7 @@ class KeptStatistics:
         return chosen
 
     def _complete(self, need: Need, gathering: Gathering) -> bool:
-        return all(self.stage.has(_name(index, need, gathering)) for index in range(self.blocks))
+        return all(self.store.has(_name(index, need, gathering)) for index in range(self.blocks))
 
 
 def _name(index: int, need: Need, gathering: Gathering) -> str:

@@ -1,4 +1,4 @@
-"""Refine factors after the cut, block after block, in closed form."""
+"""The refinement of factors, block after block, in closed form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,17 @@ from slimrank.models.page_out import page_out
 from slimrank.models.states import named, states_named
 from slimrank.models.structure import without_numbers
 from slimrank.models.targets import Target
-from slimrank.pipeline.cutting import Cutter
-from slimrank.pipeline.held_out import HeldOut
-from slimrank.pipeline.job import Job
-from slimrank.pipeline.two_streams import TwoStreams
+from slimrank.pipeline.stages.dual_stream import DualStream
+from slimrank.pipeline.stages.factorize import Factorizer
+from slimrank.pipeline.stages.held_out_check import HeldOutCheck
 from slimrank.statistics.paired_inputs import LayerSums, StreamCollector
-from slimrank.store import Stage
+from slimrank.store import Stage as Store
 
+if TYPE_CHECKING:
+    from slimrank.pipeline.state import State
+
+
+TITLE = "cut and refine factors"
 _MORE_OUTPUTS = "more outputs than inputs: it does not make up for the residual stream"
 UNSEEN = 1e-3  # ridge besides a chosen one, for what the text does not show
 _ROUTED = "experts are sent other tokens in either model: refined towards the original weight on their own inputs"
@@ -42,34 +46,34 @@ class Refinement:
     once more, to pass on what the refined factors give.
     """
 
-    def __init__(self, job: Job, cutter: Cutter, stage: Stage) -> None:
-        assert job.refiner is not None
-        self.job, self.cutter, self.stage, self.refiner = job, cutter, stage, job.refiner
-        self.streams = TwoStreams(job, job.refiner.following)
+    def __init__(self, state: State, factorizer: Factorizer, store: Store) -> None:
+        assert state.prepared.choices.refiner is not None
+        self.state, self.factorizer, self.store, self.refiner = state, factorizer, store, state.prepared.choices.refiner
+        self.streams = DualStream(state, state.prepared.choices.refiner.following)
         self.runner = self.streams.runner
-        count = job.refiner.following.held_out
-        self.held_out = HeldOut(job, count, stage) if count else None
+        count = state.prepared.choices.refiner.following.held_out
+        self.held_out = HeldOutCheck(state, count, store) if count else None
         self.undone: dict[int, tuple[float, float]] = {}  # block -> divergence without and with what refining found
 
-    def walk(self) -> None:
+    def run(self) -> None:
         """Cut and refine all blocks in order."""
-        job, runner = self.job, self.runner
-        with job.timed("cut and refine factors", len(runner)), runner.session():
-            first = int(self.stage.load("streams")[1]["next"]) if self.stage.has("streams") else 0
+        state, runner = self.state, self.runner
+        with state.timed(TITLE, len(runner)), runner.session():
+            first = int(self.store.load("streams")[1]["next"]) if self.store.has("streams") else 0
             self.streams.start()
             if self.held_out is not None:
                 self.held_out.start()
             if first:
-                job.progress.note(f"resuming at block {first} of {len(runner)}")
+                state.progress.note(f"resuming at block {first} of {len(runner)}")
                 self._take_up(first)
             for index in range(first, len(runner)):
                 self._block(index)
-                job.progress.step()
+                state.progress.step()
         if self.undone:
-            self.cutter.done.notes.append(_of_undone(self.undone, len(runner)))
+            self.state.notes.append(_of_undone(self.undone, len(runner)))
 
     def _take_up(self, first: int) -> None:
-        streams, _ = self.stage.load("streams")
+        streams, _ = self.store.load("streams")
         count = len(self.runner.batches)
         self.streams.compressed = states_named(streams, "compressed.", count)
         if self.streams.original:
@@ -77,8 +81,8 @@ class Refinement:
         if self.held_out is not None:
             self.held_out.states = states_named(streams, "held-out.", len(self.held_out.states))
         for index in range(first):
-            self.cutter.cut_block(index)
-            tensors, about = self.stage.load(f"refined-{index:04d}")
+            self.factorizer.factorize_block(index)
+            tensors, about = self.store.load(f"refined-{index:04d}")
             for target in self._factored(index):
                 mine = f"{target.path}."
                 found = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
@@ -88,32 +92,34 @@ class Refinement:
                     self._not_refined(target)
             self._told(index, about)
             self._let_go(index)
-            self.job.progress.step()
+            self.state.progress.step()
 
     def _told(self, index: int, about: Mapping[str, Any]) -> None:
         """What there is to report of a block."""
         if about["undone"]:
             self.undone[index] = about["undone"]
         for path, errors in about["errors"].items():
-            self.cutter.done.rows[path]["refined"] = errors
-        self.cutter.done.notes += [note for note in about["notes"] if note not in self.cutter.done.notes]
+            self.state.results.rows[path]["refined"] = errors
+        self.state.notes += [note for note in about["notes"] if note not in self.state.notes]
 
     def _not_refined(self, target: Target) -> None:
-        self.cutter.done.notes.append(f"{target.path}: no calibration token reached this layer: not refined")
+        self.state.notes.append(f"{target.path}: no calibration token reached this layer: not refined")
 
     def _let_go(self, index: int) -> dict[str, nn.Module]:
         """The original layers of a block, tied ones of other blocks' targets included; nobody keeps them after this."""
         inside = f"{self.runner.path}.{index}."
-        mine = {path: layer for path, layer in self.cutter.originals.items() if path.startswith(inside)}
+        mine = {path: layer for path, layer in self.factorizer.originals.items() if path.startswith(inside)}
         for path in mine:
-            del self.cutter.originals[path]
+            del self.factorizer.originals[path]
         return mine
 
     def _factored(self, index: int) -> list[Target]:
-        return [t for t in self.job.targets.in_block(index) if self.job.plan.targets[t.path].rank != "dense"]
+        return [
+            t for t in self.state.prepared.targets.in_block(index) if self.state.plan.targets[t.path].rank != "dense"
+        ]
 
     def _block(self, index: int) -> None:
-        self.cutter.cut_block(index)
+        self.factorizer.factorize_block(index)
         targets = {t.path: t for t in self._factored(index)}
         originals = self._let_go(index)
         cut = {path: self._state(path) for path in targets}
@@ -138,7 +144,7 @@ class Refinement:
         if self.held_out is not None:
             self.held_out.step(index)
         page_out(self.runner.blocks[index])
-        if self.job.resumable:
+        if self.state.resumable:
             self._store(index, refined, about)
 
     def _undone(
@@ -165,36 +171,36 @@ class Refinement:
 
     def _state(self, path: str) -> dict[str, Tensor]:
         """What a layer holds: tensors that stay as they are when others are put in their place."""
-        return dict(self.job.model.get_submodule(path).state_dict())
+        return dict(self.state.model.get_submodule(path).state_dict())
 
     def _put_back(self, target: Target, cut: Mapping[str, Tensor]) -> None:
         """Give a layer what it held before it was refined; a bias that refining gave it is taken away."""
         for path in (target.path, *target.ties):
-            layer: CompressedLinear = self.job.model.get_submodule(path)
+            layer: CompressedLinear = self.state.model.get_submodule(path)
             if layer.bias is not None and not any(name.endswith("bias") for name in cut):
-                self.cutter.done.new_biases -= layer.bias.numel()
+                self.state.results.new_biases -= layer.bias.numel()
                 layer.set_bias(None)
         self._put(target, cut)
 
     def _store(self, index: int, refined: Mapping[str, Mapping[str, Tensor]], about: dict[str, Any]) -> None:
         tensors = {f"{path}.{name}": tensor for path, state in refined.items() for name, tensor in state.items()}
-        self.stage.save(f"refined-{index:04d}", tensors, about)
+        self.store.save(f"refined-{index:04d}", tensors, about)
         streams = {"original.": self.streams.original, "compressed.": self.streams.compressed}
         if self.held_out is not None:
             streams["held-out."] = self.held_out.states
         both = {name: state for prefix, states in streams.items() for name, state in named(prefix, states).items()}
-        self.stage.save("streams", both, {"next": index + 1})
+        self.store.save("streams", both, {"next": index + 1})
 
     def _row(self, target: Target) -> Form:
         """The form on the outputs that counts."""
-        return self.cutter.spectra.row(target) if self.refiner.in_metric else Form()
+        return self.factorizer.spectra.row(target) if self.refiner.in_metric else Form()
 
     def _refined(
         self, target: Target, original: Tensor, parts: list[LayerSums], notes: list[str]
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What the refined layer holds, cast to the dtype it is stored in, and its relative errors and its ridge."""
-        layer: CompressedLinear = self.job.model.get_submodule(target.path)
-        following, row, weight = self.refiner.following, self._row(target), original.to(self.job.solver)
+        layer: CompressedLinear = self.state.model.get_submodule(target.path)
+        following, row, weight = self.refiner.following, self._row(target), original.to(self.state.prepared.solver)
         if row.seen and any(part.lack is not None for part in parts):
             notes.append(f"{target.path}: {_MORE_OUTPUTS}")
             parts = [replace(part, lack=None) for part in parts]
@@ -211,13 +217,13 @@ class Refinement:
         product = new_b @ new_a
         if biased:
             old = 0 if layer.bias is None else layer.bias.detach().to(weight.device)
-            new.set_bias((old + sums.bias_change(weight, product)).to(self.job.dtype))
+            new.set_bias((old + sums.bias_change(weight, product)).to(self.state.prepared.dtype))
         errors = {"before": _relative(problem, b @ a), "after": _relative(problem, product), "ridge": ridge}
         return new.state_dict(), errors
 
     def _stored(self, problem: Regression, a: Tensor, b: Tensor) -> CompressedLinear:
         """The layer of refined factors, where B is fitted again to what casting leaves of A."""
-        layer = stored_layer(self.job.plan.stored_as, a, b, dtype=self.job.dtype)
+        layer = stored_layer(self.state.plan.stored_as, a, b, dtype=self.state.prepared.dtype)
         cast, _ = pair_of(layer)
         if not torch.equal(cast, a):
             give_b(layer, best_b(problem, cast))
@@ -225,12 +231,12 @@ class Refinement:
 
     def _put(self, target: Target, new: Mapping[str, Tensor]) -> None:
         """Give the layer, and those tied to it, what a refined one holds; a bias that is not in it stays."""
-        layers = [self.job.model.get_submodule(path) for path in (target.path, *target.ties)]
+        layers = [self.state.model.get_submodule(path) for path in (target.path, *target.ties)]
         bias = next((tensor for name, tensor in new.items() if name.endswith("bias")), None)
         if bias is not None and layers[0].bias is None:
             layers[0].set_bias(torch.empty_like(bias, device=next(layers[0].parameters()).device))
             layers[0].requires_grad_(next(layers[0].parameters()).requires_grad)
-            self.cutter.done.new_biases += bias.numel()
+            self.state.results.new_biases += bias.numel()
         for layer in layers:
             hold(layer, new)
 

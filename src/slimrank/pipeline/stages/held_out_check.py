@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -10,42 +11,44 @@ from slimrank.errors import NonFiniteError
 from slimrank.methods.divergence_options import Measuring
 from slimrank.models.divergence import Scorer
 from slimrank.models.recording import Batch
-from slimrank.models.states import State
-from slimrank.pipeline.job import Job
-from slimrank.store import Stage
+from slimrank.models.states import State as Hidden
+from slimrank.store import Stage as Store
+
+if TYPE_CHECKING:
+    from slimrank.pipeline.state import State
 
 
-class HeldOut:
+class HeldOutCheck:
     """The divergence of the model from the original, blocks from some block on as they are now.
 
     States of the windows follow the compressed model from block to block, so that only what comes after is run.
 
     Args:
-        job: has search windows, and the model.
+        state: has search windows, and the model.
         count: how many of them are used.
-        stage: where the original's final hidden states are kept; the model is cut when a run goes on.
+        store: where the original's final hidden states are kept; the model is cut when a run goes on.
     """
 
-    def __init__(self, job: Job, count: int, stage: Stage) -> None:
-        assert job.texts.search is not None
-        self.job, self.stage = job, stage
-        self.runner = job.runner(resident=False)
-        windows = job.texts.search[:count]
-        self._batches = [Batch(ids) for ids in windows.split(job.recipe.batch_size)]
+    def __init__(self, state: State, count: int, store: Store) -> None:
+        assert state.texts.get("search") is not None
+        self.state, self.store = state, store
+        self.runner = state.runner(resident=False)
+        windows = state.texts["search"][:count]
+        self._batches = [Batch(ids) for ids in windows.split(state.prepared.recipe.batch_size)]
         self._scorer = Scorer(self.runner, 1.0, Measuring().positions(int(windows.shape[1])))
-        self.states: list[State] = []
+        self.states: list[Hidden] = []
 
     def start(self) -> None:
         """Embed the windows, and take the original through all blocks."""
         self.runner.embed(self._batches)
         self.states = list(self.runner.states)
-        if self.stage.has("held-out"):
-            stored, _ = self.stage.load("held-out")
+        if self.store.has("held-out"):
+            stored, _ = self.store.load("held-out")
             self._scorer.original = [stored[str(b)] for b in range(len(self._batches))]
             return
         self._scorer.original = self._finals(0)
-        if self.job.resumable:
-            self.stage.save("held-out", {str(b): final for b, final in enumerate(self._scorer.original)})
+        if self.state.resumable:
+            self.store.save("held-out", {str(b): final for b, final in enumerate(self._scorer.original)})
 
     def divergence(self, index: int) -> float:
         """Divergence from the original in nats a token, the model from block `index` on as it is now.

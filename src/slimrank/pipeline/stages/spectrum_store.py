@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from slimrank.layers.low_rank import LowRankLinear
 from slimrank.linalg.forms import Form
 from slimrank.linalg.lowrank import Spectrum
 from slimrank.models.targets import Target
-from slimrank.pipeline.job import Job
-from slimrank.pipeline.planning import Unit
-from slimrank.store import Stage
+from slimrank.pipeline.units import Unit
+
+if TYPE_CHECKING:
+    from slimrank.pipeline.state import State
+
 
 FILES = 2  # that are kept in memory
 POINTS = 32  # of a spectrum, for a report
@@ -27,11 +29,11 @@ def outline(spectrum: Spectrum) -> dict[str, list[Any]]:
     return {"ranks": ranks, "errors": [float(f"{spectrum.relative_error(rank):.4g}") for rank in ranks]}
 
 
-class Spectra:
-    """The stored spectra of a job's units."""
+class SpectrumStore:
+    """The stored spectra of a state's units."""
 
-    def __init__(self, job: Job, stage: Stage) -> None:
-        self.job, self.stage = job, stage
+    def __init__(self, state: State) -> None:
+        self.state, self.store = state, state.store(state.chained("calibrate"))
         self._files: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
 
     def of(self, unit: Unit) -> tuple[Spectrum, dict[str, Any]]:
@@ -52,12 +54,14 @@ class Spectra:
 
     def row(self, target: Target) -> Form:
         """The form on the outputs that a target was solved in; the identity for one that shares a factor."""
-        unit = next(unit for unit in self.job.units if target in unit.targets)
+        unit = next(unit for unit in self.state.prepared.units if target in unit.targets)
         return self.of(unit)[0].row() if len(unit.targets) == 1 else Form()
 
     def factors(self, unit: Unit, rank: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A (rank x n), and B (m x rank) of each target; float32, or float64 where the weight is."""
-        weight = torch.cat([weight_of(self.job.model.get_submodule(t.path)).to(self.job.solver) for t in unit.targets])
+        weight = torch.cat(
+            [weight_of(self.state.model.get_submodule(t.path)).to(self.state.prepared.solver) for t in unit.targets]
+        )
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         a, b = self.of(unit)[0].factors(weight, rank, dtype)
         return a, b.split([t.shape[0] for t in unit.targets])
@@ -67,7 +71,7 @@ class Spectra:
         a, parts = self.factors(unit, rank)
         found: dict[str, nn.Module] = {}
         for target, part in zip(unit.targets, parts, strict=True):
-            old = self.job.model.get_submodule(target.path)
+            old = self.state.model.get_submodule(target.path)
             weight = old.get_parameter("weight")
             bias = None if old.bias is None else old.bias.detach()
             b = part.to(weight.device, weight.dtype).contiguous()
@@ -79,9 +83,9 @@ class Spectra:
         if name not in self._files:
             while len(self._files) >= FILES:
                 self._files.pop(next(iter(self._files)))
-            self._files[name] = self.stage.load(name, str(self.job.solver))
+            self._files[name] = self.store.load(name, str(self.state.prepared.solver))
         return self._files[name]
 
     def _stored_under(self, unit: Unit) -> int:
-        backwards = self.job.method.gathering.backward and not self.job.recipe.resident
+        backwards = self.state.prepared.choices.method.gathering.backward and not self.state.prepared.recipe.resident
         return min(unit.blocks) if backwards else max(unit.blocks)

@@ -11,7 +11,7 @@ brings windows kept aside nearer to the original; a round that never does is lef
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,15 +22,20 @@ from slimrank.models.divergence import divergence_gradients
 from slimrank.models.gradients import step_back
 from slimrank.models.page_out import page_out
 from slimrank.models.recording import Batch
-from slimrank.models.states import State, named, states_named
+from slimrank.models.states import State as Hidden
+from slimrank.models.states import named, states_named
 from slimrank.models.targets import Target
-from slimrank.pipeline.held_out import HeldOut
-from slimrank.pipeline.job import Job
+from slimrank.pipeline.stages.held_out_check import HeldOutCheck
 from slimrank.statistics.catalogue import Gathering
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.layer_statistics import LayerStatistics
-from slimrank.store import Stage
+from slimrank.store import Stage as Store
 
+if TYPE_CHECKING:
+    from slimrank.pipeline.state import State
+
+
+TITLE, REMEMBER = "correct", "remember the original"
 HELD_OUT = 4  # search windows that judge a round
 LENGTH = 0.5  # of Polyak's step, to begin with
 DAMPING = 1.0  # of the form on the inputs, in units of the energy of each channel
@@ -41,43 +46,43 @@ class Correction:
     """Rounds of correction, to be made after the cut; what the original answers is to be remembered before it.
 
     Args:
-        job: knows the model; its plan says which layers are factored.
-        stage: where gradients, steps and the factors of the last round are kept.
+        state: knows the model; its plan says which layers are factored.
+        store: where gradients, steps and the factors of the last round are kept.
     """
 
-    def __init__(self, job: Job, stage: Stage) -> None:
-        self.job, self.stage = job, stage
-        self.runner = job.runner(resident=False)
-        self.held_out = HeldOut(job, HELD_OUT, stage)
+    def __init__(self, state: State, store: Store) -> None:
+        self.state, self.store = state, store
+        self.runner = state.runner(resident=False)
+        self.held_out = HeldOutCheck(state, HELD_OUT, store)
         self.rounds: list[dict[str, Any]] = []
-        assert job.texts.correction is not None
-        self._windows = job.texts.correction.split(job.recipe.correction_windows)
+        assert state.texts.get("correction") is not None
+        self._windows = state.texts["correction"].split(state.prepared.recipe.correction_windows)
 
     def remember(self) -> None:
         """Take the windows of all rounds, and those kept aside, through the original model."""
-        job, rounds = self.job, self.job.recipe.corrections
-        with job.timed("remember the original", rounds + 1), self.runner.session():
+        state, rounds = self.state, self.state.prepared.recipe.corrections
+        with state.timed(REMEMBER, rounds + 1), self.runner.session():
             self.held_out.start()
-            job.progress.step()
+            state.progress.step()
             for number in range(rounds):
-                if not self.stage.has(_original(number)):
+                if not self.store.has(_original(number)):
                     self._embed(number)
                     final = self.runner.through(self.runner.states, 0, len(self.runner))
-                    self.stage.save(_original(number), named("", final))
-                job.progress.step()
+                    self.store.save(_original(number), named("", final))
+                state.progress.step()
 
-    def walk(self) -> list[dict[str, Any]]:
+    def run(self) -> list[dict[str, Any]]:
         """Correct the cut model.
 
         Returns:
             For each round its divergence `here` before, the divergence on windows kept aside `before` and
             `after`, the `length` of the step, and `kept`: whether it was made.
         """
-        job, runner = self.job, self.runner
-        with job.timed("correct", 2 * len(runner) * job.recipe.corrections), runner.session():
+        state, runner = self.state, self.runner
+        with state.timed(TITLE, 2 * len(runner) * state.prepared.recipe.corrections), runner.session():
             self._take_up()
             now = self.rounds[-1]["after"] if self.rounds else self.held_out.divergence(0)
-            for number in range(len(self.rounds), job.recipe.corrections):
+            for number in range(len(self.rounds), state.prepared.recipe.corrections):
                 divergence, decrease = self._gather(number)
                 self.rounds.append(self._move(now, divergence, decrease))
                 now = self.rounds[-1]["after"]
@@ -87,33 +92,33 @@ class Correction:
     # gathering ----------------------------------------------------------------------------------------------
 
     def _embed(self, number: int) -> None:
-        self.runner.embed([Batch(ids) for ids in self._windows[number].split(self.job.recipe.batch_size)])
+        self.runner.embed([Batch(ids) for ids in self._windows[number].split(self.state.prepared.recipe.batch_size)])
 
     def _gather(self, number: int) -> tuple[float, float]:
         """Steps of all layers into the store; the divergence, and what whole steps take off it to first order."""
-        runner, job, stage = self.runner, self.job, self.stage
+        runner, state, store = self.runner, self.state, self.store
         self._embed(number)
         for index in range(len(runner)):
-            stage.save(f"input-{index:04d}", named("", runner.states))
+            store.save(f"input-{index:04d}", named("", runner.states))
             runner.step(index)
             page_out(runner.blocks[index])
-            job.progress.step()
-        stored, _ = stage.load(_original(number))
+            state.progress.step()
+        stored, _ = store.load(_original(number))
         original = [state.hidden for state in states_named(stored, "", len(runner.batches))]
         gradients, divergence = divergence_gradients(runner, runner.hidden, original)
         decrease = 0.0
         for index in reversed(range(len(runner))):
             decrease += self._block(index, gradients)
-            stage.drop(f"input-{index:04d}")
+            store.drop(f"input-{index:04d}")
             page_out(runner.blocks[index])
-            job.progress.step()
+            state.progress.step()
         return divergence, decrease
 
-    def _block(self, index: int, gradients: list[State]) -> float:
+    def _block(self, index: int, gradients: list[Hidden]) -> float:
         """Steps of the layers of a block into the store, and what they take off the divergence to first order."""
         layers = {t.path: self._layer(t) for t in self._targets(index)}
-        collector = Collector(layers, Gathering(needs=frozenset({"gram", "slope"})), self.job.solver)
-        inputs = states_named(self.stage.load(f"input-{index:04d}")[0], "", len(self.runner.batches))
+        collector = Collector(layers, Gathering(needs=frozenset({"gram", "slope"})), self.state.prepared.solver)
+        inputs = states_named(self.store.load(f"input-{index:04d}")[0], "", len(self.runner.batches))
         with collector:
             step_back(
                 self.runner,
@@ -128,7 +133,7 @@ class Correction:
             found = collector.statistics.get(path)
             if found is not None and found.slope is not None and found.tokens:
                 decrease += self._solve(path, layer, found, tensors)
-        self.stage.save(f"step-{index:04d}", tensors)
+        self.store.save(f"step-{index:04d}", tensors)
         return decrease
 
     def _solve(self, path: str, layer: CompressedLinear, found: LayerStatistics, tensors: dict[str, Tensor]) -> float:
@@ -162,9 +167,9 @@ class Correction:
 
     def _step(self, states: Mapping[str, Mapping[str, Tensor]], length: float) -> None:
         """All layers at so much of their steps from what they held."""
-        job = self.job
+        state = self.state
         for index in range(len(self.runner)):
-            steps, _ = self.stage.load(f"step-{index:04d}")
+            steps, _ = self.store.load(f"step-{index:04d}")
             for target in self._targets(index):
                 layer = self._layer(target)
                 if f"{target.path}.A" not in steps:
@@ -172,42 +177,42 @@ class Correction:
                 hold(layer, states[target.path])
                 if not length:
                     continue
-                a, b = (factor.to(job.solver) for factor in pair_of(layer))
+                a, b = (factor.to(state.prepared.solver) for factor in pair_of(layer))
                 a, b = a + length * steps[f"{target.path}.A"].to(a), b + length * steps[f"{target.path}.B"].to(b)
-                hold(layer, stored_layer(job.plan.stored_as, a, b, dtype=job.dtype).state_dict())
+                hold(layer, stored_layer(state.plan.stored_as, a, b, dtype=state.prepared.dtype).state_dict())
 
     # layers and resuming ------------------------------------------------------------------------------------
 
     def _targets(self, index: int) -> list[Target]:
         """Factored targets of a block; weights that stand in several places are left as they are."""
-        inside = self.job.targets.in_block(index)
-        return [t for t in inside if self.job.plan.targets[t.path].rank != "dense" and not t.ties]
+        inside = self.state.prepared.targets.in_block(index)
+        return [t for t in inside if self.state.plan.targets[t.path].rank != "dense" and not t.ties]
 
     def _layer(self, target: Target) -> CompressedLinear:
-        return self.job.model.get_submodule(target.path)
+        return self.state.model.get_submodule(target.path)
 
     def _store(self, number: int) -> None:
-        if self.job.resumable:
+        if self.state.resumable:
             for index in range(len(self.runner)):
                 held = {t.path: self._layer(t).state_dict() for t in self._targets(index)}
                 tensors = {f"{path}.{name}": tensor for path, state in held.items() for name, tensor in state.items()}
-                self.stage.save(f"factors-{number}-{index:04d}", tensors)
-            self.stage.save("rounds", {}, {"rounds": self.rounds})
+                self.store.save(f"factors-{number}-{index:04d}", tensors)
+            self.store.save("rounds", {}, {"rounds": self.rounds})
             for index in range(len(self.runner)):
-                self.stage.drop(f"factors-{number - 1}-{index:04d}")
+                self.store.drop(f"factors-{number - 1}-{index:04d}")
 
     def _take_up(self) -> None:
         """Go on after the rounds that are stored."""
-        if not self.stage.has("rounds"):
+        if not self.store.has("rounds"):
             return
-        self.rounds = list(self.stage.load("rounds")[1]["rounds"])
-        self.job.progress.note(f"resuming at round {len(self.rounds)} of {self.job.recipe.corrections}")
+        self.rounds = list(self.store.load("rounds")[1]["rounds"])
+        self.state.progress.note(f"resuming at round {len(self.rounds)} of {self.state.prepared.recipe.corrections}")
         for index in range(len(self.runner)):
-            tensors, _ = self.stage.load(f"factors-{len(self.rounds) - 1}-{index:04d}")
+            tensors, _ = self.store.load(f"factors-{len(self.rounds) - 1}-{index:04d}")
             for target in self._targets(index):
                 mine = f"{target.path}."
                 hold(self._layer(target), {k.removeprefix(mine): t for k, t in tensors.items() if k.startswith(mine)})
-        self.job.progress.step(2 * len(self.runner) * len(self.rounds))
+        self.state.progress.step(2 * len(self.runner) * len(self.rounds))
 
 
 def _original(number: int) -> str:

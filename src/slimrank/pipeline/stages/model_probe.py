@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,16 @@ from slimrank.models.contexts import swapped
 from slimrank.models.divergence import Scorer
 from slimrank.models.gradients import frozen, logits_of, next_token_loss
 from slimrank.models.recording import Batch
-from slimrank.models.states import State
-from slimrank.pipeline.job import Job
-from slimrank.pipeline.planning import Unit
-from slimrank.pipeline.spectra import Spectra
+from slimrank.models.states import State as Hidden
+from slimrank.pipeline.stages.spectrum_store import SpectrumStore
+from slimrank.pipeline.units import Unit
 from slimrank.progress import Forecast
-from slimrank.store import Stage, content_key
+from slimrank.store import Stage as Store
+from slimrank.store import content_key
+
+if TYPE_CHECKING:
+    from slimrank.pipeline.state import State
+
 
 HELD = 2**30  # bytes of final hidden states, of cuts that are compared at a time
 Cut = tuple[str, int]  # path and rank
@@ -38,21 +42,25 @@ class ModelProbe:
     and after every plan of all targets.
 
     Args:
-        job: knows the model and the search windows.
+        state: knows the model and the search windows.
         spectra: what factors are cut from.
-        stage: where measurements are kept.
+        store: where measurements are kept.
         measuring: temperature and dropped positions.
         forecast: told of every forward pass, or part of one.
     """
 
-    def __init__(self, job: Job, spectra: Spectra, stage: Stage, measuring: Measuring, forecast: Forecast) -> None:
-        assert job.texts.search is not None
-        self.job, self.spectra, self.stage, self.forecast = job, spectra, stage, forecast
-        self.units = {unit.path: unit for unit in job.units}
-        self.runner = job.runner(job.recipe.resident)
-        self._batches = [Batch(ids) for ids in job.texts.search.split(job.recipe.batch_size)]
-        self._scorer = Scorer(self.runner, measuring.temperature, measuring.positions(int(job.texts.search.shape[1])))
-        self._embedded: list[State] = []
+    def __init__(
+        self, state: State, spectra: SpectrumStore, store: Store, measuring: Measuring, forecast: Forecast
+    ) -> None:
+        assert state.texts.get("search") is not None
+        self.state, self.spectra, self.store, self.forecast = state, spectra, store, forecast
+        self.units = {unit.path: unit for unit in state.prepared.units}
+        self.runner = state.runner(state.prepared.recipe.resident)
+        self._batches = [Batch(ids) for ids in state.texts["search"].split(state.prepared.recipe.batch_size)]
+        self._scorer = Scorer(
+            self.runner, measuring.temperature, measuring.positions(int(state.texts["search"].shape[1]))
+        )
+        self._embedded: list[Hidden] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> ModelProbe:
@@ -77,7 +85,7 @@ class ModelProbe:
                 for group in self._groups(mine):
                     for path, effects in self._block(index, states, group).items():
                         known.setdefault(path, {}).update(effects)
-                    self.stage.save("effects", {}, known)
+                    self.store.save("effects", {}, known)
                 states = self.runner.through(states, index, index + 1)
         return {p: [Effect(*known[p][str(r)]) for r in found] for p, found in ranks.items()}
 
@@ -91,12 +99,14 @@ class ModelProbe:
         count = max(1, HELD // max(1, one))
         return [cuts[start : start + count] for start in range(0, len(cuts), count)]
 
-    def _block(self, index: int, states: list[State], cuts: Sequence[Cut]) -> dict[str, dict[str, tuple[float, float]]]:
+    def _block(
+        self, index: int, states: list[Hidden], cuts: Sequence[Cut]
+    ) -> dict[str, dict[str, tuple[float, float]]]:
         """Effects of some cuts that begin in this block, all compared with the original at once."""
         finals = []
         for path, rank in cuts:
             layers = self.spectra.layers(self.units[path], rank)
-            with _measuring(f"'{path}' cut to rank {rank}"), swapped(self.job.model, layers):
+            with _measuring(f"'{path}' cut to rank {rank}"), swapped(self.state.model, layers):
                 finals.append(self._scorer.kept(self.runner.finals(states, index)))
             self.forecast.did(self._share(path))
         found: dict[str, dict[str, tuple[float, float]]] = {}
@@ -113,7 +123,7 @@ class ModelProbe:
         if name not in known:
             known[name] = self._joint(ranks)
             if all(map(isfinite, known[name])):
-                self.stage.save("plans", {}, known)
+                self.store.save("plans", {}, known)
         self.forecast.did(1)
         return Effect(*known[name])
 
@@ -122,13 +132,13 @@ class ModelProbe:
         layers: dict[str, nn.Module] = {}
         for path, rank in ranks.items():
             layers |= self.spectra.layers(self.units[path], rank) if rank != "dense" else {}
-        with _measuring("a plan of the allocation"), swapped(self.job.model, layers):
+        with _measuring("a plan of the allocation"), swapped(self.state.model, layers):
             final = self._scorer.kept(self.runner.finals(self._embedded, 0))
         return self._scorer.score([final])[0]
 
     def _known(self, name: str) -> dict[str, Any]:
         """What was measured before: effects by path and rank, or those of plans by a digest of their ranks."""
-        return self.stage.load(name)[1] if self.stage.has(name) else {}
+        return self.store.load(name)[1] if self.store.has(name) else {}
 
     def _embed(self) -> None:
         """The windows' embeddings, and the original's final hidden states; once."""
@@ -163,20 +173,20 @@ class ModelProbe:
         """A and B of a target at its full rank, on the device that the model is run on."""
         unit = self.units[path]
         a, parts = self.spectra.factors(unit, self.spectra.of(unit)[0].full_rank)
-        return a.to(self.job.device), torch.cat(list(parts)).to(self.job.device)
+        return a.to(self.state.prepared.device), torch.cat(list(parts)).to(self.state.prepared.device)
 
     def loss(self, transforms: Mapping[str, Transform], batch: int) -> Tensor:
         """Next-token loss in nats a token, with these layers answering what their transforms say."""
         ids = self._batches[batch].input_ids
-        with self._whole(), _as_placed(), _transformed(self.job.model, self.units, transforms), torch.enable_grad():
-            logits = logits_of(self.job.model, Batch(ids), self.job.device)
-            self.forecast.did(self.job.allocator.gradient_passes / self.batches())
+        with self._whole(), _as_placed(), _transformed(self.state.model, self.units, transforms), torch.enable_grad():
+            logits = logits_of(self.state.model, Batch(ids), self.state.prepared.device)
+            self.forecast.did(self.state.prepared.choices.allocator.gradient_passes / self.batches())
             return next_token_loss(logits, Batch(ids)) / ids[:, 1:].numel()
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """The whole model on the device, its weights frozen."""
-        with frozen(self.job.model), self.runner.placed(self.job.model):
+        with frozen(self.state.model), self.runner.placed(self.state.model):
             yield
 
 

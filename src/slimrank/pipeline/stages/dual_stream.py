@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,10 +17,12 @@ from slimrank.models.contexts import swapped
 from slimrank.models.reading_order import calls_of, reading_order, run_until_read
 from slimrank.models.recording import Batch
 from slimrank.models.residual_layers import Place, answers_of, residual_places
-from slimrank.models.states import State
+from slimrank.models.states import State as Hidden
 from slimrank.models.structure import without_numbers
-from slimrank.pipeline.job import Job
 from slimrank.statistics.paired_inputs import StreamCollector
+
+if TYPE_CHECKING:
+    from slimrank.pipeline.state import State
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,11 @@ class _Both:
         return [path for path, found in self.places.items() if found == place]
 
 
-class TwoStreams:
+class DualStream:
     """What enters the next block in both models, and the sums over both that layers are refined by.
 
     Args:
-        job: knows the model; its runner computes one block at a time.
+        state: knows the model; its runner computes one block at a time.
         following: how refining goes about it. Without an anchor there is no original stream.
 
     Attributes:
@@ -57,11 +60,11 @@ class TwoStreams:
         compressed: those of the compressed model.
     """
 
-    def __init__(self, job: Job, following: Following) -> None:
-        self.job, self.following = job, following
-        self.runner = job.runner(resident=False)
-        self.original: list[State] = []
-        self.compressed: list[State] = []
+    def __init__(self, state: State, following: Following) -> None:
+        self.state, self.following = state, following
+        self.runner = state.runner(resident=False)
+        self.original: list[Hidden] = []
+        self.compressed: list[Hidden] = []
         self._parts: list[range] = []  # numbers of batches
         self._known: dict[str, Place | None] = {}
         self._times: Counter[str] = Counter()  # calls of a layer in one pass of its block
@@ -77,7 +80,7 @@ class TwoStreams:
 
     def stages(self, index: int, paths: list[str]) -> list[list[str]]:
         """Layers whose sums are gathered in one go, in order; at least one stage, for the streams to go on."""
-        layers = {path: self.job.model.get_submodule(path) for path in paths}
+        layers = {path: self.state.model.get_submodule(path) for path in paths}
         run = partial(self.runner.run, index, 0, self.compressed[0])
         with self.runner.placed_block(index):
             self._times = calls_of(layers, run) if paths else Counter()
@@ -94,7 +97,7 @@ class TwoStreams:
             paths: layers to gather sums of.
             last: whether they are the block's last.
         """
-        layers = {path: self.job.model.get_submodule(path) for path in paths}
+        layers = {path: self.state.model.get_submodule(path) for path in paths}
         with self.runner.placed(self.runner.blocks[index], *originals.values()):
             both = _Both(index, originals, layers, self._places(index, originals, paths), last)
             return [self._gathered(both, part) for part in self._parts]
@@ -107,11 +110,11 @@ class TwoStreams:
 
     def _dealt(self) -> list[Sequence[Batch]]:
         """The windows in batches, those of each part of the text that is summed by itself."""
-        batches = self.job.refining_batches()
+        batches = self.state.batches("refinement") or self.state.batches("calibration")
         if self.following.ridge != "auto":
             return [batches]
         halves = torch.cat([batch.input_ids for batch in batches]).chunk(2)
-        return [[Batch(ids) for ids in half.split(self.job.recipe.batch_size)] for half in halves]
+        return [[Batch(ids) for ids in half.split(self.state.prepared.recipe.batch_size)] for half in halves]
 
     def _gathered(self, both: _Both, part: range) -> StreamCollector:
         """Sums over these batches."""
@@ -121,7 +124,7 @@ class TwoStreams:
             compressed=both.layers,
             anchor=following.anchor,
             stack=following.stack_of_batch,
-            device=self.job.solver,
+            device=self.state.prepared.solver,
             adding=frozenset(both.places),
             routed=frozenset(path for kind in self.runner.experts(both.index, both.layers) for path in kind),
         )
@@ -139,7 +142,7 @@ class TwoStreams:
         rest = {path: self.original[b].hidden for path in both.at("entry")}  # noqa: C420  (there may be no original stream)
         run, following = partial(self.runner.run, both.index, b), self.following
         if following.anchor:
-            with swapped(self.job.model, originals), answers_of({p: originals[p] for p in exits}) as answers:
+            with swapped(self.state.model, originals), answers_of({p: originals[p] for p in exits}) as answers:
                 if both.last or exits:
                     after = run(self.original[b])
                     rest |= {path: after.hidden - answers[path].view_as(after.hidden) for path in exits}
@@ -163,7 +166,7 @@ class TwoStreams:
         paths = [path for path in paths if path not in routed]
         new = {path: originals[path] for path in paths if without_numbers(path) not in self._known}
         if new:
-            with swapped(self.job.model, originals):
+            with swapped(self.state.model, originals):
                 entry = self.original[0].to(self.runner.device)
                 found = residual_places(
                     self.runner.blocks[index], new, lambda: self.runner.run(index, 0, entry).hidden, entry.hidden

@@ -1,0 +1,177 @@
+"""A recipe resolved once: first by itself, then for a model, with weights or without.
+
+`compress`, `plan`, `compare` and `doctor` all start from here, so that one refuses what the others refuse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from slimrank.budget.problem import Allocation, Problem
+from slimrank.budget.rank_plan import RankPlan
+from slimrank.checkpoint.save import check_loadable
+from slimrank.linalg.cost import COST_MODELS
+from slimrank.methods.allocator import ALLOCATORS, ConfiguredAllocator
+from slimrank.methods.decomposer import DECOMPOSERS, Configured
+from slimrank.methods.refiner import REFINERS, ConfiguredRefiner
+from slimrank.models.fused_layers import take_apart
+from slimrank.models.placement import resolve_device, solving_device
+from slimrank.models.storage import stored_dtype
+from slimrank.models.targets import TargetSet, find_targets
+from slimrank.pipeline.model_bytes import ModelBytes
+from slimrank.pipeline.rank_problem import (
+    adopt_plan_form,
+    given_plan,
+    initial_allocation,
+    make_problem,
+    plan_of,
+)
+from slimrank.pipeline.stage import STAGES, Stage
+from slimrank.pipeline.stages import built_in, in_order
+from slimrank.pipeline.units import Unit, units_of
+from slimrank.recipe import Recipe
+from slimrank.text.texts import WindowRequest, window_length
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A recipe and its methods with their options; no model is known yet.
+
+    Attributes:
+        recipe: with the form of the plan that it names, if it names one.
+        method: the decomposition method.
+        allocator: what finds the ranks.
+        refiner: what refines the factors; None without one.
+    """
+
+    recipe: Recipe
+    method: Configured
+    allocator: ConfiguredAllocator
+    refiner: ConfiguredRefiner | None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Choices:
+        """Resolve a recipe, and let its stages check it.
+
+        Raises:
+            RecipeError: an unknown method or option, a value out of range, or choices that do not go together.
+            PlanError: a plan that cannot be read.
+        """
+        made = cls(
+            adopt_plan_form(recipe),
+            DECOMPOSERS.get(recipe.method).configured(recipe.method_options),
+            ALLOCATORS.get(recipe.allocation).configured(recipe.allocation_options),
+            REFINERS.get(recipe.refine).configured(recipe.refine_options) if recipe.refine is not None else None,
+        )
+        for stage in built_in():
+            stage.check(made)
+        return made
+
+    def stages(self) -> list[Stage]:
+        """Return the stages that the recipe asks for, in order.
+
+        Raises:
+            RecipeError: an unknown stage or option.
+        """
+        own = [STAGES.get(name)(options) for name, options in self.recipe.stages.items()]
+        for stage in own:
+            stage.check(self)
+        return [stage for stage in in_order(own) if stage.wanted(self)]
+
+    def requests(self) -> list[WindowRequest]:
+        """Return the text windows that all stages ask for."""
+        return [request for stage in self.stages() for request in stage.windows(self)]
+
+    @property
+    def measures(self) -> bool:
+        """Whether the allocation measures the model on text."""
+        return self.recipe.plan is None and self.allocator.measures
+
+    @property
+    def computes_ranks(self) -> bool:
+        """Whether ranks are not known without spectra or measurements."""
+        return self.recipe.plan is None and bool(self.allocator.needs)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is needed to factorize (a measured allocation may need some besides)."""
+        recipe = self.recipe
+        return self.method.gathering.calibrates or recipe.refine is not None or recipe.corrections > 0
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether something takes gradients of the model."""
+        descends = self.recipe.plan is None and "gradient" in self.allocator.needs
+        return self.method.gathering.backward or self.recipe.corrections > 0 or descends
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe resolved for a model, whose weights may be on the meta device.
+
+    Attributes:
+        choices: the recipe's methods.
+        recipe: with the length of a window.
+        model: its fused layers are taken apart.
+        targets: the weights to compress.
+        units: the targets that are decomposed together.
+        size: bytes of the model as it is.
+        problem: what there is to allocate; None if the recipe names a plan.
+        plan: the plan that is given or known already, else provisional ranks.
+        unfused: whether any fused layer was taken apart.
+        dtype: the dtype that the model is stored in.
+    """
+
+    choices: Choices
+    recipe: Recipe
+    model: Any
+    targets: TargetSet
+    units: list[Unit]
+    size: ModelBytes
+    problem: Problem | None
+    plan: RankPlan
+    unfused: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, choices: Choices, model: Any) -> Prepared:
+        """Resolve a recipe for a model, in which fused layers are taken apart.
+
+        Raises:
+            SlimrankError: whatever does not fit: windows, patterns, budget, plan, or the model itself.
+        """
+        unfused = bool(take_apart(model, choices.recipe.split))
+        recipe = choices.recipe.model_copy(update={"seq_len": window_length(model, choices.recipe.seq_len)})
+        targets = find_targets(model, recipe.targets, recipe.ignore, COST_MODELS[recipe.factor_form])
+        check_loadable(model)
+        size = ModelBytes.of(model, targets)
+        units = units_of(choices.method, targets, recipe.stored_as)
+        plan, problem = given_plan(recipe, targets, units), None
+        if plan is None:
+            problem = make_problem(recipe, model, targets, units, size)
+            plan = plan_of(initial_allocation(problem, choices.allocator), recipe, problem, targets, units)
+        return cls(choices, recipe, model, targets, units, size, problem, plan, unfused, stored_dtype(model))
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return resolve_device(self.recipe.device)
+
+    @cached_property
+    def solver(self) -> torch.device:
+        """The device that solves in float64."""
+        return solving_device(self.device)
+
+    @cached_property
+    def upcast(self) -> bool:
+        """Whether blocks are computed in float32 whatever they are stored in."""
+        return self.device.type == "cpu" or (self.choices.differentiates and self.dtype == torch.float16)
+
+    def plan_of(self, allocation: Allocation) -> RankPlan:
+        """Return an allocation as a plan of all targets."""
+        assert self.problem is not None
+        return plan_of(allocation, self.recipe, self.problem, self.targets, self.units)

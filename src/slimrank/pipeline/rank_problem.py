@@ -1,0 +1,151 @@
+"""From a recipe and the targets of a model to the rank problem, and the first plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from slimrank.budget.curves import Limits
+from slimrank.budget.problem import Allocation, Item, Problem
+from slimrank.budget.proportional import ranks_from_fractions
+from slimrank.budget.rank_plan import RankPlan
+from slimrank.budget.stated import Budget
+from slimrank.errors import PlanError, RecipeError
+from slimrank.linalg.cost import COST_MODELS
+from slimrank.methods.allocator import ConfiguredAllocator
+from slimrank.models.targets import TargetSet, matches, role_of
+from slimrank.pipeline.model_bytes import ModelBytes, new_biases
+from slimrank.pipeline.units import Unit, shares_of
+from slimrank.recipe import Recipe
+
+
+def adopt_plan_form(recipe: Recipe) -> Recipe:
+    """The recipe with the factor form of the plan that it names, if it names one.
+
+    Raises:
+        PlanError: the plan cannot be read.
+        RecipeError: the recipe asks for another form.
+    """
+    plan = _named_plan(recipe)
+    if plan is None:
+        return recipe
+    if recipe.factor_form == "pivot" and plan.cost_model == "pair":
+        raise RecipeError("factor_form is pivot, and the plan's ranks were chosen for pairs.", "--secondary pivot")
+    if recipe.secondary and plan.cost_model == "pivot":
+        raise RecipeError("the plan's ranks were chosen for pivot layers already.", "leave out --secondary")
+    return recipe.model_copy(
+        update={"factor_form": plan.cost_model, "secondary": recipe.secondary or plan.secondary},
+    )
+
+
+def _named_plan(recipe: Recipe) -> RankPlan | None:
+    return RankPlan.load(recipe.plan) if isinstance(recipe.plan, str) else recipe.plan
+
+
+def given_plan(recipe: Recipe, targets: TargetSet, units: list[Unit]) -> RankPlan | None:
+    """The plan that the recipe names, checked against the model, stored as the recipe says.
+
+    Raises:
+        PlanError: it does not fit the model.
+    """
+    plan = _named_plan(recipe)
+    if plan is None:
+        return None
+    plan.check({t.path: t.shape for t in targets}, shares_of(units))
+    return plan.model_copy(update={"secondary": recipe.secondary})
+
+
+def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: list[Unit], size: ModelBytes) -> Problem:
+    """What there is to allocate, without spectra.
+
+    Raises:
+        PlanError: the recipe's `ranks` leave targets that share a factor no common one.
+        RecipeError: a pattern in `ranks` matches no target.
+    """
+    stated = _budget(recipe, model, targets, size)
+    limits = _limits(recipe, [t.path for t in targets])
+    items = tuple(_item(unit, limits, targets.blocks_path) for unit in units)
+    return Problem(items, stated.parameters, recipe.rank_multiple, COST_MODELS[recipe.factor_form], stated=stated)
+
+
+def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str) -> Item:
+    first = unit.targets[0]
+    members = {t.path: t.shape for t in unit.targets}
+    return Item(unit.path, unit.shape, first.block, role_of(first, blocks_path), _common(unit, limits), members)
+
+
+def _common(unit: Unit, limits: Mapping[str, Limits]) -> Limits:
+    """What all targets of a unit allow. Bounds without a common rank are two that have none."""
+    for one, other in combinations([t.path for t in unit.targets], 2):
+        if limits[one].both(limits[other]) is None:
+            raise PlanError(
+                f"'ranks' leave '{one}' and '{other}', which share a factor, no common rank.",
+                "bounds that overlap, or options of the method that share less",
+            )
+    return Limits.all_of(limits[t.path] for t in unit.targets)
+
+
+def _budget(recipe: Recipe, model: Any, targets: TargetSet, size: ModelBytes) -> Budget:
+    option: Any = next(name for name in ("keep_ratio", "keep_total", "max_bytes") if getattr(recipe, name) is not None)
+    besides = size.besides(recipe, model, targets)
+    added = new_biases(recipe, (t for t in targets if not t.bias))
+    sizes = targets.coverage.targets, targets.coverage.total
+    return Budget(option, getattr(recipe, option), *sizes, size.largest_item, besides, added)
+
+
+def plan_of(
+    allocation: Allocation, recipe: Recipe, problem: Problem, targets: TargetSet, units: list[Unit]
+) -> RankPlan:
+    """Ranks of units as a plan of targets."""
+    every = {t.path: allocation.ranks[unit.path] for unit in units for t in unit.targets}
+    shapes = {t.path: t.shape for t in targets}
+    return RankPlan.build(
+        {path: every[path] for path in shapes},
+        shapes,
+        recipe.allocation,
+        problem.budget,
+        shares_of(units),
+        recipe.factor_form,
+        recipe.secondary,
+    )
+
+
+def initial_allocation(problem: Problem, allocator: ConfiguredAllocator) -> Allocation:
+    """The allocation where it needs nothing else, and else provisional ranks.
+
+    Raises:
+        BudgetError: the budget, or what is asked of blocks, cannot be met.
+        PlanError: limits leave a target no rank, or a plan that does not fit.
+    """
+    if not allocator.needs:
+        return allocator.allocate(problem)
+    allocator.check(problem)
+    return provisional(problem)
+
+
+def provisional(problem: Problem) -> Allocation:
+    """Uniform ranks, for whatever needs some before the allocation is known; any feasible budget has them."""
+    return Allocation(ranks_from_fractions(problem, np.zeros(len(problem.items))))
+
+
+def _limits(recipe: Recipe, paths: Sequence[str]) -> dict[str, Limits]:
+    """What ranks each target may have; of several patterns that match, the last counts."""
+    found = dict.fromkeys(paths, Limits())
+    for pattern, limit in recipe.ranks.items():
+        matching = [path for path in paths if matches(path, [pattern])]
+        if not matching:
+            raise RecipeError(f"the pattern '{pattern}' of 'ranks' matches no target.", f"paths look like {paths[0]}")
+        found |= dict.fromkeys(matching, _limit(str(limit)))
+    return found
+
+
+def _limit(text: str) -> Limits:
+    if text == "dense":
+        return Limits(dense=True)
+    least, dots, most = text.partition("..")
+    if not dots:
+        return Limits(int(least), int(least))
+    return Limits(int(least or 1), int(most) if most else None)

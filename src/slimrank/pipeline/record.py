@@ -1,0 +1,30 @@
+"""The record of a run out of its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slimrank.models.storage import saved_bytes
+from slimrank.pipeline.state import State
+from slimrank.report.record import Facts, build_record
+
+
+def record_of(state: State) -> dict[str, Any]:
+    """Return the content of report.json; the same object every time."""
+    if state.results.record is None:
+        state.results.record = build_record(_facts(state))
+    return state.results.record
+
+
+def _facts(state: State) -> Facts:
+    prepared, inputs, results = state.prepared, state.inputs, state.results
+    return Facts(
+        model={**inputs.origin, "class": type(state.model).__name__},
+        recipe=prepared.recipe, targets=prepared.targets, plan=state.plan, errors=results.rows,
+        spectra=results.spectra, notes=state.notes, before=results.before, after=results.after,
+        seconds=state.seconds, identity=inputs.identity(), new_biases=results.new_biases,
+        bytes_before=inputs.file_bytes or prepared.size.total, bytes_after=saved_bytes(state.model),
+        dtype=str(prepared.dtype).removeprefix("torch."), device=str(prepared.device),
+        method=prepared.choices.method.described(), allocation=results.allocation, corrections=results.corrections,
+        overlap=inputs.texts.overlap,
+    )  # fmt: skip

@@ -1,0 +1,148 @@
+"""From spectra, and measurements of the model, to the rank plan."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slimrank.budget.additivity import additivity
+from slimrank.budget.knapsack import TradeOff, trade_off
+from slimrank.budget.problem import Allocation, Problem
+from slimrank.pipeline.forecast import Cost, Shape
+from slimrank.pipeline.stage import Stage
+from slimrank.pipeline.stages.model_probe import ModelProbe
+from slimrank.pipeline.stages.spectrum_store import SpectrumStore
+from slimrank.progress import Forecast
+from slimrank.text.texts import WindowRequest
+
+if TYPE_CHECKING:
+    from slimrank.pipeline.prepare import Choices, Prepared
+    from slimrank.pipeline.state import State
+
+
+class Allocate(Stage):
+    """Find the ranks and make them the plan, unless it was there from the start."""
+
+    id, title = "allocate", "allocate"
+
+    def wanted(self, choices: Choices) -> bool:
+        return True
+
+    def windows(self, choices: Choices) -> list[WindowRequest]:
+        return [search_windows(choices)] if choices.measures else []
+
+    def cost(self, prepared: Prepared, shape: Shape) -> Cost:
+        tokens = prepared.recipe.search_samples * shape.seq_len
+        return Cost(float32=shape.through(search_passes(prepared.choices, len(prepared.targets)) * tokens))
+
+    def key(self, state: State) -> dict[str, Any]:
+        return {"plan": state.plan.factored(), "stored_as": state.plan.stored_as}
+
+    def run(self, state: State) -> None:
+        if not state.prepared.choices.computes_ranks:
+            state.results.allocation = {"id": state.plan.allocation}
+            return
+        assert state.prepared.problem is not None
+        store = state.store(_key(state, state.prepared.problem))
+        forecast = Forecast(state.progress, search_passes(state.prepared.choices, len(state.prepared.units)))
+        with state.timed(self.title, forecast.steps):
+            if not store.has("allocation"):
+                store.save("allocation", {}, _found(state, state.prepared.problem, forecast))
+            found = store.load("allocation")[1]
+            forecast.end()
+        state.plan = state.prepared.plan_of(Allocation(found["ranks"]))
+        state.notes += [f"allocation: {note}" for note in (*found["notes"], *_bent(state))]
+        state.results.allocation = found["about"]
+
+
+def search_windows(choices: Choices) -> WindowRequest:
+    """Return the request for windows that plans, refined blocks and corrections are judged on."""
+    return WindowRequest("search", choices.recipe.search_samples, disjoint=True)
+
+
+def search_passes(choices: Choices, layers: int) -> float:
+    """Estimate the forward passes over the search text."""
+    if choices.recipe.plan is not None:
+        return 0.0
+    return choices.allocator.passes(layers, -(-choices.recipe.search_samples // choices.recipe.batch_size))
+
+
+def _measurements_key(state: State) -> dict[str, Any]:
+    """Return everything that measurements of the model's targets depend on."""
+    return {
+        **state.chained("calibrate"),
+        "search": state.texts.digest("search") if state.prepared.choices.measures else None,
+        "dtype": str(state.prepared.dtype),
+    }
+
+
+def _key(state: State, problem: Problem) -> dict[str, Any]:
+    """Return everything that the allocation depends on."""
+    return {
+        **_measurements_key(state),
+        "allocation": state.prepared.choices.allocator.described(),
+        "items": [asdict(item) for item in problem.items],
+        "budget": problem.budget,
+        "multiple": problem.multiple,
+        "cost": problem.cost.name,
+    }
+
+
+def _found(state: State, problem: Problem, forecast: Forecast) -> dict[str, Any]:
+    """The ranks, and what there is to tell of them, as they are kept."""
+    spectra = SpectrumStore(state)
+    with ExitStack() as stack:
+        problem = with_spectra(problem, spectra, state)
+        if state.prepared.choices.allocator.measures:
+            measuring = state.prepared.choices.allocator.measuring
+            key = {**_measurements_key(state), "measuring": measuring.model_dump(exclude={"plans"})}
+            probe = ModelProbe(state, spectra, state.store(key), measuring, forecast)
+            problem = replace(problem, probe=stack.enter_context(probe))
+        found = state.prepared.choices.allocator.allocate(problem)
+        return {"ranks": dict(found.ranks), "notes": found.notes, "about": _about(state, problem, found)}
+
+
+def _bent(state: State) -> list[str]:
+    """Options of measuring that the windows do not allow."""
+    wanted = state.prepared.choices.allocator.measuring.dropped
+    if not state.prepared.choices.allocator.measures or wanted is None or state.texts.get("search") is None:
+        return []
+    found = state.prepared.choices.allocator.measuring.positions(int(state.texts["search"].shape[1]))
+    return [f"of a window only {found} positions can be dropped, not {wanted}"] if found < wanted else []
+
+
+def _about(state: State, problem: Problem, found: Allocation) -> dict[str, Any]:
+    about = {**state.prepared.choices.allocator.described(), "gap": found.gap}
+    if found.curves:
+        about["trade_off"] = _sketch(trade_off(found.curves), float(problem.sizes.sum()))
+        about["predicted"] = sum(float(c.errors[c.index(found.ranks[c.path])]) for c in found.curves)
+    plans = state.prepared.choices.allocator.measuring.plans
+    if found.divergence and plans > 1:
+        about["additivity"] = asdict(additivity(problem, found.curves, plans))
+    return about
+
+
+def _sketch(path: TradeOff, whole: float) -> list[dict[str, float]]:
+    """Predicted error at some sizes along the whole path."""
+    sizes = [k / 20 for k in range(1, 21)]
+    places = np.searchsorted(path.costs, [size * whole for size in sizes], side="right") - 1
+    return [
+        {"keep_ratio": size, "error": float(path.errors[place])}
+        for size, place in zip(sizes, places.tolist(), strict=True)
+        if place >= 0
+    ]
+
+
+def with_spectra(problem: Problem, spectra: SpectrumStore, state: State) -> Problem:
+    """The problem with singular values of all its items; without energy where the metric was zero: no token that
+    calibrated would miss the layer.
+    """
+    found = {}
+    for unit in state.prepared.units:
+        spectrum, _ = spectra.of(unit)
+        nothing = np.zeros(min(unit.shape)), 0.0
+        found[unit.path] = nothing if spectrum.stand_in else (spectrum.values.cpu().numpy(), spectrum.beyond)
+    return replace(problem, spectra=found, in_loss=state.prepared.choices.method.gathering.backward)
