@@ -3,8 +3,10 @@
 import ast
 import importlib
 import pkgutil
+import statistics
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -86,8 +88,48 @@ def test_all_code_in_a_saved_model_is_looked_at(tmp_path):
 
 
 def test_files_stay_short():
-    long = {str(p): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    long = {str(p): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
     assert not long
+
+
+def functions(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            yield node
+
+
+def parameters_of(function):
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+    return [parameter.arg for parameter in named if parameter.arg not in ("self", "cls")]
+
+
+def test_functions_take_six_parameters_at_most():
+    """Commands are exempt: each of their parameters is a flag."""
+    paths = [path for path in ROOT.rglob("*.py") if room_of(path) != "cli"]
+    many = [f"{path.name}: {f.name}" for path in paths for f in functions(path) if len(parameters_of(f)) > 6]
+    assert not many
+
+
+def test_the_median_function_is_short():
+    lengths = [f.end_lineno - f.lineno + 1 for path in ROOT.rglob("*.py") for f in functions(path)]
+    assert statistics.median(lengths) < 10
+
+
+def imported_at_once(path):
+    """Modules of slimrank that importing a file imports: not those inside functions, nor those for types alone."""
+    tree = ast.parse(path.read_text())
+    guarded = [n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
+    for node in (n for n in tree.body if n not in guarded):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("slimrank"):
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    paths = {".".join(p.relative_to(ROOT.parent).with_suffix("").parts): p for p in ROOT.rglob("*.py")}
+    graph = {name: {other for other in imported_at_once(path) if other in paths} for name, path in paths.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_every_module_imports():

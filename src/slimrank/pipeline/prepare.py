@@ -171,6 +171,11 @@ class Prepared:
         """Whether blocks are computed in float32 whatever they are stored in."""
         return self.device.type == "cpu" or (self.choices.differentiates and self.dtype == torch.float16)
 
+    @property
+    def backwards(self) -> bool:
+        """Whether calibration takes the blocks from the last to the first."""
+        return self.choices.method.gathering.backward and not self.recipe.resident
+
     def plan_of(self, allocation: Allocation) -> RankPlan:
         """Return an allocation as a plan of all targets."""
         assert self.problem is not None

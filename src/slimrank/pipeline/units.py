@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
 from slimrank.errors import RecipeError
+from slimrank.layers.dense import weight_of
 from slimrank.linalg.cost import FactorForm
 from slimrank.methods.decomposer import Configured, Member
 from slimrank.models.targets import Target, TargetSet
@@ -25,6 +29,10 @@ class Unit:
     def shape(self) -> tuple[int, int]:
         """The shape (m, n) of the stacked weight."""
         return sum(t.shape[0] for t in self.targets), self.targets[0].shape[1]
+
+    def weight(self, model: nn.Module, device: torch.device) -> Tensor:
+        """Return the stacked weight (m x n) of a model, on a device."""
+        return torch.cat([weight_of(model.get_submodule(t.path)).to(device) for t in self.targets])
 
     @property
     def blocks(self) -> set[int]:

@@ -131,7 +131,7 @@ def _stored_bytes(prepared: Prepared, shape: Shape) -> int:
     units = units_of(method, prepared.targets, recipe.stored_as)
     numbers = sum(min(unit.shape) ** 2 for unit in units) * (2 if backward else 1)
     numbers += 2 * _statistics(prepared.targets, method) if shape.keeps_statistics else 0
-    copies = (1 if shape.resumable else 0) + (2 + shape.blocks if backward and not shape.resident else 0)
+    copies = (1 if shape.resumable else 0) + (2 + shape.blocks if prepared.backwards else 0)
     return 4 * (numbers + copies * shape.tokens.get("calibration", 0) * shape.width)
 
 

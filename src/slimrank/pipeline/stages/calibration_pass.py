@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from slimrank.errors import NonFiniteError
-from slimrank.layers.dense import weight_of
 from slimrank.linalg.lowrank import Spectrum
 from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.models.blocks import BlockRunner
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 class CalibrationPass(ABC):
     """What all ways share: collectors, units that wait for their last member, and the store."""
 
-    def __init__(self, state: State, store: Store, kept: StatisticsCache | None) -> None:
-        self.state, self.store, self.kept = state, store, kept
+    def __init__(self, state: State, store: Store, cache: StatisticsCache | None) -> None:
+        self.state, self.store, self.cache = state, store, cache
         self.runner: BlockRunner = state.runner(state.prepared.recipe.resident)
         self.gathered: dict[str, LayerStatistics] = {}
         self.leaders: dict[str, str] = {}
@@ -67,8 +66,8 @@ class CalibrationPass(ABC):
             shapes = {target.path: target.shape for target in self.state.prepared.targets.in_block(index)}
             kinds = [{path: shapes[path] for path in kind} for kind in self.runner.experts(index, shapes)]
             lean_on_each_other(collector.statistics, kinds, needs)
-        if self.kept is not None:
-            self.kept.save(index, collector.statistics, collector.leaders, collector.gathering)
+        if self.cache is not None:
+            self.cache.save(index, collector.statistics, collector.leaders, collector.gathering)
         self.gathered |= collector.statistics
         self.leaders |= collector.leaders
 
@@ -98,7 +97,7 @@ class CalibrationPass(ABC):
 
     def _solve(self, unit: Unit) -> Spectrum:
         method, solver = self.state.prepared.choices.method, self.state.prepared.solver
-        weight = torch.cat([weight_of(self.state.model.get_submodule(t.path)).to(solver) for t in unit.targets])
+        weight = unit.weight(self.state.model, solver)
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError(f"NaN or infinity in the weight of layer '{unit.path}'.", "check the checkpoint")
         if not method.gathering.calibrates:

@@ -159,7 +159,7 @@ class FromCache(CalibrationPass):
     def run(self) -> None:
         """Every block whose spectra are not stored yet, in the order in which they would have been gathered."""
         state, blocks = self.state, len(self.runner)
-        backwards = state.prepared.choices.method.gathering.backward and not state.prepared.recipe.resident
+        backwards = state.prepared.backwards
         missing = {index for index in range(blocks) if not self.store.has(f"block-{index:04d}")}
         if missing and any(len(unit.blocks) > 1 for unit in state.prepared.units):
             missing = set(range(blocks))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from slimrank.layers.dense import weight_of
 from slimrank.layers.low_rank import LowRankLinear
 from slimrank.linalg.forms import Form
 from slimrank.linalg.lowrank import Spectrum
@@ -59,9 +58,7 @@ class SpectrumStore:
 
     def factors(self, unit: Unit, rank: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A (rank x n), and B (m x rank) of each target; float32, or float64 where the weight is."""
-        weight = torch.cat(
-            [weight_of(self.state.model.get_submodule(t.path)).to(self.state.prepared.solver) for t in unit.targets]
-        )
+        weight = unit.weight(self.state.model, self.state.prepared.solver)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         a, b = self.of(unit)[0].factors(weight, rank, dtype)
         return a, b.split([t.shape[0] for t in unit.targets])
@@ -87,5 +84,4 @@ class SpectrumStore:
         return self._files[name]
 
     def _stored_under(self, unit: Unit) -> int:
-        backwards = self.state.prepared.choices.method.gathering.backward and not self.state.prepared.recipe.resident
-        return min(unit.blocks) if backwards else max(unit.blocks)
+        return min(unit.blocks) if self.state.prepared.backwards else max(unit.blocks)
