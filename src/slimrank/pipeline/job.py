@@ -22,7 +22,7 @@ from slimrank.checkpoint.save import check_loadable
 from slimrank.errors import RecipeError
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.quality import measure_quality
-from slimrank.linalg.cost import COST_MODELS
+from slimrank.layers.forms import layer_form
 from slimrank.methods.allocator import ALLOCATORS
 from slimrank.methods.decomposer import DECOMPOSERS, Configured
 from slimrank.models.blocks import Batch, BlockRunner
@@ -141,7 +141,7 @@ class Job:
         descends = recipe.plan is None and "gradient" in self.allocator.needs
         differentiates = self.method.gathering.backward or recipe.corrections > 0 or descends
         self.upcast = self.upcast or (differentiates and self.dtype == torch.float16)
-        self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore, COST_MODELS[recipe.factor_form])
+        self.targets: TargetSet = find_targets(model, recipe.targets, recipe.ignore, layer_form(recipe.factor_form))
         check_loadable(model)
         self.size = ModelBytes.of(model, self.targets)
         if self.output is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from slimrank.budget.curves import Limits
 from slimrank.budget.problem import Allocation, Item, Problem
 from slimrank.budget.proportional import ranks_from_fractions
 from slimrank.budget.rank_plan import RankPlan
-from slimrank.budget.stated import Budget
+from slimrank.budget.stated import BYTE_BITS, Budget
 from slimrank.errors import PlanError, RecipeError
-from slimrank.linalg.cost import COST_MODELS, FactorForm
+from slimrank.layers.forms import layer_form
 from slimrank.methods.allocator import ALLOCATORS, ConfiguredAllocator
 from slimrank.methods.decomposer import Configured, Member
 from slimrank.methods.refiner import REFINERS, ConfiguredRefiner
@@ -118,7 +119,7 @@ def following_plan(recipe: Recipe) -> Recipe:
     )
 
 
-def units_of(method: Configured, targets: TargetSet, form: FactorForm) -> list[Unit]:
+def units_of(method: Configured, targets: TargetSet, form: str) -> list[Unit]:
     """The units that a method makes of the targets, to be stored in a form.
 
     Raises:
@@ -131,7 +132,7 @@ def units_of(method: Configured, targets: TargetSet, form: FactorForm) -> list[U
             f"'{method.method.id}' finds no layers that could share a factor.",
             "name them: --option share=[q_proj,k_proj]; or --option layers=2",
         )
-    if form == "pivot" and any(len(group) > 1 for group in groups):
+    if not layer_form(form).shares and any(len(group) > 1 for group in groups):
         raise RecipeError(
             f"'{method.method.id}' shares factors between layers; pivot layers have none to share.",
             "a method that does not share, or pairs (without --factor-form and --secondary)",
@@ -165,14 +166,16 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: Sequence
     """
     stated = _budget(recipe, model, targets, size)
     limits = _limits(recipe, [t.path for t in targets])
-    items = tuple(_item(unit, limits, targets.blocks_path) for unit in units)
-    return Problem(items, stated.parameters, recipe.rank_multiple, COST_MODELS[recipe.factor_form], stated=stated)
+    widths = size.widths(stated.option)
+    items = tuple(_item(unit, limits, targets.blocks_path, widths) for unit in units)
+    return Problem(items, stated.bits, recipe.rank_multiple, layer_form(recipe.factor_form), stated=stated)
 
 
-def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str) -> Item:
+def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str, widths: Mapping[str, int]) -> Item:
     first = unit.targets[0]
     members = {t.path: t.shape for t in unit.targets}
-    return Item(unit.path, unit.shape, first.block, role_of(first, blocks_path), _common(unit, limits), members)
+    width, role = max(widths[path] for path in members), role_of(first, blocks_path)
+    return Item(unit.path, unit.shape, first.block, role, _common(unit, limits), members, width)
 
 
 def _common(unit: Unit, limits: Mapping[str, Limits]) -> Limits:
@@ -188,10 +191,17 @@ def _common(unit: Unit, limits: Mapping[str, Limits]) -> Limits:
 
 def _budget(recipe: Recipe, model: Any, targets: TargetSet, size: ModelBytes) -> Budget:
     option: Any = next(name for name in ("keep_ratio", "keep_total", "max_bytes") if getattr(recipe, name) is not None)
-    besides = size.besides(recipe, model, targets)
-    added = new_biases(recipe, (t for t in targets if not t.bias))
-    sizes = targets.coverage.targets, targets.coverage.total
-    return Budget(option, getattr(recipe, option), *sizes, size.largest_item, besides, added)
+    return Budget(
+        option,
+        getattr(recipe, option),
+        targets=targets.coverage.targets,
+        total=targets.coverage.total,
+        width=BYTE_BITS * size.largest_item,
+        besides=size.besides(recipe, model, targets),
+        added=new_biases(recipe, (t for t in targets if not t.bias)),
+        target_bits=BYTE_BITS * size.targets,
+        unit=gcd(*size.widths(option).values()),
+    )
 
 
 def plan_of(
@@ -200,14 +210,16 @@ def plan_of(
     """Ranks of units as a plan of targets."""
     every = {t.path: allocation.ranks[unit.path] for unit in units for t in unit.targets}
     shapes = {t.path: t.shape for t in targets}
+    widths = {path: item.width for item in problem.items for path in item.targets}
     return RankPlan.build(
         {path: every[path] for path in shapes},
         shapes,
         recipe.allocation,
         problem.budget,
-        _shares(units),
-        recipe.factor_form,
-        recipe.secondary,
+        shares=_shares(units),
+        cost_model=recipe.factor_form,
+        secondary=recipe.secondary,
+        widths=widths,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
-from slimrank.linalg.cost import COST_MODELS
+from slimrank.layers.forms import layer_form
 from slimrank.methods.allocator import ALLOCATORS, ConfiguredAllocator
 from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.models.fused_layers import take_apart
@@ -57,7 +57,7 @@ def preview(
     bones = read.model
     take_apart(bones, made.split)
     seq_len = window_length(bones, made.seq_len)
-    targets = find_targets(bones, made.targets, made.ignore, COST_MODELS[made.factor_form])
+    targets = find_targets(bones, made.targets, made.ignore, layer_form(made.factor_form))
     coverage = targets.coverage
     size = ModelBytes.of(bones, targets)
     method = DECOMPOSERS.get(made.method).configured(made.method_options)
