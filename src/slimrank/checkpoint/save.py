@@ -84,9 +84,7 @@ def _replace(model: nn.Module, path: str, layer: CompressedLinear) -> None:
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     old = parent.get_submodule(name)
-    held = layer.state_dict(keep_vars=True)
-    tied = [*layer.parameters(), *(held[name] for name in layer.tied_names())]
-    mine = copy.deepcopy(layer, {id(tensor): tensor for tensor in tied})
+    mine = copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
     mine.set_bias(None if old.bias is None else old.bias.detach())  # type: ignore[operator]
     mine.requires_grad_(old.get_parameter("weight").requires_grad)
     setattr(parent, name, mine.train(old.training))

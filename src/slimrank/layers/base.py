@@ -107,8 +107,11 @@ class CompressedLinear(nn.Module):
         return cls(entry["in"], entry["out"], entry["rank"], entry["bias"], device=device, dtype=dtype)
 
     def tied_names(self) -> tuple[str, ...]:
-        """Return the names of the tensors that layers which are tied have in common: all but the bias."""
-        return tuple(name for name in self.state_dict() if name.rpartition(".")[2] != "bias")
+        """Return the names of the parameters that layers which are tied have in common: all but the bias.
+
+        transformers ties no buffers, so each layer has its own.
+        """
+        return tuple(name for name, _ in self.named_parameters() if name.rpartition(".")[2] != "bias")
 
     def shared_names(self) -> tuple[str, ...]:
         """Return the names of the tensors that layers with a common factor A share; none where there is no A."""
