@@ -78,7 +78,7 @@ def demo_rows(text, run_dir, method, samples, search):
         probe.joint({item.path: "dense" for item in problem.items})
         forward = min(plain_pass(probe.state.model, probe.state.texts["search"]) for _ in range(2))
         start = time.process_time()
-        probe.single({item.path: [max(1, problem.cost.largest(*item.shape) // 10)] for item in problem.items})
+        probe.single({item.path: [max(1, problem.form.largest_rank(*item.shape) // 10)] for item in problem.items})
         passes = (time.process_time() - start) / forward
         found["measuring every layer, over as many passes"] = passes / len(problem.items)
         return Allocation(ALLOCATORS.get("uniform").configured({}).allocate(problem).ranks)

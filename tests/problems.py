@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from slimrank.budget.problem import Effect, Item, Problem
-from slimrank.linalg.cost import PAIR
+from slimrank.layers.forms import PAIR
 
 SHAPES = {"attn.q": (48, 48), "attn.k": (16, 48), "mlp.up": (96, 48), "mlp.down": (48, 96)}
 BASE = 3.0  # nats a token of the original
@@ -63,18 +63,20 @@ class KnownModel:
 
 
 @functools.cache
-def problem(keep=0.6, multiple=1, blocks=3, seed=0, alike=False, cost=PAIR, importance=1.0):
-    """A problem of power-law spectra; `alike` makes all layers of one role equal."""
+def problem(keep=0.6, multiple=1, blocks=3, seed=0, alike=False, form=PAIR, importance=1.0, width=1):
+    """A problem of power-law spectra; `alike` makes all layers of one role equal.
+
+    `width`: bits of a number of the weights; the budget is in bits."""
     rng = np.random.default_rng(seed)
     items, values, weights = [], {}, {}
     for block in range(blocks):
         for place, (role, shape) in enumerate(SHAPES.items()):
             path = f"layers.{block}.{role}"
-            items.append(Item(path, shape, block, role))
+            items.append(Item(path, shape, block, role, width=width))
             slope, scale = (0.7, 1.0) if alike else (rng.uniform(0.4, 1.2), np.exp(0.7 * rng.normal()))
             values[path] = scale * np.arange(1, min(shape) + 1) ** -slope
             weights[path] = importance if alike or place else 2.0 * importance
-    budget = int(keep * sum(i.parameters for i in items))
+    budget = width * int(keep * sum(i.parameters for i in items))
     spectra = {path: (v, 0.0) for path, v in values.items()}
     probe = KnownModel(items, values, weights)
-    return Problem(tuple(items), budget, multiple, cost, spectra, in_loss=True, probe=probe)
+    return Problem(tuple(items), budget, multiple, form, spectra, in_loss=True, probe=probe)

@@ -60,7 +60,7 @@ def test_a_budget_that_nothing_meets_names_no_value(tiny_folder):
 
 def accepted(id, given, ratio, **options):
     budget = Budget("keep_ratio", ratio, int(given.sizes.sum()), int(given.sizes.sum()))
-    return ALLOCATORS.get(id).configured(options).allocate(replace(given, budget=budget.parameters, stated=budget))
+    return ALLOCATORS.get(id).configured(options).allocate(replace(given, budget=budget.bits, stated=budget))
 
 
 @pytest.mark.parametrize("id", ["uniform", "spectrum", "shared", "lems"])
@@ -84,7 +84,7 @@ def test_a_plan_over_the_budget(tmp_path):
 @pytest.mark.parametrize("parameters", [1, 33, 99, 100])
 @pytest.mark.parametrize("option", STEP)
 def test_there_and_back(option, parameters):
-    stated = Budget(option, 1, targets=100, total=150, itemsize=4, headers=7, added=3 if option == "max_bytes" else 0)
-    found = HINT.search(stated.needed(parameters))[2]
+    stated = Budget(option, 1, targets=100, total=150, width=32, besides=219, added=3 if option == "max_bytes" else 0)
+    found = HINT.search(stated.needed(32 * parameters))[2]
     value = int(found) if option == "max_bytes" else float(found)
-    assert replace(stated, value=value).parameters >= parameters
+    assert replace(stated, value=value).bits >= 32 * parameters

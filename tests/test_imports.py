@@ -23,7 +23,7 @@ ALLOWED = {  # package -> packages it may import, besides itself and BASE
     "budget": {"layers", "linalg"},
     "recipe": {"budget"},
     "statistics": {"layers", "linalg"},
-    "methods": {"budget", "linalg", "statistics"},
+    "methods": {"budget", "layers", "linalg", "statistics"},
     "checkpoint": {"layers", "linalg", "store"},
     "models": {"layers", "linalg", "checkpoint"},
     "text": {"linalg", "models", "recipe"},
@@ -54,37 +54,44 @@ def test_imports_point_down(path):
     assert set(imported_rooms(path)) <= allowed
 
 
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
 def modules_of(path):
     """Names of the modules that a file imports, relative ones with their dots."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom):
             yield "." * node.level + (node.module or "")
         elif isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
 
 
-LOADER = [ROOT / "checkpoint" / f"{name}_slimrank.py" for name in ("configuration", "modeling")]
-COPIED_LAYERS = [name for name in modules_of(LOADER[1]) if name.startswith("slimrank.")]
+LOADER = [ROOT / "checkpoint" / f"{name}_slimrank.py" for name in ("configuration", "code", "modeling")]
+COPIED_LAYERS = [path for path in (ROOT / "layers").glob("*.py") if "Copied into" in ast.get_docstring(parsed(path))]
+COPIED_NAMES = {f"slimrank.layers.{path.stem}" for path in COPIED_LAYERS}
 
 
-@pytest.mark.parametrize("name", COPIED_LAYERS)
-def test_layers_that_go_into_saved_models_need_nothing_but_torch(name):
-    found = {module.split(".")[0] for module in modules_of(ROOT.parent / f"{name.replace('.', '/')}.py")}
+@pytest.mark.parametrize("path", COPIED_LAYERS, ids=lambda path: path.stem)
+def test_layers_that_go_into_saved_models_need_nothing_but_torch(path):
+    found = {module.split(".")[0] for module in modules_of(path) if module not in COPIED_NAMES}
     assert found <= sys.stdlib_module_names | {"torch"}
 
 
 @pytest.mark.parametrize("path", LOADER, ids=lambda path: path.stem)
 def test_the_loader_in_saved_models_needs_nothing_but_transformers(path):
-    found = {module.split(".")[0] for module in modules_of(path) if module not in COPIED_LAYERS}
+    found = {module.split(".")[0] for module in modules_of(path) if module not in COPIED_NAMES}
     assert found <= sys.stdlib_module_names | {"torch", "transformers", ""}  # "": .configuration_slimrank
 
 
 def test_all_code_in_a_saved_model_is_looked_at(tmp_path):
     slimrank.compress(tiny_model(), byte_tokenizer(), keep_ratio=0.6, method="svd", evaluation=None, out=tmp_path / "o")
-    expected = {path.name for path in LOADER} | {f"{name.rsplit('.', 1)[1]}.py" for name in COPIED_LAYERS}
-    assert {path.name for path in (tmp_path / "o").glob("*.py")} == expected
+    written = {path.name for path in (tmp_path / "o").glob("*.py")}
+    names = {path.name for path in LOADER} | {path.name for path in COPIED_LAYERS}
+    assert {*(path.name for path in LOADER), "base.py", "transforms.py", "factors.py", "low_rank.py"} == written
+    assert written <= names
     table = (ROOT.parents[1] / "docs" / "saved-models.md").read_text()
-    assert not [path.name for path in (tmp_path / "o").iterdir() if f"`{path.name}`" not in table]
+    assert not [name for name in names | {path.name for path in (tmp_path / "o").iterdir()} if f"`{name}`" not in table]
 
 
 def test_files_stay_short():

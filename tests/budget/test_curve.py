@@ -7,7 +7,7 @@ import torch
 from observed import random
 from slimrank.budget.curves import DENSE, Curve, Limits, candidates, isotonic, spectral_curve, tails
 from slimrank.errors import PlanError
-from slimrank.linalg.cost import PAIR, PIVOT, dense_cost, pair_cost, pivot_cost
+from slimrank.layers.forms import PAIR, PIVOT
 from slimrank.linalg.forms import Metric
 from slimrank.linalg.lowrank import solve
 
@@ -21,21 +21,20 @@ def ranks_of(*arguments, **options):
 def test_candidates():
     ranks, costs = candidates("layer", SHAPE)
     assert ranks.tolist() == [*range(1, 8), DENSE]
-    assert costs.tolist() == [pair_cost(12, 20, r) for r in range(1, 8)] + [dense_cost(12, 20)]
+    assert costs.tolist() == [PAIR.parameters(12, 20, r) for r in range(1, 8)] + [PAIR.parameters(12, 20, "dense")]
     assert ranks_of(SHAPE, 3) == [3, 6, DENSE]
     assert ranks_of(SHAPE, 8) == [DENSE]
     assert ranks_of(SHAPE, 1, Limits(least=3, most=5)) == [3, 4, 5]
     assert ranks_of(SHAPE, 1, Limits(least=6)) == [6, 7, DENSE]
     assert ranks_of(SHAPE, 4, Limits(least=5, most=5)) == [5]
     assert ranks_of(SHAPE, 1, Limits(dense=True)) == [DENSE]
-    assert ranks_of(SHAPE, 1, ranks=[9, 2, 5, 2, 0]) == [2, 5, DENSE]
 
 
 def test_pivots_store_less_up_to_the_full_rank():
-    ranks, costs = candidates("layer", SHAPE, cost=PIVOT)
+    ranks, costs = candidates("layer", SHAPE, form=PIVOT)
     assert ranks.tolist() == [*range(1, 12), DENSE]
     assert costs.tolist() == [r * 32 - r * r for r in range(1, 12)] + [240]
-    assert pivot_cost(12, 20, 12) == 240
+    assert PIVOT.parameters(12, 20, 12) == 240
     assert bool((np.diff(costs) > 0).all())
 
 
@@ -141,8 +140,8 @@ def test_isotonic_is_the_nearest_non_increasing_sequence():
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5), (1, 4), (6, 6)])
-@pytest.mark.parametrize("cost", [PAIR, PIVOT], ids=lambda c: c.name)
-def test_the_largest_rank_within_a_size(cost, shape):
+@pytest.mark.parametrize("form", [PAIR, PIVOT], ids=lambda c: c.name)
+def test_the_largest_rank_within_a_size(form, shape):
     for parameters in range(-1, 2 * shape[0] * shape[1]):
-        fitting = [r for r in range(min(shape) + 1) if cost.of(*shape, r) <= parameters]
-        assert cost.within(*shape, parameters) == max(fitting, default=-1)
+        fitting = [r for r in range(min(shape) + 1) if form.parameters(*shape, r) <= parameters]
+        assert form.within(*shape, parameters) == max(fitting, default=-1)

@@ -8,7 +8,7 @@ import pytest
 from problems import problem
 from slimrank.budget.problem import Item, Problem
 from slimrank.budget.proportional import ranks_from_fractions
-from slimrank.linalg.cost import PAIR
+from slimrank.layers.forms import PAIR
 
 
 def test_what_is_to_stay_dense_does():
@@ -18,7 +18,7 @@ def test_what_is_to_stay_dense_does():
     fractions[[1, 4, 7]] = 1.0
     ranks = ranks_from_fractions(given, fractions)
     assert [i for i, item in enumerate(given.items) if ranks[item.path] == "dense"] == [1, 4, 7]
-    assert sum(PAIR.of(*i.shape, ranks[i.path]) for i in given.items) <= given.budget
+    assert sum(PAIR.parameters(*i.shape, ranks[i.path]) for i in given.items) <= given.budget
 
 
 def test_more_dense_than_fits_keeps_the_largest_fractions():
@@ -28,7 +28,7 @@ def test_more_dense_than_fits_keeps_the_largest_fractions():
     dense = [i for i, item in enumerate(given.items) if ranks[item.path] == "dense"]
     assert dense
     assert dense[-1] == len(given.items) - 1
-    assert sum(PAIR.of(*i.shape, ranks[i.path]) for i in given.items) <= given.budget
+    assert sum(PAIR.parameters(*i.shape, ranks[i.path]) for i in given.items) <= given.budget
 
 
 def handed_out(given, picks, wanted):

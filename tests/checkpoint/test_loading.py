@@ -23,7 +23,7 @@ from helpers import CONFIGS, VOCABULARY, byte_tokenizer, tiny_model
 from slimrank.checkpoint.save import mark_model
 from slimrank.layers import LowRankLinear, PivotLinear
 from slimrank.layers.experts import unfuse
-from slimrank.linalg.cost import pivot_cost
+from slimrank.layers.forms import PIVOT
 
 IDS = torch.randint(VOCABULARY - 3, (2, 12), generator=torch.Generator().manual_seed(0))
 NAMES = list(CONFIGS)
@@ -112,7 +112,7 @@ def test_the_file_of_pivot_layers_holds_their_parts_and_orders(name, tmp_path):
         assert set(mine) == names | ({"bias"} if layer.bias is not None else set())
         assert mine["order"].dtype == torch.int32
         weights = mine["skeleton.weight"].numel() + mine["interpolation.weight"].numel()
-        assert weights == pivot_cost(layer.out_features, layer.in_features, layer.rank)
+        assert weights == PIVOT.parameters(layer.out_features, layer.in_features, layer.rank)
     floating = sum(t.numel() for t in stored.values() if t.is_floating_point())
     assert floating == sum(p.numel() for p in model.parameters())
     assert len(stored) == len({id(p) for p in model.parameters()}) + len(layers)

@@ -9,7 +9,7 @@ from problems import KnownModel, problem
 from slimrank.budget.curves import Limits
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import BudgetError, NonFiniteError, PlanError, RecipeError
-from slimrank.linalg.cost import PIVOT
+from slimrank.layers.forms import PIVOT
 from slimrank.methods.allocator import ALLOCATORS
 
 IDS = list(ALLOCATORS.all())
@@ -29,7 +29,7 @@ def options(tmp_path):
             return {**QUICK.get(id, {}), **more}
         shapes = {item.path: item.shape for item in given.items}
         ranks = ALLOCATORS.get("uniform").configured({}).allocate(given).ranks
-        plan = RankPlan.build(ranks, shapes, "uniform", given.budget, cost_model=given.cost.name)
+        plan = RankPlan.build(ranks, shapes, "uniform", given.budget, cost_model=given.form.name)
         plan.model_copy(update={"budget": None}).save(tmp_path / "plan.json")
         return {"file": str(tmp_path / "plan.json"), **more}
 
@@ -41,7 +41,7 @@ def allocate(id, given, options, **more):
 
 
 def cost(given, ranks):
-    return sum(given.cost.of(*item.shape, ranks[item.path]) for item in given.items)
+    return sum(given.form.parameters(*item.shape, ranks[item.path]) for item in given.items)
 
 
 def steps(given, ranks):
@@ -64,7 +64,7 @@ def slack_is_spent(id, given, ranks):
         alike[key] = alike.get(key, 0) + step
         if id in ("uniform", "from_plan"):
             share = given.budget * item.parameters / given.sizes.sum()
-            now = given.cost.of(*item.shape, ranks[item.path])
+            now = given.form.parameters(*item.shape, ranks[item.path])
             assert now <= share < now + step
     if id not in ("uniform", "from_plan"):
         assert all(step > left for step in alike.values())
@@ -84,6 +84,16 @@ def test_the_budget_is_kept_and_spent(id, keep, multiple, options):
         assert ranks[item.path] == "dense" or 1 <= ranks[item.path] < min(item.shape)
 
 
+@pytest.mark.parametrize("more", [{}, {"multiple": 4, "form": PIVOT, "keep": 0.7}], ids=["pair", "pivot"])
+@pytest.mark.parametrize("id", IDS)
+def test_ranks_do_not_depend_on_the_width_of_weights(id, more, options):
+    """A budget in bits is the one in parameters, so many times; a budget below a whole parameter buys nothing."""
+    given, wide = problem(**{"keep": 0.6, **more}), problem(**{"keep": 0.6, **more}, width=16)
+    assert wide.budget == 16 * given.budget
+    assert (wide.unit, wide.noun) == (16, "parameters")
+    assert allocate(id, wide, options).ranks == allocate(id, given, options).ranks
+
+
 def flat(given, least):
     """Spectra that are zero from some index on: beyond it nothing is gained."""
     values = {path: np.where(np.arange(len(v)) < least, v, 0.0) for path, v in given.probe.values.items()}
@@ -95,7 +105,7 @@ def flat(given, least):
 @pytest.mark.parametrize("solver", ["lagrange", "exact"])
 @pytest.mark.parametrize("id", SOLVING)
 def test_every_solver_spends_the_budget_on_flat_spectra_too(id, solver, least, options):
-    for given in (flat(problem(0.6), least), flat(problem(0.6, cost=PIVOT), least)):
+    for given in (flat(problem(0.6), least), flat(problem(0.6, form=PIVOT), least)):
         ranks = allocate(id, given, options, solver=solver).ranks
         assert cost(given, ranks) <= given.budget
         slack_is_spent(id, given, ranks)
@@ -170,7 +180,7 @@ def test_limits_are_kept(id, options):
 
 @pytest.mark.parametrize("id", IDS)
 def test_pivots_cost_less(id, options):
-    given = problem(0.6, cost=PIVOT)
+    given = problem(0.6, form=PIVOT)
     ranks = allocate(id, given, options).ranks
     assert cost(given, ranks) <= given.budget
     slack_is_spent(id, given, ranks)
@@ -259,6 +269,6 @@ def test_a_layer_that_matters_more_gets_no_less(id, keep, options):
         importance = {**given.probe.importance, path: given.probe.importance[path] * factor}
         probe = KnownModel(given.items, given.probe.values, importance)
         ranks = allocate(id, replace(given, spectra=spectra, probe=probe), options).ranks
-        sizes.append(given.cost.of(96, 48, ranks[path]))
+        sizes.append(given.form.parameters(96, 48, ranks[path]))
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]

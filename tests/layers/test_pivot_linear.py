@@ -5,7 +5,7 @@ import torch
 
 from slimrank.layers import LowRankLinear, PivotLinear
 from slimrank.layers.convert import give_b, pair_of, pivot_layer, stored_layer
-from slimrank.linalg.cost import pair_cost, pivot_cost
+from slimrank.layers.forms import PAIR, PIVOT
 from slimrank.linalg.regression import Regression, best_b
 
 SHAPES = [(10, 14, 4), (14, 10, 4), (9, 9, 1), (8, 12, 8), (12, 8, 8)]
@@ -34,7 +34,7 @@ def test_computes_what_the_pair_computes(m, n, r, side, biased):
     torch.testing.assert_close(layer.to_dense()(x), expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(layer.weight, b @ a, rtol=1e-11, atol=1e-11)
     assert (layer.bias is not None) == biased
-    assert sum(p.numel() for p in layer.parameters()) == pivot_cost(m, n, r) + biased * m
+    assert sum(p.numel() for p in layer.parameters()) == PIVOT.parameters(m, n, r) + biased * m
     assert (layer.in_features, layer.out_features, layer.rank, layer.side) == (n, m, r, side)
 
 
@@ -133,7 +133,7 @@ def test_stored_forms():
     pair, pivot = (stored_layer(form, a, b, bias, dtype=torch.float32) for form in ("pair", "pivot"))
     assert isinstance(pair, LowRankLinear)
     assert isinstance(pivot, PivotLinear)
-    for layer, cost in ((pair, pair_cost), (pivot, pivot_cost)):
+    for layer, cost in ((pair, PAIR.parameters), (pivot, PIVOT.parameters)):
         assert sum(p.numel() for p in layer.parameters()) == cost(10, 14, 4) + 10
         weights = [p for name, p in layer.named_parameters() if name.endswith("weight")]
         assert {p.dtype for p in weights} == {torch.float32}

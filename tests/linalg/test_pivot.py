@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimrank.linalg.cost import pivot_cost
+from slimrank.layers.forms import PIVOT
 from slimrank.linalg.pivot import _exchanged, _leading_rows, pivoted
 
 EPS = torch.finfo(torch.float64).eps
@@ -42,7 +42,7 @@ def test_nothing_is_lost(m, n, r, side):
     assert p.skeleton.dtype == p.interpolation.dtype == torch.float64
     assert p.skeleton.shape == ((r, n) if p.side == "out" else (m, r))
     assert p.interpolation.shape == ((m - r, r) if p.side == "out" else (r, n - r))
-    assert p.skeleton.numel() + p.interpolation.numel() == pivot_cost(m, n, r)
+    assert p.skeleton.numel() + p.interpolation.numel() == PIVOT.parameters(m, n, r)
 
 
 @pytest.mark.parametrize("side", ["out", "in"])

@@ -29,7 +29,7 @@ from method_runs import (
 )
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import PlanError, RecipeError
-from slimrank.linalg.cost import pair_cost
+from slimrank.layers.forms import PAIR
 
 
 def groups_of(plan):
@@ -111,8 +111,8 @@ def test_groups_keep_the_ratio_asked_for(kind, keep):
         m, n = share_of(paths, plan)
         rank = plan.targets[paths[0]].rank
         assert {plan.targets[p].rank for p in paths} == {rank}
-        assert pair_cost(m, n, rank) <= keep * m * n < pair_cost(m, n, rank + 1)
-        total += pair_cost(m, n, rank)
+        assert PAIR.parameters(m, n, rank) <= keep * m * n < PAIR.parameters(m, n, rank + 1)
+        total += PAIR.parameters(m, n, rank)
     assert plan.parameters == total
 
 

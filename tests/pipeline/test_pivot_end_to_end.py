@@ -27,7 +27,7 @@ from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import BudgetError, PlanError, RecipeError
 from slimrank.layers import LowRankLinear, PivotLinear
 from slimrank.layers.convert import compressed_layers
-from slimrank.linalg.cost import PAIR, PIVOT, max_pair_rank, pair_cost, pivot_cost
+from slimrank.layers.forms import PAIR, PIVOT
 from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.methods.refiner import REFINERS
 from slimrank.recipe import Recipe
@@ -127,7 +127,7 @@ def test_the_same_size_holds_higher_ranks_and_less_error():
     for path, layer in pivot.plan.targets.items():
         m, n = layer.shape
         assert layer.rank > pair.plan.targets[path].rank
-        assert pivot_cost(m, n, layer.rank) <= KEEP * m * n < pivot_cost(m, n, layer.rank + 1)
+        assert PIVOT.parameters(m, n, layer.rank) <= KEEP * m * n < PIVOT.parameters(m, n, layer.rank + 1)
     for small, large in zip(pivot.report["targets"], pair.report["targets"], strict=True):
         assert small["relative_error"] < large["relative_error"]
 
@@ -145,7 +145,7 @@ def test_every_rank_below_the_full_one_is_worth_storing():
     """Pairs are dense from a third of the full rank on; here 1 off the full rank is still smaller than dense."""
     result = compress(method="svd", keep_ratio=0.97, factor_form="pivot")
     ranks = {path: t for path, t in result.plan.targets.items() if t.rank != "dense"}
-    assert any(t.rank > max_pair_rank(*t.shape) for t in ranks.values())
+    assert any(t.rank > PAIR.largest_rank(*t.shape) for t in ranks.values())
     assert result.plan.keep_ratio <= 0.97
 
 
@@ -204,7 +204,7 @@ def test_a_dense_rank_stays_dense(form):
 
 def test_bounds_of_ranks_reach_beyond_those_of_pairs():
     result = compress(keep_ratio=0.9, factor_form="pivot", ranks={"*.0.self_attn.q_proj": 30})
-    assert result.plan.targets["model.layers.0.self_attn.q_proj"].rank == 30 > max_pair_rank(32, 32)
+    assert result.plan.targets["model.layers.0.self_attn.q_proj"].rank == 30 > PAIR.largest_rank(32, 32)
     with pytest.raises(PlanError, match="no multiple of"):
         compress(keep_ratio=0.9, ranks={"*.0.self_attn.q_proj": 30})
     with pytest.raises(BudgetError):
@@ -213,12 +213,12 @@ def test_bounds_of_ranks_reach_beyond_those_of_pairs():
 
 def test_weights_too_small_for_pairs():
     """2 x 2 holds rank 1 in 3 numbers."""
-    assert (PAIR.largest(2, 2), PIVOT.largest(2, 2), PIVOT.largest(1, 9)) == (0, 1, 0)
+    assert (PAIR.largest_rank(2, 2), PIVOT.largest_rank(2, 2), PIVOT.largest_rank(1, 9)) == (0, 1, 0)
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(9, 1)})])
     model.layers[0]["c"] = torch.nn.Linear(8, 8)
     assert [t.path for t in slimrank.find_targets(model)] == ["layers.0.c"]
-    assert [t.path for t in slimrank.find_targets(model, cost=PIVOT)] == ["layers.0.a", "layers.0.c"]
+    assert [t.path for t in slimrank.find_targets(model, form=PIVOT)] == ["layers.0.a", "layers.0.c"]
 
 
 def test_the_full_rank_by_hand(tmp_path):
@@ -287,7 +287,7 @@ def test_plan_files_that_make_no_sense(change, tmp_path):
 def test_a_budget_in_a_plan_is_one_of_its_cost_model():
     """Ranks chosen for pivot layers would be over the budget as pairs."""
     plan = compress(factor_form="pivot").plan
-    pairs = sum(pair_cost(*t.shape, t.rank) for t in plan.targets.values())
+    pairs = sum(PAIR.parameters(*t.shape, t.rank) for t in plan.targets.values())
     assert plan.parameters <= plan.budget < pairs
     with pytest.raises(PlanError, match="over its budget"):
         compress(keep_ratio=None, plan=plan.model_copy(update={"cost_model": "pair"}))

@@ -45,7 +45,7 @@ def additivity(problem: Problem, curves: Sequence[Curve], plans: int) -> Additiv
     predicted, measured = [], []
     for _ in range(plans):
         weights = np.exp(NOISE * random.normal(size=len(curves)))
-        ranks = solve([c.scaled(float(w)) for c, w in zip(curves, weights, strict=True)], problem.budget).ranks
+        ranks = solve(*problem.in_units([c.scaled(float(w)) for c, w in zip(curves, weights, strict=True)])).ranks
         predicted.append(sum(float(c.errors[c.index(ranks[c.path])]) for c in curves))
         measured.append(effect_of(problem, ranks).kl)
     differ = np.ptp(predicted) > 0 and np.ptp(measured) > 0

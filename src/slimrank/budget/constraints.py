@@ -14,9 +14,9 @@ from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_array
 
 from slimrank.budget.curves import Curve, Integers
+from slimrank.budget.ranks import Rank
 from slimrank.budget.subset_sums import Sums
 from slimrank.errors import BudgetError
-from slimrank.linalg.cost import Rank
 
 ROUNDING = 1e-9  # of a block
 EXACT = 1e-12  # of a block: rounding of single products
@@ -29,10 +29,11 @@ class Constraints:
 
     Attributes:
         blocks: path -> decoder block.
-        whole: path -> parameters of the dense weight.
+        whole: path -> size of the dense weight, in the unit of all costs.
         monotone: a block keeps no larger a fraction of its parameters than the one before.
         floor: least fraction that a block keeps.
         cap: largest fraction that a block keeps.
+        noun: what costs are counted in, in words.
     """
 
     blocks: Mapping[str, int]
@@ -40,6 +41,7 @@ class Constraints:
     monotone: bool = False
     floor: float = 0.0
     cap: float = 1.0
+    noun: str = "parameters"
 
     @property
     def any(self) -> bool:
@@ -49,7 +51,7 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Block:
-    """The curves of a decoder block, by path, what they can add up to, and the parameters of its dense weights."""
+    """The curves of a decoder block, by path, what they can add up to, and the size of its dense weights."""
 
     number: int
     curves: Sequence[Curve]
@@ -123,7 +125,7 @@ def _reason(blocks: Sequence[Block], budget: int, constraints: Constraints, plan
         sizes = [block.sums.total(picks) for block, picks in zip(blocks, plan, strict=True)]
         largest = int(np.argmax(sizes))
         return (
-            f"where every block keeps at least {low:g}{depth}, they store {sum(sizes):,} parameters, block "
+            f"where every block keeps at least {low:g}{depth}, they store {sum(sizes):,} {constraints.noun}, block "
             f"{blocks[largest].number} alone {sizes[largest]:,}; the budget is {budget:,}."
         )
     alone = next((b for b in blocks if smallest_plan([b], constraints) is None), None)

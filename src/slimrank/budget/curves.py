@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slimrank.budget.ranks import Rank
 from slimrank.errors import PlanError
-from slimrank.linalg.cost import PAIR, CostModel, Rank
+from slimrank.layers.forms import PAIR
+from slimrank.layers.layer_form import LayerForm
 
 DENSE = -1  # stands for "dense" among the integer ranks of a curve
 Integers = NDArray[np.int64]
@@ -23,7 +25,7 @@ class Curve:
     Attributes:
         path: the target.
         ranks: int64, `DENSE` for the weight as it is.
-        costs: int64, parameters stored at each rank, strictly increasing.
+        costs: int64, bits stored at each rank, strictly increasing; any other unit that all curves share.
         errors: float64, not increasing, in a unit that all curves of a problem share.
 
     Raises:
@@ -134,29 +136,27 @@ def candidates(
     shape: tuple[int, int],
     multiple: int = 1,
     limits: Limits | None = None,
-    cost: CostModel = PAIR,
-    ranks: Sequence[int] | None = None,
+    form: LayerForm = PAIR,
+    width: int = 1,
 ) -> tuple[Integers, Integers]:
-    """Ranks (multiples of `multiple`, then `DENSE`) and their costs.
+    """Return ranks (multiples of `multiple`, then `DENSE`) and the bits that they store.
 
     Args:
         path: the target, for messages.
         shape: (m, n).
         multiple: ranks are multiples of this; a rank that `limits` fixes need not be one.
         limits: what ranks it may have.
-        cost: what a rank stores.
-        ranks: candidates instead of all multiples; those that store as much as the dense weight are left out.
+        form: what the weight is stored as.
+        width: bits of a number of the dense weight.
 
     Raises:
         PlanError: no rank is left.
     """
     limits = limits or Limits()
-    top = cost.largest(*shape)
+    top = form.largest_rank(*shape, width)
     most = top if limits.most is None else min(limits.most, top)
     if limits.dense:
         found: list[int] = []
-    elif ranks is not None:
-        found = sorted({r for r in ranks if limits.least <= r <= most})
     elif limits.least == limits.most:
         found = [limits.least] if limits.least <= top else []
     else:
@@ -167,7 +167,7 @@ def candidates(
             f"no multiple of {multiple} is a rank of '{path}' between {limits.least} and {most}.",
             f"'{path}' may have ranks 1..{top}, or stay dense",
         )
-    costs = [cost.of(*shape, r) for r in found] + [cost.of(*shape, "dense")] * len(whole)
+    costs = [form.bits(*shape, r, width) for r in found] + [form.bits(*shape, "dense", width)] * len(whole)
     return np.array(found + whole, dtype=np.int64), np.array(costs, dtype=np.int64)
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from slimrank.budget.curves import Curve, Floats, Integers
 from slimrank.budget.hulls import Steps, Table, hull_steps
+from slimrank.budget.ranks import Rank
 from slimrank.errors import BudgetError
-from slimrank.linalg.cost import Rank
 
 ROUNDS = 40  # of exchanges; each one lowers the error
 BEYOND = 8  # steps beyond the budget that are tried, and made room for
@@ -113,13 +113,16 @@ def in_parameters(parameters: int) -> str:
     return f"a budget of at least {parameters} parameters"
 
 
-def check_feasible(curves: Sequence[Curve], budget: int, needed: Callable[[int], str] = in_parameters) -> None:
+def check_feasible(
+    curves: Sequence[Curve], budget: int, needed: Callable[[int], str] = in_parameters, noun: str = "parameters"
+) -> None:
     """Make sure that the smallest candidates fit.
 
     Args:
         curves: all candidates.
-        budget: parameters in all.
-        needed: parameters -> the budget that allows them, in words.
+        budget: in all, in the unit of the costs.
+        needed: so many of that unit -> the budget that allows them, in words.
+        noun: what the unit is called.
 
     Raises:
         BudgetError: they do not.
@@ -128,7 +131,7 @@ def check_feasible(curves: Sequence[Curve], budget: int, needed: Callable[[int],
     if least > budget:
         largest = max(curves, key=lambda curve: int(curve.costs[0]))
         raise BudgetError(
-            f"the smallest ranks allowed store {least:,} parameters, the budget is {budget:,}; '{largest.path}' alone "
+            f"the smallest ranks allowed store {least:,} {noun}, the budget is {budget:,}; '{largest.path}' alone "
             f"takes {int(largest.costs[0]):,} at rank {largest.rank(0)}.",
             f"{needed(least)}; or smaller least ranks",
         )

@@ -9,8 +9,8 @@ import numpy as np
 
 from slimrank.budget.curves import DENSE, Curve, Floats, isotonic
 from slimrank.budget.problem import Effect, Item, Problem
+from slimrank.budget.ranks import Rank
 from slimrank.errors import NonFiniteError, PlanError
-from slimrank.linalg.cost import Rank
 
 LEAST = 1e-9  # nats; what is less is rounding
 FLOOR = 1e-6  # of a layer's energy; what is less is rounding
@@ -18,7 +18,7 @@ FLOOR = 1e-6  # of a layer's energy; what is less is rounding
 
 def anchor_ranks(problem: Problem, item: Item, fractions: Sequence[float]) -> list[int]:
     """Ranks at these fractions of the largest that stores less than the dense weight; each once."""
-    top = problem.cost.largest(*item.shape)
+    top = problem.form.largest_rank(*item.shape, item.width)
     return sorted({max(1, min(round(f * top), min(item.shape) - 1)) for f in fractions})
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from math import ceil, gcd
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from slimrank.budget.curves import Curve, Floats, Integers, Limits, candidates, spectral_curve, tails
 from slimrank.budget.knapsack import check_feasible
+from slimrank.budget.ranks import Rank
 from slimrank.budget.stated import Budget
-from slimrank.linalg.cost import PAIR, CostModel, Rank
+from slimrank.layers.forms import PAIR
+from slimrank.layers.layer_form import LayerForm
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Item:
         role: its place in a block, numbers left out ("mlp.down_proj"): equal for layers that do the same in others.
         limits: what ranks it may have.
         members: the targets, where there are several, and their shapes.
+        width: bits of a number of the dense weight; 1 counts parameters.
     """
 
     path: str
@@ -35,6 +39,7 @@ class Item:
     role: str = ""
     limits: Limits = field(default_factory=Limits)
     members: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    width: int = 1
 
     @property
     def targets(self) -> Mapping[str, tuple[int, int]]:
@@ -45,6 +50,11 @@ class Item:
     def parameters(self) -> int:
         """m n."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Bits of the dense weight."""
+        return self.parameters * self.width
 
 
 class Effect(NamedTuple):
@@ -90,9 +100,9 @@ class Problem:
 
     Attributes:
         items: in model order.
-        budget: parameters that they together may store.
+        budget: bits that they together may store.
         multiple: ranks are multiples of this.
-        cost: what a rank stores.
+        form: what weights are stored as.
         spectra: path -> singular values in the metric of the decomposition (float64, largest first) and the energy
             beyond them; empty for allocators that do not need them.
         probe: the model, for allocators that measure it.
@@ -103,7 +113,7 @@ class Problem:
     items: tuple[Item, ...]
     budget: int
     multiple: int = 1
-    cost: CostModel = PAIR
+    form: LayerForm = PAIR
     spectra: Mapping[str, tuple[Floats, float]] = field(default_factory=dict)
     probe: Probe | None = None
     in_loss: bool = False
@@ -111,21 +121,45 @@ class Problem:
 
     @cached_property
     def sizes(self) -> Floats:
-        """Parameters of the dense weights."""
-        return np.array([item.parameters for item in self.items], dtype=np.float64)
+        """Bits of the dense weights."""
+        return np.array([item.bits for item in self.items], dtype=np.float64)
 
     @cached_property
     def choices(self) -> list[tuple[Integers, Integers]]:
-        """Candidate ranks of each item, and their costs."""
-        known: dict[tuple[tuple[int, int], Limits], tuple[Integers, Integers]] = {}  # thousands of experts are alike
+        """Candidate ranks of each item, and the bits that they store."""
+        known: dict[Any, tuple[Integers, Integers]] = {}  # thousands of experts are alike
         for item in self.items:
-            if (key := (item.shape, item.limits)) not in known:
-                known[key] = candidates(item.path, item.shape, self.multiple, item.limits, self.cost)
-        return [known[item.shape, item.limits] for item in self.items]
+            if (key := (item.shape, item.limits, item.width)) not in known:
+                known[key] = candidates(item.path, item.shape, self.multiple, item.limits, self.form, item.width)
+        return [known[item.shape, item.limits, item.width] for item in self.items]
+
+    @cached_property
+    def unit(self) -> int:
+        """The most bits that divide all costs: the width of all weights, where it is one and their form keeps it."""
+        every = {id(costs): costs for _, costs in self.choices}  # thousands of experts are alike
+        return gcd(*(item.width for item in self.items), *(int(np.gcd.reduce(costs)) for costs in every.values()))
+
+    @property
+    def noun(self) -> str:
+        """What amounts are counted in, in words."""
+        return "parameters" if {item.width for item in self.items} == {self.unit} else f"numbers of {self.unit} bits"
+
+    def counted(self, bits: float) -> int:
+        """Return so many bits in units, rounded up."""
+        return ceil(bits / self.unit)
+
+    def in_units(self, curves: Sequence[Curve]) -> tuple[list[Curve], int]:
+        """Return curves and the budget in units instead of bits: the same problem in smaller numbers."""
+        unit = self.unit
+        return [c if unit == 1 else replace(c, costs=c.costs // unit) for c in curves], self.budget // unit
+
+    def bits(self, item: Item, rank: Rank) -> int:
+        """Return the bits that an item stores at a rank."""
+        return self.form.bits(*item.shape, rank, item.width)
 
     @property
     def keep_ratio(self) -> float:
-        """Fraction of the parameters that the budget allows."""
+        """Fraction of the dense weights' bits that the budget allows."""
         return self.budget / float(self.sizes.sum())
 
     def tail(self, item: Item, power: int = 2) -> Floats:
@@ -147,11 +181,11 @@ class Problem:
             for item, (ranks, costs) in zip(self.items, self.choices, strict=True)
         ]
 
-    def needed(self, parameters: int) -> str:
-        """The budget that allows so many parameters, in the unit that it was stated in, rounded up."""
-        targets = int(self.sizes.sum())
+    def needed(self, bits: int) -> str:
+        """The budget that allows so many bits, in the unit that it was stated in, rounded up."""
+        targets = sum(item.bits for item in self.items)
         stated = self.stated or Budget("keep_ratio", self.budget / targets, targets, targets)
-        return stated.needed(parameters)
+        return stated.needed(bits)
 
     def check(self, curves: Sequence[Curve] | None = None) -> None:
         """Make sure that the smallest ranks, of these curves or all that are allowed, fit into the budget.
@@ -160,7 +194,8 @@ class Problem:
             BudgetError: they do not.
             PlanError: limits leave a target no rank.
         """
-        check_feasible(self.flat_curves() if curves is None else curves, self.budget, self.needed)
+        counted, budget = self.in_units(self.flat_curves() if curves is None else curves)
+        check_feasible(counted, budget, lambda count: self.needed(count * self.unit), self.noun)
 
     def measured(self) -> Probe:
         """The probe, which an allocator that asks for it has."""

@@ -10,22 +10,25 @@ from numpy.typing import NDArray
 
 from slimrank.budget.curves import Floats, Integers
 from slimrank.budget.problem import Problem
-from slimrank.linalg.cost import Rank
+from slimrank.budget.ranks import Rank
 
-SLIVER = 1e-4  # parameters that rounding may cost or give
+SLIVER = 1e-4  # of the unit of costs: what rounding may cost or give
 BISECTIONS = 200
 EQUAL = 12  # digits: fractions that agree so far are equal, and the path decides
 
 
-def project(fractions: Floats, sizes: Floats, low: Floats, high: Floats, total: float) -> Floats:
-    """Fractions shifted by a constant and clipped to [low, high] so that they keep `total` parameters.
+def project(
+    fractions: Floats, sizes: Floats, low: Floats, high: Floats, total: float, sliver: float = SLIVER
+) -> Floats:
+    """Fractions shifted by a constant and clipped to [low, high] so that they keep `total`.
 
     Args:
         fractions: of each target, any real numbers.
-        sizes: parameters of each.
+        sizes: bits of each.
         low: bounds from below; they keep no more than `total`.
         high: bounds from above.
-        total: parameters to keep; where the upper bounds keep less, those are the answer.
+        total: bits to keep; where the upper bounds keep less, those are the answer.
+        sliver: bits that rounding may cost.
     """
 
     def at(shift: float) -> Floats:
@@ -40,7 +43,7 @@ def project(fractions: Floats, sizes: Floats, low: Floats, high: Floats, total: 
             right = middle
         else:
             left = middle
-    return at(right if float((at(right) * sizes).sum()) <= total + SLIVER else left)
+    return at(right if float((at(right) * sizes).sum()) <= total + sliver else left)
 
 
 def bounds(problem: Problem) -> tuple[Floats, Floats]:
@@ -51,10 +54,10 @@ def bounds(problem: Problem) -> tuple[Floats, Floats]:
 
 
 def floors(problem: Problem, shares: Floats) -> Integers:
-    """The largest candidate within the share of each target, in parameters; -1 where none fits."""
+    """The largest candidate within the share of each target, in bits; -1 where none fits."""
     return np.array(
         [
-            np.searchsorted(costs, share + SLIVER, side="right") - 1
+            np.searchsorted(costs, share + SLIVER * problem.unit, side="right") - 1
             for (_, costs), share in zip(problem.choices, shares.tolist(), strict=True)
         ]
     )
@@ -82,7 +85,7 @@ def ranks_from_fractions(problem: Problem, fractions: Floats) -> dict[str, Rank]
     problem.check()
     low, high = bounds(problem)
     low = np.where(_whole(problem, fractions, low, high), high, low)
-    wanted = project(fractions, problem.sizes, low, high, problem.budget)
+    wanted = project(fractions, problem.sizes, low, high, problem.budget, SLIVER * problem.unit)
     return ranks_of(problem, _grown(problem, wanted, floors(problem, wanted * problem.sizes)))
 
 

@@ -7,29 +7,83 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from typing_extensions import TypedDict, Unpack
 
-from slimrank.errors import PlanError, nearest
-from slimrank.linalg.cost import COST_MODELS, FactorForm, Rank, dense_cost
+from slimrank.budget.ranks import Rank
+from slimrank.errors import PlanError, SlimrankError, nearest
+
+if TYPE_CHECKING:  # it imports torch, and a recipe imports plans
+    from slimrank.layers.layer_form import LayerForm
 
 Shapes = Mapping[str, tuple[int, int]]
 
 
+class PlanTraits(TypedDict, total=False):
+    """What a plan may say besides ranks and a budget.
+
+    Attributes:
+        shares: target -> the target whose factor A it shares.
+        cost_model: what the ranks were chosen for.
+        secondary: another form that they are stored in.
+        widths: target -> bits of a number of its weight, which the budget counts in; without it, it counts parameters.
+    """
+
+    shares: Mapping[str, str]
+    cost_model: str
+    secondary: str | None
+    widths: Mapping[str, int]
+
+
 class PlannedTarget(BaseModel):
-    """Rank and shape (m, n) of one target, and the target whose factor A it shares, if any."""
+    """Rank and shape (m, n) of one target.
+
+    Attributes:
+        rank: or "dense".
+        shape: (m, n).
+        shares: the target whose factor A it shares, if any.
+        width: bits of a number of the dense weight, where the plan's budget is in bits; else None, and not written.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: StrictInt | Literal["dense"]
     shape: tuple[StrictInt, StrictInt]
     shares: str | None = None
+    width: StrictInt | None = None
 
-    def cost(self, form: FactorForm) -> int:
-        """Parameters that a form stores at this rank; a shared A is counted where it belongs, once."""
-        shared = self.rank * self.shape[1] if self.shares is not None and self.rank != "dense" else 0
-        return COST_MODELS[form].of(*self.shape, self.rank) - shared
+    def cost(self, form: str) -> int:
+        """Return the parameters that a form stores at this rank; a shared A is counted where it belongs, once."""
+        return _form(form).parameters(*self.shape, self.rank) - self._shared(form)
+
+    def bits(self, form: str, width: int | None = None) -> int:
+        """Return the bits that a form stores at this rank; parameters where neither has a width.
+
+        Args:
+            form: its name.
+            width: bits of a number of the dense weight, instead of the planned ones.
+        """
+        each = width or self.width or 1
+        return _form(form).bits(*self.shape, self.rank, each) - self._shared(form) * each
+
+    def _shared(self, form: str) -> int:
+        return 0 if self.shares is None or self.rank == "dense" else _form(form).shared(*self.shape, self.rank)
+
+    @model_serializer(mode="wrap")
+    def _written(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the width where there is none: older versions know no such key."""
+        return {key: value for key, value in usual(self).items() if key != "width" or value is not None}
 
 
 class RankPlan(BaseModel):
@@ -37,18 +91,19 @@ class RankPlan(BaseModel):
 
     Attributes:
         targets: module path -> rank and shape, in model order.
-        cost_model: what the ranks were chosen for: "pair" (two thin factors), or "pivot" (see `linalg.pivot`), which
-            is then stored, too.
-        secondary: "pivot" stores ranks that were chosen for pairs as that.
-        budget: parameters that the targets together may store; None for a hand-made plan.
+        cost_model: what the ranks were chosen for: "pair" (two thin factors), "pivot" (see `linalg.pivot`), or another
+            form, which is then stored, too.
+        secondary: another form, e.g. "pivot", which ranks that were chosen for pairs are stored in.
+        budget: parameters that the targets together may store, or bits where targets have a width; None for a hand-made
+            plan.
         allocation: which allocator made it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
-    cost_model: FactorForm = "pair"
-    secondary: Literal["pivot"] | None = None
+    cost_model: str = "pair"
+    secondary: str | None = None
     allocation: str = "by hand"
     budget: int | None = None
     targets: dict[str, PlannedTarget]
@@ -60,32 +115,67 @@ class RankPlan(BaseModel):
         shapes: Shapes,
         allocation: str,
         budget: int,
-        shares: Mapping[str, str] | None = None,
-        cost_model: FactorForm = "pair",
-        secondary: Literal["pivot"] | None = None,
+        **traits: Unpack[PlanTraits],
     ) -> RankPlan:
-        """A plan out of ranks and shapes by path, and the targets whose A others share."""
+        """Make a plan.
+
+        Where all widths are one, and the form stores every number in it, the plan counts in parameters.
+
+        Args:
+            ranks: target -> rank.
+            shapes: target -> (m, n).
+            allocation: which allocator made it.
+            budget: bits that the targets together may store, or parameters without widths.
+            traits: see `PlanTraits`.
+        """
+        shares, widths = traits.get("shares") or {}, traits.get("widths") or {}
         targets = {
-            path: PlannedTarget(rank=rank, shape=shapes[path], shares=(shares or {}).get(path))
+            path: PlannedTarget(rank=rank, shape=shapes[path], shares=shares.get(path), width=widths.get(path))
             for path, rank in ranks.items()
         }
-        return cls(allocation=allocation, budget=budget, targets=targets, cost_model=cost_model, secondary=secondary)
+        form, secondary = traits.get("cost_model", "pair"), traits.get("secondary")
+        plan = cls(allocation=allocation, budget=budget, targets=targets, cost_model=form, secondary=secondary)
+        return plan.in_parameters()
+
+    @field_validator("cost_model", "secondary")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        try:
+            return name if name is None else _form(name).name
+        except SlimrankError as error:
+            raise ValueError(error.message) from error
 
     @model_validator(mode="after")
     def _one_way(self) -> RankPlan:
-        if self.secondary and self.cost_model == "pivot":
+        if self.secondary and self.cost_model != "pair":
             raise ValueError("'secondary' is for ranks whose cost_model is pair")
         return self
 
+    def in_parameters(self) -> RankPlan:
+        """Return the same plan with a budget in parameters, where bits are so many times as many; else this one."""
+        widths = {target.width for target in self.targets.values()}
+        width = widths.pop() if len(widths) == 1 else None
+        whole = width and all(t.bits(self.cost_model) == t.cost(self.cost_model) * width for t in self.targets.values())
+        if not width or not whole or (self.budget is not None and self.budget % width):
+            return self
+        targets = {path: target.model_copy(update={"width": None}) for path, target in self.targets.items()}
+        budget = None if self.budget is None else self.budget // width
+        return self.model_copy(update={"targets": targets, "budget": budget})
+
     @property
-    def stored_as(self) -> FactorForm:
+    def stored_as(self) -> str:
         """What the factored targets become."""
         return self.secondary or self.cost_model
 
     @property
     def parameters(self) -> int:
-        """Parameters of the targets under the cost model: what the budget bounds."""
+        """Parameters of the targets under the cost model."""
         return sum(t.cost(self.cost_model) for t in self.targets.values())
+
+    @property
+    def bits(self) -> int:
+        """What the budget bounds: bits of the targets under the cost model, or parameters where they have no width."""
+        return sum(t.bits(self.cost_model) for t in self.targets.values())
 
     @property
     def stored_parameters(self) -> int:
@@ -95,7 +185,7 @@ class RankPlan(BaseModel):
     @property
     def dense_parameters(self) -> int:
         """Parameters of the targets before compression."""
-        return sum(dense_cost(*t.shape) for t in self.targets.values())
+        return sum(t.shape[0] * t.shape[1] for t in self.targets.values())
 
     @property
     def keep_ratio(self) -> float:
@@ -136,9 +226,10 @@ class RankPlan(BaseModel):
             largest = min(rows, target.shape[1])
             if target.rank != "dense" and not 1 <= target.rank <= largest:
                 raise PlanError(f"rank {target.rank} of '{path}' is outside 1..{largest}.", 'or "dense"')
-        if self.budget is not None and self.parameters > self.budget:
+        if self.budget is not None and self.bits > self.budget:
+            noun = "bits" if any(t.width for t in self.targets.values()) else "parameters"
             raise PlanError(
-                f"the plan stores {self.parameters:,} parameters, over its budget of {self.budget:,}.",
+                f"the plan stores {self.bits:,} {noun}, over its budget of {self.budget:,}.",
                 "lower some ranks, or raise or remove 'budget' in the file",
             )
 
@@ -172,6 +263,17 @@ class RankPlan(BaseModel):
             raise PlanError(
                 f"'{path}' is no rank plan: {where}: {first['msg']}.", "slimrank plan MODEL --save FILE"
             ) from error
+
+
+def _form(name: str) -> LayerForm:
+    """Return the form of a name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    from slimrank.layers.forms import layer_form
+
+    return layer_form(name)
 
 
 def check_place(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A budget stated in any of three ways, as parameters that the targets may store, and back again."""
+"""A budget stated in any of three ways, as bits that the targets may store, and back again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from math import ceil
 from typing import Literal
 
 DIGITS = 10**4  # of a fraction in a hint
+BYTE_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -19,19 +20,22 @@ class Budget:
         value: a fraction, or bytes.
         targets: parameters of the targets before compression.
         total: parameters of the whole model.
-        itemsize: bytes per parameter of the targets, of the widest ones where they differ.
-        headers: bytes that files take besides all parameters at that size: headers, buffers, and what wider parts
-            take more. Less than 0 where many parts are narrower.
+        width: bits of a parameter. Fractions are of parameters: where weights have several widths, all count alike.
+        besides: bytes that files take besides the targets' weights: other weights, buffers, headers.
         added: parameters that compressing adds to the model.
+        target_bits: of the targets before compression, each in its own width; by default of `width`.
+        unit: bits that divide those of every target.
     """
 
     option: Literal["keep_ratio", "keep_total", "max_bytes"]
     value: float
     targets: int
     total: int
-    itemsize: int = 1
-    headers: int = 0
+    width: int = 1
+    besides: int = 0
     added: int = 0
+    target_bits: int | None = None
+    unit: int | None = None
 
     @property
     def rest(self) -> int:
@@ -39,20 +43,21 @@ class Budget:
         return self.added + (0 if self.option == "keep_ratio" else self.total - self.targets)
 
     @property
-    def parameters(self) -> int:
-        """Parameters that the targets together may store; 0 where there is no room for any."""
+    def bits(self) -> int:
+        """Bits that the targets together may store; 0 where there is no room for any."""
         if self.option == "max_bytes":
-            allowed = (int(self.value) - self.headers) // self.itemsize
-        else:
-            allowed = int(Fraction(str(self.value)) * self._whole)
-        return max(0, min(allowed - self.rest, self.targets))
+            unit = self.unit or self.width
+            allowed = (int(self.value) - self.besides) * BYTE_BITS // unit * unit
+            return max(0, min(allowed, self.target_bits or self.targets * self.width))
+        parameters = int(Fraction(str(self.value)) * self._whole) - self.rest
+        return max(0, min(parameters, self.targets)) * self.width
 
-    def needed(self, parameters: int) -> str:
-        """The least value at which the targets may store so many parameters, in words, rounded up."""
-        stored = parameters + self.rest
+    def needed(self, bits: int) -> str:
+        """Return the least value at which the targets may store so many bits, in words, rounded up."""
         taken = f" (parts that are not compressed already take {self.rest:,} parameters)" if self.rest else ""
         if self.option == "max_bytes":
-            return f"a max_bytes of at least {stored * self.itemsize + self.headers}{taken}"
+            return f"a max_bytes of at least {ceil(Fraction(bits, BYTE_BITS)) + self.besides}{taken}"
+        stored = ceil(Fraction(bits, self.width)) + self.rest
         least = Fraction(ceil(Fraction(stored, self._whole) * DIGITS), DIGITS)
         if least > 1:
             return f"less to store: no {self.option} is enough{taken}"

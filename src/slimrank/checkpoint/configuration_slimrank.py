@@ -11,16 +11,13 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 MODEL_TYPE = "slimrank"
-FORMAT = 4  # 1 knows no layers with a "side", 2 no "experts", 3 no "split"; written is the least that knows all
+FORMAT = 5  # 1 knows pairs, 2 pivot layers, 3 experts, 4 split layers, 5 all kinds; written is the least that is enough
 AUTO_MAP = {
     "AutoConfig": "configuration_slimrank.SlimRankConfig",
     "AutoModelForCausalLM": "modeling_slimrank.SlimRankForCausalLM",
@@ -99,8 +96,10 @@ class CompressedConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write config.json, and beside it the code that `trust_remote_code=True` runs."""
+        from .code_slimrank import code_of, copy_code
+
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        copy_code(Path(save_directory))
+        copy_code(Path(save_directory), code_of(self.slimrank))
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -142,46 +141,13 @@ def compressed_config_class(base_model_type: str) -> Any:
     return mixed
 
 
-def mark_compressed(
-    config: Any,
-    layers: dict[str, dict[str, Any]],
-    experts: Sequence[str] = (),
-    split: Mapping[str, Sequence[int]] | None = None,
-) -> None:
-    """Turn a native configuration, in place, into one that carries the ranks of a compressed model.
+def mark_compressed(config: Any, about: dict[str, Any]) -> None:
+    """Turn a native configuration, in place, into one that tells how a compressed model was changed.
 
     Args:
         config: the `config` of a model; every submodule that holds it sees the change.
-        layers: module path -> {"rank": int, "in": n, "out": m, "bias": bool}, and "side" for a pivot layer.
-        experts: paths of modules whose experts are linear layers.
-        split: module path -> outputs of each part, of linear layers that are several.
+        about: see `layers.transforms.described`.
     """
-    pivots = any("side" in about for about in layers.values())
-    config.slimrank = {"format": 2 if pivots else 1, "base_model_type": config.model_type, "layers": layers}
-    if experts:
-        config.slimrank |= {"format": 3, "experts": list(experts)}
-    if split:
-        config.slimrank |= {"format": 4, "split": {path: list(sizes) for path, sizes in split.items()}}
+    config.slimrank = {"format": about["format"], "base_model_type": config.model_type, **about}
     config.auto_map = AUTO_MAP
     config.__class__ = compressed_config_class(config.model_type)
-
-
-def copy_code(folder: Path) -> None:
-    """Copy the files that load the model without slimrank: this one, the model's and the layers'.
-
-    All are imported right here: older versions of transformers take along only what this file itself names.
-    """
-    from slimrank.layers.experts import as_linears
-    from slimrank.layers.low_rank import LowRankLinear
-    from slimrank.layers.pivot import PivotLinear
-    from slimrank.layers.split import SplitLinear
-
-    from .modeling_slimrank import SlimRankForCausalLM
-
-    for owner in (CompressedConfig, SlimRankForCausalLM, LowRankLinear, PivotLinear, SplitLinear, as_linears):
-        source = Path(str(sys.modules[owner.__module__].__file__))
-        if source.parent.resolve() == folder.resolve():
-            continue
-        text = source.read_text(encoding="utf-8")
-        flat = re.sub(r"^( *)from slimrank\.\w+\.(\w+) import", r"\1from .\2 import", text, flags=re.MULTILINE)
-        (folder / source.name).write_text(flat, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Loader of compressed models. Copied into every saved model; imports nothing but torch and transformers.
 
-A compressed model is an object of the native class (LlamaForCausalLM, ...), with some linear layers replaced by
-`LowRankLinear` or `PivotLinear`, fused experts by `Experts`, and split layers by `SplitLinear`. So `generate`,
+A compressed model is an object of the native class (LlamaForCausalLM, ...) that some transforms have changed: linear
+layers are compressed, experts are linear layers, layers are split (see `layers.transforms`). So `generate`,
 `device_map`, PEFT and `save_pretrained` work as for any other model.
 """
 
@@ -10,14 +10,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
-from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from slimrank.layers.experts import as_linears
-from slimrank.layers.low_rank import LowRankLinear
-from slimrank.layers.pivot import PivotLinear
-from slimrank.layers.split import SplitLinear
+from slimrank.layers.transforms import saved_transforms
 
 
 class SlimRankForCausalLM:
@@ -35,9 +30,9 @@ class SlimRankForCausalLM:
 
             config = SlimRankConfig.from_pretrained(path)
         native, told = _native_class(config), kwargs.pop("output_loading_info", False)
-        thin = _class_with_thin_layers(native)
-        model, info = thin.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
-        _check_complete(path, info["missing_keys"], config.slimrank["layers"])
+        changed = _changed_class(native)
+        model, info = changed.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
+        _check_complete(path, info["missing_keys"], config.slimrank)
         model.__class__ = native
         keep_names(model)
         return (model, info) if told else model
@@ -45,7 +40,7 @@ class SlimRankForCausalLM:
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         native = _native_class(config)
-        model = _class_with_thin_layers(native)._from_config(config, **kwargs)
+        model = _changed_class(native)._from_config(config, **kwargs)
         model.__class__ = native
         keep_names(model)
         return model
@@ -68,49 +63,20 @@ def native_classes(config_class: Any) -> list[Any]:
 
 
 @functools.cache
-def _class_with_thin_layers(native: Any) -> Any:
-    """A subclass of the native class whose constructor puts in the low-rank layers, for the time of loading."""
+def _changed_class(native: Any) -> Any:
+    """A subclass of the native class whose constructor makes all transforms, for the time of loading."""
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         native.__init__(self, config, *args, **kwargs)
-        for path in config.slimrank.get("experts", ()):
-            self.set_submodule(path, as_linears(self.get_submodule(path)))
-        for path, sizes in config.slimrank.get("split", {}).items():
-            self.set_submodule(path, SplitLinear(self.get_submodule(path), sizes))
-        replace_layers(self, config.slimrank["layers"])
+        for transform, entry in saved_transforms(config.slimrank):
+            transform.apply(self, entry)
 
     return type(native.__name__, (native,), {"__init__": init, "__module__": native.__module__})
 
 
-def replace_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
-    """Put an empty `LowRankLinear` or `PivotLinear` in the place of each named layer.
-
-    Raises:
-        ValueError: a layer that the model lacks: the checkpoint and the architecture do not belong together.
-    """
-    for path, about in layers.items():
-        parent_path, _, name = path.rpartition(".")
-        try:
-            parent = model.get_submodule(parent_path)
-            old = parent.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(f"the compressed layer '{path}' is not in {type(model).__name__}") from error
-        weight: torch.Tensor = old.weight  # type: ignore[assignment]
-        setattr(parent, name, _empty_layer(about, device=weight.device, dtype=weight.dtype))
-    declare_ties(model, layers)
-
-
-def _empty_layer(about: dict[str, Any], **place: Any) -> nn.Module:
-    shape = about["in"], about["out"], about["rank"], about["bias"]
-    return PivotLinear(*shape, about["side"], **place) if "side" in about else LowRankLinear(*shape, **place)
-
-
-def _parts(about: dict[str, Any]) -> tuple[str, str]:
-    return ("skeleton", "interpolation") if "side" in about else ("A", "B")
-
-
-def _check_complete(path: Any, missing: Any, layers: dict[str, Any]) -> None:
-    lacking = sorted(name for name in missing if name.startswith(tuple(f"{layer}." for layer in layers)))
+def _check_complete(path: Any, missing: Any, about: dict[str, Any]) -> None:
+    needed = tuple(name for transform, entry in saved_transforms(about) for name in transform.needed(entry))
+    lacking = sorted(name for name in missing if name.startswith(needed))
     if lacking:
         raise ValueError(
             f"'{path}' lacks {len(lacking)} weights of compressed layers, the first '{lacking[0]}'. "
@@ -125,20 +91,3 @@ def keep_names(model: Any) -> None:
     back from the names of factors.
     """
     model._weight_conversions = []
-
-
-def declare_ties(model: Any, layers: dict[str, dict[str, Any]]) -> None:
-    """Tell transformers which factors are one tensor, so that it saves them once and ties them after loading."""
-    ties = {
-        f"{path}.{factor}.weight": f"{about[kind]}.{factor}.weight"
-        for path, about in layers.items()
-        for kind, factors in (("tie", _parts(about)), ("share", ("A",)))
-        if kind in about
-        for factor in factors
-    }
-    if ties:
-        declared = {
-            k: v for k, v in dict(model._tied_weights_keys or {}).items() if k.removesuffix(".weight") not in layers
-        }
-        model._tied_weights_keys = {**declared, **ties}
-        model.all_tied_weights_keys = {**declared, **ties} if model.config.tie_word_embeddings else ties

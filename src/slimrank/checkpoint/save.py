@@ -15,13 +15,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slimrank.checkpoint.companions import save_companions, saving
 from slimrank.checkpoint.configuration_slimrank import mark_compressed
-from slimrank.checkpoint.modeling_slimrank import declare_ties, keep_names, native_classes
+from slimrank.checkpoint.modeling_slimrank import keep_names, native_classes
 from slimrank.errors import ModelError
-from slimrank.layers import LowRankLinear
-from slimrank.layers.convert import CompressedLinear, compressed_layers, stored_layer
-from slimrank.layers.experts import experts_of
-from slimrank.layers.split import splits_of
-from slimrank.linalg.cost import FactorForm
+from slimrank.layers.base import CompressedLinear, share_tensors
+from slimrank.layers.factors import declare_ties
+from slimrank.layers.forms import layer_form
+from slimrank.layers.transforms import described, found_transforms
 from slimrank.store import disk_error
 
 
@@ -59,7 +58,7 @@ def _check_adapters(model: Any) -> None:
 
 
 def replace_linears(
-    model: nn.Module, members: Sequence[tuple[tuple[str, ...], Tensor]], A: Tensor, form: FactorForm = "pair"
+    model: nn.Module, members: Sequence[tuple[tuple[str, ...], Tensor]], A: Tensor, form: str = "pair"
 ) -> None:
     """Replace linear layers that share a factor A (mostly a single one), cast once to the dtype of their weights.
 
@@ -67,14 +66,14 @@ def replace_linears(
         model: changed in place.
         members: for each layer its path, followed by the paths of layers tied to it, and its factor B (out x rank).
         A: rank x in.
-        form: what they are stored as; pivot layers share nothing, so there is a single one then.
+        form: what they are stored as; in one that shares nothing there is a single one.
     """
     before: CompressedLinear | None = None
     for paths, B in members:
         weight = model.get_submodule(paths[0]).get_parameter("weight")
-        layer = stored_layer(form, A, B, dtype=weight.dtype).to(weight.device)
-        if isinstance(before, LowRankLinear) and isinstance(layer, LowRankLinear):
-            layer.A.weight = before.A.weight
+        layer = layer_form(form).build(A, B, None, weight.dtype).to(weight.device)
+        if before is not None:
+            share_tensors(layer, before, layer.shared_names())
         before = layer
         for path in paths:
             _replace(model, path, layer)
@@ -92,27 +91,11 @@ def _replace(model: nn.Module, path: str, layer: CompressedLinear) -> None:
 
 
 def mark_model(model: Any) -> None:
-    """Make the model's configuration say which layers are compressed, so that `save_pretrained` just works."""
-    layers: dict[str, dict[str, Any]] = {}
-    leaders: dict[int, str] = {}
-    for path, layer in compressed_layers(model).items():
-        layers[path] = _entry(layer)
-        whole = layer.B.weight if isinstance(layer, LowRankLinear) else layer.skeleton.weight
-        basis = layer.A.weight if isinstance(layer, LowRankLinear) else whole
-        tie, share = leaders.setdefault(id(whole), path), leaders.setdefault(id(basis), path)
-        if tie != path:
-            layers[path]["tie"] = tie
-        elif share != path:
-            layers[path]["share"] = share
-    split = {path: module.sizes for path, module in splits_of(model).items()}
-    mark_compressed(model.config, layers, experts_of(model), split)
-    declare_ties(model, layers)
+    """Make the model's configuration say how the model was changed, so that `save_pretrained` just works."""
+    about = described(found_transforms(model))
+    mark_compressed(model.config, about)
+    declare_ties(model, about["layers"])
     keep_names(model)
-
-
-def _entry(layer: CompressedLinear) -> dict[str, Any]:
-    shape = {"rank": layer.rank, "in": layer.in_features, "out": layer.out_features, "bias": layer.bias is not None}
-    return shape if isinstance(layer, LowRankLinear) else {**shape, "side": layer.side}
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, max_shard_size: str) -> list[str]:

@@ -12,7 +12,6 @@ from slimrank.cli.console import plain_console
 
 if TYPE_CHECKING:
     from slimrank.budget.rank_plan import PlannedTarget, RankPlan
-    from slimrank.linalg.cost import FactorForm
 
 BAR = 40  # characters
 TINY = 1e-9  # of the largest error: rounding
@@ -36,7 +35,7 @@ def show_plan(plan: RankPlan, blocks_path: str) -> None:
     plain_console().print(table)
 
 
-def _cell(targets: list[PlannedTarget], form: FactorForm) -> Text:
+def _cell(targets: list[PlannedTarget], form: str) -> Text:
     if not targets:
         return Text("")
     kept = sum(t.cost(form) for t in targets) / sum(t.shape[0] * t.shape[1] for t in targets)

@@ -1,4 +1,4 @@
-"""Experts as linear layers. Copied into every saved model; imports nothing but torch.
+"""Experts as linear layers. Copied into saved models; imports nothing but torch.
 
 transformers keeps the experts of a block as two 3-D parameters (gate_up_proj or up_proj, and down_proj), one slice for
 each expert. As `Experts` every slice is an `nn.Linear` of its own, which can be measured, replaced and saved like any
@@ -7,10 +7,13 @@ other. What an expert computes (gate, activation, a norm) is still that of the n
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from slimrank.layers.transforms import Transform
 
 _MARKS = ("num_experts", "has_bias", "is_transposed")
 _LATER = {"has_gate": True, "has_post_expert_norm": False}  # what is so where transformers has no such mark yet
@@ -100,6 +103,32 @@ class SortedExperts(Experts):
     def _between(self, hidden: Tensor) -> Tensor:
         gate, up = hidden.chunk(2, dim=-1)
         return up * self.native.act_fn(gate)
+
+
+class ExpertsAsLinears(Transform):
+    """Modules of fused experts, by path, of which each expert is two linear layers."""
+
+    kind: ClassVar[str] = "experts"
+    order: ClassVar[int] = 10
+    key: ClassVar[str] = "experts"
+
+    def apply(self, model: nn.Module, entry: Mapping[str, Any]) -> None:
+        """See `Transform.apply`."""
+        for path in entry["experts"]:
+            model.set_submodule(path, as_linears(model.get_submodule(path)))
+
+    def undo(self, model: nn.Module) -> None:
+        """See `Transform.undo`."""
+        fuse(model)
+
+    def entry(self, model: nn.Module) -> dict[str, Any] | None:
+        """See `Transform.entry`."""
+        paths = experts_of(model)
+        return {"experts": paths} if paths else None
+
+    def format(self, entry: Mapping[str, Any]) -> int:
+        """See `Transform.format`."""
+        return 3
 
 
 def as_linears(native: nn.Module) -> Experts:

@@ -1,21 +1,24 @@
-"""A linear layer stored as two thin ones.
-
-This file is copied into every saved model (it is what `trust_remote_code=True` runs), so it imports
-nothing but torch.
-"""
+"""A linear layer stored as two thin ones. Copied into saved models; imports nothing but torch."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from slimrank.layers.base import CompressedLinear
 
-class LowRankLinear(nn.Module):
+
+class LowRankLinear(CompressedLinear):
     """y = B (A x) + bias, where A is rank x in and B is out x rank.
 
     Both factors are ordinary `nn.Linear` modules, so that PEFT, quantisers, FSDP and `torch.compile` see
     what they know. The bias of the original layer lives on B.
     """
+
+    kind: ClassVar[str] = "pair"
+    format: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -26,16 +29,15 @@ class LowRankLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        super().__init__(in_features, out_features, rank)
         self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
     def from_factors(cls, A: Tensor, B: Tensor, bias: Tensor | None = None) -> LowRankLinear:
-        """A layer that holds the tensors A (rank x in), B (out x rank) and bias (out) themselves."""
+        """Return a layer that holds the tensors A (rank x in), B (out x rank) and bias (out) themselves."""
         layer = cls(A.shape[1], B.shape[0], A.shape[0], bias is not None, device="meta")
         layer.A.weight = nn.Parameter(A)
         layer.B.weight = nn.Parameter(B)
@@ -46,13 +48,25 @@ class LowRankLinear(nn.Module):
         """Apply the layer: (..., in) to (..., out)."""
         return self.B(self.A(x))
 
+    def latent(self, x: Tensor) -> Tensor:
+        """Return A x (..., rank)."""
+        return self.A(x)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """See `CompressedLinear.factors`."""
+        return self.A.weight.detach().double(), self.B.weight.detach().double()
+
+    def set_b(self, B: Tensor) -> None:
+        """See `CompressedLinear.set_b`."""
+        self.B.weight.data = B.to(self.B.weight)
+
     @property
     def weight(self) -> Tensor:
         """The dense product B A (out x in), made anew at each access: for code that looks at weights."""
         return self.B.weight @ self.A.weight
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Tensor | None:  # type: ignore[override]
         """The bias of the original layer."""
         return self.B.bias
 
@@ -60,14 +74,10 @@ class LowRankLinear(nn.Module):
         """Hold this bias (out), or none."""
         self.B.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
-    def to_dense(self) -> nn.Linear:
-        """An ordinary `nn.Linear` that computes the same function."""
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(self.weight.detach().clone())
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
-        return dense
+    def tied_names(self) -> tuple[str, ...]:
+        """Return the names of both factors."""
+        return ("A.weight", "B.weight")
 
-    def extra_repr(self) -> str:
-        """Shape and rank, as `print(model)` shows them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+    def shared_names(self) -> tuple[str, ...]:
+        """Return the name of A."""
+        return ("A.weight",)

@@ -1,18 +1,20 @@
 """A linear layer of low rank, stored in some of its own rows or columns.
 
-This file is copied into every saved model (it is what `trust_remote_code=True` runs), so it imports
-nothing but torch.
+Copied into saved models; imports nothing but torch.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from slimrank.layers.base import CompressedLinear
 
-class PivotLinear(nn.Module):
+
+class PivotLinear(CompressedLinear):
     """A weight W (m x n) of rank r in r (m + n) - r^2 parameters: PiFa, arXiv 2501.19090.
 
     side "out": `skeleton` (n -> r) gives r of the outputs, `interpolation` (r -> m - r) the others from them, and
@@ -22,6 +24,8 @@ class PivotLinear(nn.Module):
     Both parts are ordinary `nn.Linear` modules without bias; the bias of the original layer is the layer's own.
     """
 
+    kind: ClassVar[str] = "pivot"
+    format: ClassVar[int] = 2
     order: Tensor
 
     def __init__(
@@ -34,10 +38,10 @@ class PivotLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(f"rank must be 1 to {min(in_features, out_features)}, got {rank}")
-        self.in_features, self.out_features, self.rank, self.side = in_features, out_features, rank, side
+        super().__init__(in_features, out_features, rank)
+        self.side = side
         whole, ends, middle = (
             (out_features, (in_features, rank), (rank, out_features - rank))
             if side == "out"
@@ -52,7 +56,7 @@ class PivotLinear(nn.Module):
     def from_parts(
         cls, side: Literal["out", "in"], skeleton: Tensor, interpolation: Tensor, order: Tensor, bias: Tensor | None
     ) -> PivotLinear:
-        """A layer that holds these tensors themselves.
+        """Return a layer that holds these tensors themselves.
 
         Args:
             side: "out" or "in".
@@ -72,12 +76,11 @@ class PivotLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in) to (..., out)."""
+        z = self.latent(x)
         if self.side == "out":
-            z = self.skeleton(x)
             y = torch.cat([z, self.interpolation(z)], -1).index_select(-1, self.order)
         else:
-            pivots, rest = x.index_select(-1, self.order).tensor_split([self.rank], -1)
-            y = self.skeleton(pivots + self.interpolation(rest))
+            y = self.skeleton(z)
         return y if self.bias is None else y + self.bias
 
     @property
@@ -88,19 +91,44 @@ class PivotLinear(nn.Module):
             return torch.cat([s, t @ s]).index_select(0, self.order)
         return torch.cat([s, s @ t], -1).index_select(-1, self.order.argsort())
 
-    def set_bias(self, bias: Tensor | None) -> None:
-        """Hold this bias (out), or none."""
-        self.bias = None if bias is None else nn.Parameter(bias)
+    def latent(self, x: Tensor) -> Tensor:
+        """Return the r numbers (..., r) that all outputs come from."""
+        if self.side == "out":
+            return self.skeleton(x)
+        pivots, rest = x.index_select(-1, self.order).tensor_split([self.rank], -1)
+        return pivots + self.interpolation(rest)
 
-    def to_dense(self) -> nn.Linear:
-        """An ordinary `nn.Linear` that computes the same function."""
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(self.weight.detach().clone())
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
-        return dense
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """See `CompressedLinear.factors`."""
+        s, t = self.skeleton.weight.detach().double(), self.interpolation.weight.detach().double()
+        identity = torch.eye(self.rank, dtype=s.dtype, device=s.device)
+        if self.side == "out":
+            return s, torch.cat([identity, t])[self.order]
+        return torch.cat([identity, t], 1)[:, self.order.argsort()], s
+
+    def set_b(self, B: Tensor) -> None:
+        """See `CompressedLinear.set_b`; where rows are stored, those that are A's own stay as they are."""
+        if self.side == "in":
+            part = self.skeleton
+        else:
+            part, B = self.interpolation, B[self.order.argsort()[self.rank :]]
+        part.weight.data = B.to(part.weight)
+
+    def entry(self) -> dict[str, Any]:
+        """See `CompressedLinear.entry`."""
+        return {**super().entry(), "side": self.side}
+
+    @classmethod
+    def from_entry(
+        cls, entry: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> PivotLinear:
+        """See `CompressedLinear.from_entry`."""
+        return cls(entry["in"], entry["out"], entry["rank"], entry["bias"], entry["side"], device, dtype)
+
+    def tied_names(self) -> tuple[str, ...]:
+        """Return the names of both parts; each layer has an order of its own."""
+        return ("skeleton.weight", "interpolation.weight")
 
     def extra_repr(self) -> str:
         """Shape, rank and side, as `print(model)` shows them."""
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, rank={self.rank}, side={self.side}"
+        return f"{super().extra_repr()}, side={self.side}"

@@ -1,4 +1,4 @@
-"""One linear layer as several. Copied into every saved model; imports nothing but torch.
+"""One linear layer as several. Copied into saved models; imports nothing but torch.
 
 Some models keep q, k and v, or gate and up, in one weight, one after the other. As `SplitLinear` every range of its
 outputs is an `nn.Linear` of its own, which can be measured, replaced and saved like any other.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from slimrank.layers.transforms import Transform
 
 
 class SplitLinear(nn.Module):
@@ -46,6 +48,31 @@ class SplitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (... x out) for inputs (... x in)."""
         return torch.cat([part(x) for part in self.children()], dim=-1)
+
+
+class SplitLinears(Transform):
+    """Linear layers, by path, that are several: the outputs of each part."""
+
+    kind: ClassVar[str] = "split"
+    order: ClassVar[int] = 20
+    key: ClassVar[str] = "split"
+
+    def apply(self, model: nn.Module, entry: Mapping[str, Any]) -> None:
+        """See `Transform.apply`."""
+        split_linears(model, entry["split"])
+
+    def undo(self, model: nn.Module) -> None:
+        """See `Transform.undo`."""
+        join_linears(model)
+
+    def entry(self, model: nn.Module) -> dict[str, Any] | None:
+        """See `Transform.entry`."""
+        sizes = {path: list(module.sizes) for path, module in splits_of(model).items()}
+        return {"split": sizes} if sizes else None
+
+    def format(self, entry: Mapping[str, Any]) -> int:
+        """See `Transform.format`."""
+        return 4
 
 
 def split_linears(model: nn.Module, sizes: Mapping[str, Sequence[int]]) -> None:

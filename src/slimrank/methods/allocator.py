@@ -193,9 +193,13 @@ def _check(problem: Problem, found: Allocation, id: str) -> None:
         rank = found.ranks[item.path]
         if (DENSE if rank == "dense" else rank) not in candidates:
             raise PlanError(f"the allocation '{id}' gave '{item.path}' rank {rank}, which it may not have.", _REPORT)
-        cost += problem.cost.of(*item.shape, rank)
+        cost += problem.bits(item, rank)
     if cost > problem.budget:
-        raise PlanError(f"the allocation '{id}' stores {cost:,} parameters, over {problem.budget:,}.", _REPORT)
+        raise PlanError(
+            f"the allocation '{id}' stores {problem.counted(cost):,} {problem.noun}, over "
+            f"{problem.counted(problem.budget):,}.",
+            _REPORT,
+        )
 
 
 _REPORT = "this is a mistake in that allocation; another one works"

@@ -12,13 +12,13 @@ from torch import Tensor
 from slimrank.budget.curves import Floats
 from slimrank.budget.measured_curves import effect_of
 from slimrank.budget.problem import Allocation, Problem
+from slimrank.budget.ranks import Rank
 from slimrank.errors import NonFiniteError
-from slimrank.linalg.cost import Rank
 
 
 def stored(problem: Problem, ranks: Tensor) -> Tensor:
-    """Parameters of all items at real-valued ranks, differentiable; none stores more than its dense weight."""
-    costs: list[Any] = [problem.cost.of(*i.shape, r) for i, r in zip(problem.items, cast(Any, ranks), strict=True)]
+    """Bits of all items at real-valued ranks, differentiable; none stores more than its dense weight."""
+    costs: list[Any] = [problem.bits(item, rank) for item, rank in zip(problem.items, cast(Any, ranks), strict=True)]
     return torch.minimum(torch.stack(costs), torch.from_numpy(problem.sizes))
 
 

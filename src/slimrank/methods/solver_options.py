@@ -40,11 +40,11 @@ def least_error(problem: Problem, curves: Sequence[Curve], options: Mapping[str,
     """
     problem.check(curves)
     chosen, constraints = Solving(**options), constraints_of(problem, options)
-    exact = chosen.solver == "exact"
+    counted, exact = problem.in_units(curves), chosen.solver == "exact"
     if constraints.any:
-        found = (solve_constrained_exactly if exact else solve_constrained)(curves, problem.budget, constraints)
+        found = (solve_constrained_exactly if exact else solve_constrained)(*counted, constraints)
     else:
-        found = (solve_exactly if exact else solve)(curves, problem.budget)
+        found = (solve_exactly if exact else solve)(*counted)
     return Allocation(found.ranks, tuple(curves), gap=found.gap)
 
 
@@ -56,15 +56,16 @@ def check_constraints(problem: Problem, options: Mapping[str, Any]) -> None:
     """
     constraints = constraints_of(problem, options)
     if constraints.any:
-        reachable_blocks(problem.flat_curves(), problem.budget, constraints)
+        reachable_blocks(*problem.in_units(problem.flat_curves()), constraints)
 
 
 def constraints_of(problem: Problem, options: Mapping[str, Any]) -> Constraints:
     """The side constraints among the options of `Solving`."""
     return Constraints(
         {item.path: item.block for item in problem.items},
-        {item.path: item.parameters for item in problem.items},
+        {item.path: item.bits // problem.unit for item in problem.items},
         options["monotone"],
         options["block_floor"],
         options["block_cap"],
+        problem.noun,
     )

@@ -17,10 +17,11 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from slimrank.errors import ModelError, RecipeError
-from slimrank.layers.convert import compressed_layers
+from slimrank.layers.base import compressed_layers
 from slimrank.layers.dense import answers_linearly, weight_of
 from slimrank.layers.experts import Experts
-from slimrank.linalg.cost import PAIR, CostModel
+from slimrank.layers.forms import PAIR
+from slimrank.layers.layer_form import LayerForm
 from slimrank.models.structure import find_blocks, parameters_of, without_numbers
 
 Kind = Literal["linear", "conv1d"]
@@ -94,7 +95,7 @@ class TargetSet:
 
 
 def find_targets(
-    model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = (), cost: CostModel = PAIR
+    model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = (), form: LayerForm = PAIR
 ) -> TargetSet:
     """Every compressible weight of a model.
 
@@ -104,7 +105,7 @@ def find_targets(
         ignore: patterns; weights whose path matches one are left out.
             A pattern is matched with fnmatch against the whole path and against its end
             ("*.mlp.*", "q_proj"), or is a regular expression after the prefix "re:".
-        cost: what factors will store; weights that no rank makes smaller are left out.
+        form: what ranks are chosen for; weights that no rank makes smaller are left out.
 
     Raises:
         ModelError: no decoder blocks, or nothing in them to compress.
@@ -119,7 +120,7 @@ def find_targets(
     odd = _odd_classes([module for _, _, module, _ in layers])
     for index, path, module, around in layers:
         key = id(module.weight)
-        reason = _reason_to_leave(path, module, around, targets, ignore, cost)
+        reason = _reason_to_leave(path, module, around, targets, ignore, form)
         if not reason and type(module) in odd:
             reason = "linears that compute something of their own"
         if reason:
@@ -206,7 +207,7 @@ def _reason_to_leave(
     around: Sequence[nn.Module],
     targets: Sequence[str],
     ignore: Sequence[str],
-    cost: CostModel,
+    form: LayerForm,
 ) -> str:
     m, n = weight_of(module).shape
     if not module.weight.is_floating_point():  # type: ignore[operator]
@@ -217,7 +218,7 @@ def _reason_to_leave(
         return "routers"
     if matches(path, ignore) or (targets and not matches(path, targets)):
         return "left out by pattern"
-    if cost.largest(m, n) < 1:
+    if form.largest_rank(m, n, 8 * module.weight.element_size()) < 1:  # type: ignore[operator]
         return "too small to factor"
     return ""
 

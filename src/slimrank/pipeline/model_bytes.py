@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from slimrank.budget.rank_plan import RankPlan
-from slimrank.linalg.cost import FactorForm
+from slimrank.budget.stated import BYTE_BITS
+from slimrank.layers.forms import layer_form
 from slimrank.models.storage import saved_bytes, saved_tensors
 from slimrank.models.targets import Target, TargetSet
 from slimrank.recipe import Recipe
@@ -15,7 +17,6 @@ from slimrank.recipe import Recipe
 HEADER_BYTES = 160  # of a safetensors file, per tensor; more where names are long
 FIELD_BYTES = 100  # of an entry in that header, besides the name
 PART_NAME = len(".interpolation.weight")
-INDEX_BYTES = 4  # of an entry of a pivot layer's order
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,24 @@ class ModelBytes:
     def compressed(self, recipe: Recipe, plan: RankPlan, targets: TargetSet) -> int:
         """Count the bytes of the tensors that a plan leads to, headers left out."""
         factored = [t for t in targets if plan.targets[t.path].rank != "dense"]
-        stored = sum(t.cost(plan.stored_as) * self.itemsizes[path] for path, t in plan.targets.items())
+        widths = {path: BYTE_BITS * size for path, size in self.itemsizes.items()}
+        stored = ceil(sum(t.bits(plan.stored_as, widths[path]) for path, t in plan.targets.items()) / BYTE_BITS)
         biases = sum(new_biases(recipe, [t]) * self.itemsizes[t.path] for t in factored if not t.bias)
-        return self.rest + stored + biases + order_bytes(plan.stored_as, factored)
+        return self.rest + stored + biases + index_bytes(plan.stored_as, factored)
+
+    def widths(self, option: str) -> dict[str, int]:
+        """Return the bits that a parameter of each target counts for a budget stated as this option.
+
+        Fractions are of parameters, which all count alike; bytes are those of each target's own dtype.
+        """
+        own = option == "max_bytes"
+        return {path: BYTE_BITS * (size if own else self.largest_item) for path, size in self.itemsizes.items()}
 
     def besides(self, recipe: Recipe, model: Any, targets: TargetSet) -> int:
-        """Count the bytes that a model's files may take besides all parameters at the width of the widest target."""
+        """Count the bytes that a model's files may take besides the targets' weights."""
         biased = {t.path: new_biases(recipe, [t]) for t in targets if not t.bias}
         others = self.rest + sum(count * self.itemsizes[path] for path, count in biased.items())
-        counted = targets.coverage.total - targets.coverage.targets + sum(biased.values())
-        return _header_bytes(recipe.stored_as, model, targets) + others - counted * self.largest_item
+        return _header_bytes(recipe.stored_as, model, targets) + others
 
 
 def new_biases(recipe: Recipe, targets: Iterable[Target]) -> int:
@@ -69,15 +78,14 @@ def new_biases(recipe: Recipe, targets: Iterable[Target]) -> int:
     return sum(t.shape[0] for t in targets if not t.ties) if given else 0
 
 
-def order_bytes(form: FactorForm, targets: Iterable[Target]) -> int:
-    """Count the bytes of the order of each pivot layer, one for every place that a target stands in."""
-    places = sum(min(t.shape) * (1 + len(t.ties)) for t in targets)
-    return INDEX_BYTES * places if form == "pivot" else 0
+def index_bytes(form: str, targets: Iterable[Target]) -> int:
+    """Count the bytes that layers of a form take besides numbers, for every place that a target stands in."""
+    return sum(layer_form(form).index_bytes(*t.shape) * (1 + len(t.ties)) for t in targets)
 
 
-def _header_bytes(form: FactorForm, model: Any, targets: TargetSet) -> int:
+def _header_bytes(form: str, model: Any, targets: TargetSet) -> int:
     """Bytes of a model's files that are no parameters, or more."""
-    added = len(targets) if form == "pair" else 2 * sum(1 + len(t.ties) for t in targets)
+    added = sum(layer_form(form).more_tensors(1 + len(t.ties)) for t in targets)
     names = list(saved_tensors(model))
     each = max(HEADER_BYTES, FIELD_BYTES + PART_NAME + max(map(len, names)))
-    return each * (len(names) + added + 2) + order_bytes(form, targets)
+    return each * (len(names) + added + 2) + index_bytes(form, targets)

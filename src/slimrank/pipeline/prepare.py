@@ -14,7 +14,7 @@ import torch
 from slimrank.budget.problem import Allocation, Problem
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.checkpoint.save import check_loadable
-from slimrank.linalg.cost import COST_MODELS
+from slimrank.layers.forms import layer_form
 from slimrank.methods.allocator import ALLOCATORS, ConfiguredAllocator
 from slimrank.methods.decomposer import DECOMPOSERS, Configured
 from slimrank.methods.refiner import REFINERS, ConfiguredRefiner
@@ -146,7 +146,7 @@ class Prepared:
         """
         unfused = bool(take_apart(model, choices.recipe.split))
         recipe = choices.recipe.model_copy(update={"seq_len": window_length(model, choices.recipe.seq_len)})
-        targets = find_targets(model, recipe.targets, recipe.ignore, COST_MODELS[recipe.factor_form])
+        targets = find_targets(model, recipe.targets, recipe.ignore, layer_form(recipe.factor_form))
         check_loadable(model)
         size = ModelBytes.of(model, targets)
         units = units_of(choices.method, targets, recipe.stored_as)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from slimrank.budget.curves import Limits
 from slimrank.budget.problem import Allocation, Item, Problem
 from slimrank.budget.proportional import ranks_from_fractions
 from slimrank.budget.rank_plan import RankPlan
-from slimrank.budget.stated import Budget
+from slimrank.budget.stated import BYTE_BITS, Budget
 from slimrank.errors import PlanError, RecipeError
-from slimrank.linalg.cost import COST_MODELS
+from slimrank.layers.forms import layer_form
 from slimrank.methods.allocator import ConfiguredAllocator
 from slimrank.models.targets import TargetSet, matches, role_of
 from slimrank.pipeline.model_bytes import ModelBytes, new_biases
@@ -67,14 +68,16 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: list[Uni
     """
     stated = _budget(recipe, model, targets, size)
     limits = _limits(recipe, [t.path for t in targets])
-    items = tuple(_item(unit, limits, targets.blocks_path) for unit in units)
-    return Problem(items, stated.parameters, recipe.rank_multiple, COST_MODELS[recipe.factor_form], stated=stated)
+    widths = size.widths(stated.option)
+    items = tuple(_item(unit, limits, targets.blocks_path, widths) for unit in units)
+    return Problem(items, stated.bits, recipe.rank_multiple, layer_form(recipe.factor_form), stated=stated)
 
 
-def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str) -> Item:
+def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str, widths: Mapping[str, int]) -> Item:
     first = unit.targets[0]
     members = {t.path: t.shape for t in unit.targets}
-    return Item(unit.path, unit.shape, first.block, role_of(first, blocks_path), _common(unit, limits), members)
+    width, role = max(widths[path] for path in members), role_of(first, blocks_path)
+    return Item(unit.path, unit.shape, first.block, role, _common(unit, limits), members, width)
 
 
 def _common(unit: Unit, limits: Mapping[str, Limits]) -> Limits:
@@ -90,10 +93,17 @@ def _common(unit: Unit, limits: Mapping[str, Limits]) -> Limits:
 
 def _budget(recipe: Recipe, model: Any, targets: TargetSet, size: ModelBytes) -> Budget:
     option: Any = next(name for name in ("keep_ratio", "keep_total", "max_bytes") if getattr(recipe, name) is not None)
-    besides = size.besides(recipe, model, targets)
-    added = new_biases(recipe, (t for t in targets if not t.bias))
-    sizes = targets.coverage.targets, targets.coverage.total
-    return Budget(option, getattr(recipe, option), *sizes, size.largest_item, besides, added)
+    return Budget(
+        option,
+        getattr(recipe, option),
+        targets=targets.coverage.targets,
+        total=targets.coverage.total,
+        width=BYTE_BITS * size.largest_item,
+        besides=size.besides(recipe, model, targets),
+        added=new_biases(recipe, (t for t in targets if not t.bias)),
+        target_bits=BYTE_BITS * size.targets,
+        unit=gcd(*size.widths(option).values()),
+    )
 
 
 def plan_of(
@@ -107,9 +117,10 @@ def plan_of(
         shapes,
         recipe.allocation,
         problem.budget,
-        shares_of(units),
-        recipe.factor_form,
-        recipe.secondary,
+        shares=shares_of(units),
+        cost_model=recipe.factor_form,
+        secondary=recipe.secondary,
+        widths={path: item.width for item in problem.items for path in item.targets},
     )
 
 

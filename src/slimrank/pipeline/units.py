@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimrank.errors import RecipeError
 from slimrank.layers.dense import weight_of
-from slimrank.linalg.cost import FactorForm
+from slimrank.layers.forms import layer_form
 from slimrank.methods.decomposer import Configured, Member
 from slimrank.models.targets import Target, TargetSet
 
@@ -40,7 +40,7 @@ class Unit:
         return {t.block for t in self.targets}
 
 
-def units_of(method: Configured, targets: TargetSet, form: FactorForm) -> list[Unit]:
+def units_of(method: Configured, targets: TargetSet, form: str) -> list[Unit]:
     """Group the targets into the units of a method, to be stored in a form.
 
     Raises:
@@ -53,7 +53,7 @@ def units_of(method: Configured, targets: TargetSet, form: FactorForm) -> list[U
             f"'{method.method.id}' finds no layers that could share a factor.",
             "name them: --option share=[q_proj,k_proj]; or --option layers=2",
         )
-    if form == "pivot" and any(len(group) > 1 for group in groups):
+    if not layer_form(form).shares and any(len(group) > 1 for group in groups):
         raise RecipeError(
             f"'{method.method.id}' shares factors between layers; pivot layers have none to share.",
             "a method that does not share, or pairs (without --form and --store-form)",

@@ -8,7 +8,7 @@ from slimrank.budget.problem import Item, Problem
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.budget.stated import Budget
 from slimrank.errors import BudgetError, PlanError, RecipeError
-from slimrank.linalg.cost import dense_cost, max_pair_rank, pair_cost
+from slimrank.layers.forms import PAIR
 from slimrank.methods.allocator import ALLOCATORS
 
 SHAPES = {"a": (576, 576), "b": (192, 576), "c": (1536, 576), "d": (576, 1536), "e": (576, 576)}
@@ -25,8 +25,8 @@ def uniform(shapes, budget, multiple):
 
 @given(st.integers(1, 3000), st.integers(1, 3000))
 def test_break_even(m, n):
-    r = max_pair_rank(m, n)
-    assert pair_cost(m, n, r) < dense_cost(m, n) <= pair_cost(m, n, r + 1)
+    r = PAIR.largest_rank(m, n)
+    assert PAIR.parameters(m, n, r) < PAIR.parameters(m, n, "dense") <= PAIR.parameters(m, n, r + 1)
 
 
 @given(st.integers(20, 1000), st.sampled_from([1, 8, 16]))
@@ -36,7 +36,7 @@ def test_budget_contract(per_mille, multiple):
     try:
         ranks = uniform(SHAPES, budget, multiple)
     except BudgetError:
-        assert any(m * n * budget // TOTAL < pair_cost(m, n, multiple) for m, n in SHAPES.values())
+        assert any(m * n * budget // TOTAL < PAIR.parameters(m, n, multiple) for m, n in SHAPES.values())
         return
     plan = RankPlan.build(ranks, SHAPES, "uniform", budget)
     plan.check(SHAPES)
@@ -49,7 +49,7 @@ def test_budget_contract(per_mille, multiple):
             assert share >= m * n
         else:
             assert rank % multiple == 0
-            assert pair_cost(m, n, rank) <= share < pair_cost(m, n, rank + multiple)
+            assert PAIR.parameters(m, n, rank) <= share < PAIR.parameters(m, n, rank + multiple)
 
 
 def test_the_papers_ranks():
@@ -82,7 +82,7 @@ def test_infeasible_budgets_say_what_is_feasible():
     ],
 )  # fmt: skip
 def test_budgets_in_other_units(option, value, parameters):
-    assert Budget(option, value, targets=100, total=150, itemsize=4).parameters == parameters
+    assert Budget(option, value, targets=100, total=150, width=32, besides=200).bits == 32 * parameters
 
 
 def test_plan_round_trip(tmp_path):

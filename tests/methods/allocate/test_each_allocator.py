@@ -15,7 +15,7 @@ from slimrank.budget.minimax import least_maximum
 from slimrank.budget.problem import Allocation, Item, Problem
 from slimrank.budget.proportional import project
 from slimrank.errors import BudgetError, NonFiniteError, PlanError, RecipeError
-from slimrank.linalg.cost import PAIR, PIVOT
+from slimrank.layers.forms import PAIR, PIVOT
 from slimrank.methods.allocate.dobi import SoftTruncation, _truncating
 from slimrank.methods.allocate.lems import depth_bias
 from slimrank.methods.allocate.mrcs import greedy
@@ -50,7 +50,7 @@ def test_the_curve_goes_through_what_was_measured(anchors):
     found = allocate("lems", given, anchors=anchors)
     for item, curve in zip(given.items, found.curves, strict=True):
         for fraction in anchors:
-            rank = max(1, round(fraction * PAIR.largest(*item.shape)))
+            rank = max(1, round(fraction * PAIR.largest_rank(*item.shape)))
             measured = given.probe.single({item.path: [rank]})[item.path][0].kl
             assert curve.errors[curve.index(rank)] == pytest.approx(measured, rel=1e-9)
 
@@ -117,7 +117,7 @@ def test_the_bias_gives_first_blocks_more():
 
     def kept(gamma):
         ranks = allocate("lems", given, gamma=gamma).ranks
-        sizes = np.array([PAIR.of(*i.shape, ranks[i.path]) for i in given.items])
+        sizes = np.array([PAIR.parameters(*i.shape, ranks[i.path]) for i in given.items])
         return sizes[: len(SHAPES) * 2].sum()
 
     assert kept(8.0) > kept(0.0)
@@ -178,7 +178,7 @@ def test_asvd_stops_at_a_perplexity():
     rise = float(np.exp(total(given, full.ranks))) * 1.5
     found = allocate("asvd", given, max_rise=rise)
     assert np.exp(total(given, found.ranks)) <= rise
-    size = sum(PAIR.of(*i.shape, found.ranks[i.path]) for i in given.items)
+    size = sum(PAIR.parameters(*i.shape, found.ranks[i.path]) for i in given.items)
     assert size < given.budget
     assert found.notes == ()
     missed = allocate("asvd", given, max_rise=1 + 1e-9)
@@ -192,13 +192,13 @@ def test_asvd_does_not_cut_where_nothing_was_measured():
     idle = given.items[0].path
     weights = {**given.probe.importance, idle: 0.0}
     given = replace(given, probe=KnownModel(given.items, given.probe.values, weights))
-    least = {i.path: round(0.4 * PAIR.largest(*i.shape)) for i in given.items}
+    least = {i.path: round(0.4 * PAIR.largest_rank(*i.shape)) for i in given.items}
     ranks = allocate("asvd", given).ranks
     assert ranks[idle] == least[idle]
     assert all(r == "dense" or r >= least[path] for path, r in ranks.items())
     tight = problem(0.25)
     ranks = allocate("asvd", tight).ranks
-    parts = [ranks[i.path] / PAIR.largest(*i.shape) for i in tight.items]
+    parts = [ranks[i.path] / PAIR.largest_rank(*i.shape) for i in tight.items]
     assert max(parts) - min(parts) < 0.15
 
 
@@ -215,15 +215,15 @@ def test_svd_llm_v2():
     assert allocate("svd_llm_v2", replace(given, spectra=scaled), variant="literal").ranks != ranks
 
 
-@pytest.mark.parametrize("cost", [PAIR, PIVOT], ids=lambda c: c.name)
-def test_svd_llm_v2_keeps_more_of_what_loses_more_at_the_uniform_rank(cost):
-    given = replace(problem(0.6, blocks=5), cost=cost)
+@pytest.mark.parametrize("form", [PAIR, PIVOT], ids=lambda c: c.name)
+def test_svd_llm_v2_keeps_more_of_what_loses_more_at_the_uniform_rank(form):
+    given = replace(problem(0.6, blocks=5), form=form)
     ranks = allocate("svd_llm_v2", given).ranks
     for role in SHAPES:
         members = [i for i in given.items if i.role == role]
-        at = [cost.within(*i.shape, int(0.6 * i.parameters)) for i in members]
+        at = [form.within(*i.shape, int(0.6 * i.parameters)) for i in members]
         loss = [given.tail(i)[r] / given.tail(i)[0] for i, r in zip(members, at, strict=True)]
-        kept = [cost.of(*i.shape, ranks[i.path]) for i in members]
+        kept = [form.parameters(*i.shape, ranks[i.path]) for i in members]
         assert [kept[j] for j in np.argsort(loss)] == sorted(kept)
 
 
@@ -235,7 +235,7 @@ def test_svd_llm_v2_leaves_every_role_its_share(keep, variant):
     ranks = allocate("svd_llm_v2", given, variant=variant).ranks
     for role in SHAPES:
         members = [i for i in given.items if i.role == role]
-        kept = sum(PAIR.of(*i.shape, ranks[i.path]) for i in members)
+        kept = sum(PAIR.parameters(*i.shape, ranks[i.path]) for i in members)
         gap = max(
             int(np.diff(costs).max())
             for i, (_, costs) in zip(given.items, given.choices, strict=True)
@@ -251,7 +251,7 @@ def test_atp():
     uniform = allocate("uniform", given).ranks
     assert all(abs(flat[p] - uniform[p]) <= 1 for p in flat)
     for role in SHAPES:
-        falling = [PAIR.of(*i.shape, steep[i.path]) for i in given.items if i.role == role]
+        falling = [PAIR.parameters(*i.shape, steep[i.path]) for i in given.items if i.role == role]
         assert falling == sorted(falling, reverse=True)
         assert falling[0] > falling[-1]
     best = allocate("atp", given)
@@ -267,7 +267,7 @@ def test_ada_cr():
     assert all(abs(neutral[p] - r) <= 1 for p, r in allocate("uniform", given).ranks.items())
     ranks = allocate("ada_cr", given, least=0.3).ranks
     for role in SHAPES:  # the known model's first blocks change their input most
-        kept = [PAIR.of(*i.shape, ranks[i.path]) for i in given.items if i.role == role]
+        kept = [PAIR.parameters(*i.shape, ranks[i.path]) for i in given.items if i.role == role]
         assert kept == sorted(kept, reverse=True)
         assert kept[0] > kept[-1]
     assert allocate("ada_cr", given, least=0.3).notes == ()
@@ -312,7 +312,7 @@ def test_shared_ranks():
 def test_side_constraints_through_an_allocator():
     given = problem(0.6, blocks=4)
     ranks = allocate("spectrum", given, monotone=True, block_floor=0.4).ranks
-    sizes = [PAIR.of(*i.shape, ranks[i.path]) for i in given.items]
+    sizes = [PAIR.parameters(*i.shape, ranks[i.path]) for i in given.items]
     kept = np.reshape(sizes, (4, len(SHAPES))).sum(axis=1) / given.sizes[: len(SHAPES)].sum()
     assert kept.tolist() == sorted(kept.tolist(), reverse=True)
     assert kept.min() >= 0.4
@@ -331,20 +331,20 @@ def test_a_floor_between_the_sizes_of_a_block_is_refused_before_there_are_spectr
 
 
 @pytest.mark.parametrize("start", ["spectrum", "uniform"])
-@pytest.mark.parametrize("cost", [PAIR, PIVOT], ids=lambda c: c.name)
+@pytest.mark.parametrize("form", [PAIR, PIVOT], ids=lambda c: c.name)
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (4.0, 1.0)])
-def test_fermigrad_finds_the_best_of_two_layers(cost, weights, start):
+def test_fermigrad_finds_the_best_of_two_layers(form, weights, start):
     """The toy of the paper's figure, smaller: within a rank of brute force where the loss is a sum."""
     items = (Item("a", (64, 64), 0, "a"), Item("b", (64, 64), 1, "b"))
     k = np.arange(1, 65)
     values = {"a": np.exp(-k / 12.0), "b": np.exp(-k / 40.0)}
     probe = KnownModel(items, values, dict(zip("ab", weights, strict=True)))
     budget = int(0.6 * 2 * 64 * 64)
-    given = Problem(items, budget, 1, cost, {p: (v, 0.0) for p, v in values.items()}, probe, True)
+    given = Problem(items, budget, 1, form, {p: (v, 0.0) for p, v in values.items()}, probe, True)
     found = allocate("fermigrad", given, start=start).ranks
     best = min(
         ((probe.joint({"a": r, "b": q}).kl, r, q) for r in k.tolist() for q in k.tolist()
-         if min(cost.of(64, 64, r), 4096) + min(cost.of(64, 64, q), 4096) <= budget),
+         if min(form.parameters(64, 64, r), 4096) + min(form.parameters(64, 64, q), 4096) <= budget),
     )  # fmt: skip
     for path, rank in zip("ab", best[1:], strict=True):
         assert abs((64 if found[path] == "dense" else found[path]) - rank) <= 1

@@ -17,7 +17,7 @@ from observed import (
     rows,
     weight_gradients,
 )
-from slimrank.linalg.cost import max_pair_rank
+from slimrank.layers.forms import PAIR
 from slimrank.linalg.forms import Metric
 from slimrank.linalg.lowrank import solve
 from slimrank.methods.decompose.gfwsvd import kronecker_factors
@@ -341,7 +341,9 @@ def test_adaptive_mu(m, n, alone, rank, mu0):
     """mu = mu0 || (W - W_0) X ||^2 / || W - W_0 ||^2, W_0 the solution for mu = 0 at the planned rank."""
     observed = observe(DECOMPOSERS.get("coala"), m, n, alone=alone, rank=rank)
     c = gram_of(observed.inputs)
-    e = observed.weight - product(observed, solve(observed.weight, Metric.of(column=c)), rank or max_pair_rank(m, n))
+    e = observed.weight - product(
+        observed, solve(observed.weight, Metric.of(column=c)), rank or PAIR.largest_rank(m, n)
+    )
     mu = mu0 * float((e @ rows(observed.inputs).t()).square().sum() / e.square().sum())
     expected = solve(observed.weight, Metric.of(column=c + mu * torch.eye(n, dtype=torch.float64)))
     found = solved("coala", observed, mu0=mu0)

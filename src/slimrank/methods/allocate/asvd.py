@@ -49,16 +49,17 @@ def asvd(
 
 
 def _threshold(problem: Problem, curves: Sequence[Curve], max_rise: float | None) -> tuple[Integers, tuple[str, ...]]:
-    picks = least_maximum(curves, problem.budget)
+    counted, budget = problem.in_units(curves)
+    picks = least_maximum(counted, budget)
     if max_rise is None:
         return picks, ()
     allowed = effect_of(problem, {item.path: "dense" for item in problem.items}).nll + np.log(max_rise)
-    low, high = sum(int(c.costs[0]) for c in curves), problem.budget
+    low, high = sum(int(c.costs[0]) for c in counted), budget
     if effect_of(problem, ranks_of(problem, picks)).nll > allowed:
         return picks, (f"the budget does not keep the perplexity within {max_rise:g} times the original's",)
     for _ in range(BISECTIONS):
         middle = (low + high) // 2
-        trial = least_maximum(curves, middle)
+        trial = least_maximum(counted, middle)
         if effect_of(problem, ranks_of(problem, trial)).nll <= allowed:
             picks, high = trial, middle
         else:

@@ -26,6 +26,6 @@ def asvd_plus(
     """As `lems`, the largest error instead of the sum."""
 
     def solve(curves: Sequence[Curve]) -> Allocation:
-        return Allocation(ranks_of(problem, least_maximum(curves, problem.budget)), tuple(curves))
+        return Allocation(ranks_of(problem, least_maximum(*problem.in_units(curves))), tuple(curves))
 
     return biased(problem, anchored_curves(problem, anchors), alpha, gamma, search, solve)

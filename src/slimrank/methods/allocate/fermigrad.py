@@ -15,7 +15,7 @@ from slimrank.budget.curves import Floats
 from slimrank.budget.knapsack import solve
 from slimrank.budget.problem import Allocation, Problem, Transform
 from slimrank.budget.proportional import ranks_from_fractions
-from slimrank.linalg.cost import Rank
+from slimrank.budget.ranks import Rank
 from slimrank.methods.allocate.spectrum import spectral_curves
 from slimrank.methods.allocator import allocator
 from slimrank.methods.soft_ranks import (
@@ -69,7 +69,7 @@ def fermigrad(
         return (masks.loss(ranks, temperatures, step) - base) / scale + penalty * over**2
 
     ranks = descend(first, top, steps, rate, objective)
-    slopes = solve(problem.curves(worths(masks, ranks)), problem.budget).ranks
+    slopes = solve(*problem.in_units(problem.curves(worths(masks, ranks)))).ranks
     rounded = ranks_from_fractions(problem, kept_fractions(problem, ranks))
     best = best_of(problem, {"descent": rounded, "slopes": slopes, "start": begin})
     return replace(best, curves=tuple(spectral_curves(problem)))
@@ -78,11 +78,11 @@ def fermigrad(
 def _plan(problem: Problem, start: str) -> Mapping[str, Rank]:
     if start == "uniform":
         return ranks_from_fractions(problem, np.zeros(len(problem.items)))
-    return solve(spectral_curves(problem), problem.budget).ranks
+    return solve(*problem.in_units(spectral_curves(problem))).ranks
 
 
 def _costs(problem: Problem, plan: Mapping[str, Rank]) -> Floats:
-    return np.array([problem.cost.of(*item.shape, plan[item.path]) for item in problem.items], dtype=np.float64)
+    return np.array([problem.bits(item, plan[item.path]) for item in problem.items], dtype=np.float64)
 
 
 class Masks:

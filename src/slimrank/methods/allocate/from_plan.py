@@ -9,8 +9,8 @@ from pydantic import Field
 from slimrank.budget.curves import DENSE
 from slimrank.budget.problem import Allocation, Problem
 from slimrank.budget.rank_plan import RankPlan
+from slimrank.budget.ranks import Rank
 from slimrank.errors import BudgetError, PlanError
-from slimrank.linalg.cost import Rank
 from slimrank.methods.allocator import allocator
 
 File = Annotated[str, Field(description="JSON, as 'slimrank plan --save' and every compressed model's plan.json.")]
@@ -42,10 +42,11 @@ def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
                 f"the plan '{file}' gives '{item.path}' rank {rank}, which it may not have here.",
                 "another --rank-multiple or --rank; 'slimrank plan --save' makes one that fits",
             )
-    cost = sum(problem.cost.of(*item.shape, ranks[item.path]) for item in problem.items)
+    cost = sum(problem.bits(item, ranks[item.path]) for item in problem.items)
     if cost > problem.budget:
         raise BudgetError(
-            f"the plan '{file}' stores {cost:,} parameters, over the budget of {problem.budget:,}.",
+            f"the plan '{file}' stores {problem.counted(cost):,} {problem.noun}, over the budget of "
+            f"{problem.counted(problem.budget):,}.",
             f"{problem.needed(cost)}; or --plan {file}, which is its own budget",
         )
     return Allocation(ranks)
@@ -53,8 +54,8 @@ def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
 
 def _check_form(plan: RankPlan, problem: Problem, file: str) -> None:
     """The same ranks cost other parameters in another form: as pairs those of pivot layers may exceed the weight."""
-    if plan.cost_model != problem.cost.name:
+    if plan.cost_model != problem.form.name:
         raise PlanError(
-            f"the ranks of the plan '{file}' were chosen for factor form {plan.cost_model}, not {problem.cost.name}.",
+            f"the ranks of the plan '{file}' were chosen for factor form {plan.cost_model}, not {problem.form.name}.",
             f"--factor-form {plan.cost_model}; or --plan {file}, which follows the form",
         )

@@ -28,7 +28,7 @@ def mrcs(problem: Problem, *, steps: Steps = 80) -> Allocation:
     """Errors are T_1(r) / T_1(0), the singular values beyond the rank as a fraction of their sum."""
     weights = {item.path: 1 / max(float(problem.tail(item, 1)[0]), 1e-300) for item in problem.items}
     curves = problem.curves(weights, power=1)
-    return Allocation(ranks_of(problem, greedy(curves, problem.budget, steps)), tuple(curves))
+    return Allocation(ranks_of(problem, greedy(*problem.in_units(curves), steps)), tuple(curves))
 
 
 def greedy(curves: Sequence[Curve], budget: int, steps: int) -> Integers:

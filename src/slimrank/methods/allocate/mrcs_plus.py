@@ -32,6 +32,6 @@ def mrcs_plus(
     """As `mrcs`, on LEMS' curves."""
 
     def solve(curves: Sequence[Curve]) -> Allocation:
-        return Allocation(ranks_of(problem, greedy(curves, problem.budget, steps)), tuple(curves))
+        return Allocation(ranks_of(problem, greedy(*problem.in_units(curves), steps)), tuple(curves))
 
     return biased(problem, anchored_curves(problem, anchors), alpha, gamma, search, solve)

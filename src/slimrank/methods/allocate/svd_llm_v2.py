@@ -10,7 +10,7 @@ from pydantic import Field
 
 from slimrank.budget.curves import Floats
 from slimrank.budget.problem import Allocation, Problem
-from slimrank.budget.proportional import bounds, project, ranks_from_fractions
+from slimrank.budget.proportional import SLIVER, bounds, project, ranks_from_fractions
 from slimrank.methods.allocate.spectrum import spectral_curves
 from slimrank.methods.allocator import allocator
 
@@ -46,7 +46,9 @@ def svd_llm_v2(problem: Problem, *, variant: Variant = "relative") -> Allocation
     for members in roles.values():
         sizes = problem.sizes[members]
         kept = 1 - (1 - problem.keep_ratio) * _relative(_shares(losses[members], variant), sizes)
-        fractions[members] = project(kept, sizes, low[members], high[members], problem.keep_ratio * sizes.sum())
+        fractions[members] = project(
+            kept, sizes, low[members], high[members], problem.keep_ratio * sizes.sum(), SLIVER * problem.unit
+        )
     return Allocation(ranks_from_fractions(problem, fractions), tuple(spectral_curves(problem)))
 
 
@@ -68,8 +70,8 @@ def _losses(problem: Problem) -> Floats:
     rows = []
     for item in problem.items:
         tail = problem.tail(item)
-        share = problem.budget * item.parameters // int(problem.sizes.sum())
-        rank = min(problem.cost.within(*item.shape, share), len(tail) - 1)
+        share = problem.budget * item.bits // int(problem.sizes.sum())
+        rank = min(problem.form.within(*item.shape, share, item.width), len(tail) - 1)
         loss = float(tail[rank]) ** 0.5
         rows.append((loss, loss / max(float(tail[0]) ** 0.5, TINY)))
     return np.array(rows)

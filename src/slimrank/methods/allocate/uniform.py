@@ -6,7 +6,7 @@ import numpy as np
 
 from slimrank.budget.curves import Floats
 from slimrank.budget.problem import Allocation, Problem
-from slimrank.budget.proportional import bounds, floors, project, ranks_of
+from slimrank.budget.proportional import SLIVER, bounds, floors, project, ranks_of
 from slimrank.errors import BudgetError
 from slimrank.methods.allocator import allocator
 
@@ -33,8 +33,9 @@ def uniform(problem: Problem) -> Allocation:
         problem.check()
     else:
         _check(problem, np.where(bounded, 0, low), least, high)
-    shares = project(np.zeros(len(low)), problem.sizes, least, high, problem.budget) * problem.sizes
-    return Allocation(ranks_of(problem, floors(problem, shares)))
+    zeros, sliver = np.zeros(len(low)), SLIVER * problem.unit
+    fractions = project(zeros, problem.sizes, least, high, problem.budget, sliver)
+    return Allocation(ranks_of(problem, floors(problem, fractions * problem.sizes)))
 
 
 def _check(problem: Problem, wanted: Floats, least: Floats, high: Floats) -> None:
@@ -46,8 +47,8 @@ def _check(problem: Problem, wanted: Floats, least: Floats, high: Floats) -> Non
     item, (ranks, costs) = problem.items[index], problem.choices[index]
     smaller = ", a smaller rank_multiple" if problem.multiple > 1 else ""
     raise BudgetError(
-        f"'{item.path}' ({item.shape[0]} x {item.shape[1]}) takes {int(costs[0]):,} parameters at its smallest rank "
-        f"({int(ranks[0]) if ranks[0] > 0 else 'dense'}); all layers at that fraction take {enough:,}, the budget is "
-        f"{problem.budget:,}.",
+        f"'{item.path}' ({item.shape[0]} x {item.shape[1]}) takes {problem.counted(costs[0]):,} {problem.noun} at "
+        f"its smallest rank ({int(ranks[0]) if ranks[0] > 0 else 'dense'}); all layers at that fraction take "
+        f"{problem.counted(enough):,}, the budget is {problem.counted(problem.budget):,}.",
         f"{problem.needed(enough)}{smaller}, or an allocation that need not treat all layers alike",
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from slimrank.linalg.cost import max_pair_rank
+from slimrank.layers.forms import PAIR
 from slimrank.linalg.forms import Form, Metric
 from slimrank.linalg.lowrank import Spectrum, solve
 from slimrank.methods.decomposer import decomposer
@@ -38,7 +38,7 @@ def coala(weight: Tensor, statistics: LayerStatistics, *, mu: Mu = "adaptive", m
     if mu != "adaptive":
         return solve(weight, Metric(column=column.with_ridge(mu)))
     first = solve(weight, Metric(column=column))
-    rank = min(statistics.rank or max(1, max_pair_rank(*weight.shape)), first.full_rank)
+    rank = min(statistics.rank or max(1, PAIR.largest_rank(*weight.shape)), first.full_rank)
     a, b = first.factors(weight, rank)
     change = float((weight.to(b) - b @ a).square().sum())
     absolute = mu0 * first.tail(rank) / change if change > 0 else 0.0

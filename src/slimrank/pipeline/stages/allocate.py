@@ -87,7 +87,7 @@ def _key(state: State, problem: Problem) -> dict[str, Any]:
         "items": [asdict(item) for item in problem.items],
         "budget": problem.budget,
         "multiple": problem.multiple,
-        "cost": problem.cost.name,
+        "cost": problem.form.name,
     }
 
 

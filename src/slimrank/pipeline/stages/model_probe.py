@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from slimrank.budget.problem import Effect, Transform
+from slimrank.budget.ranks import Rank
 from slimrank.errors import NonFiniteError
-from slimrank.linalg.cost import Rank
 from slimrank.methods.divergence_options import Measuring
 from slimrank.models.contexts import swapped
 from slimrank.models.divergence import Scorer
