@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_written(machine, tiny_folder):
         {"method": "kfac_svd", "corrections": 2, "correction_windows": 2},
         {"method": "kfac_svd", "resident": True},
         {"method": "basis_sharing", "refine": "update"},
-        {"method": "svd_llm", "factor_form": "pivot", "corrections": 1, "correction_windows": 2},
+        {"method": "svd_llm", "form": "pivot", "corrections": 1, "correction_windows": 2},
     ],
     ids=str,
 )

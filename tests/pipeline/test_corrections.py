@@ -22,7 +22,7 @@ from slimrank.statistics.collector import Collector
 from slimrank.text.texts import read_texts
 
 SMALL = {"method": "svd_llm", "samples": 4, "search_samples": 4, "seq_len": 24, "batch_size": 2, "evaluation": None}
-FORMS = [{}, {"factor_form": "pivot"}]
+FORMS = [{}, {"form": "pivot"}]
 
 
 @pytest.fixture(scope="module")

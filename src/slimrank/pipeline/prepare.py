@@ -146,7 +146,7 @@ class Prepared:
         """
         unfused = bool(take_apart(model, choices.recipe.split))
         recipe = choices.recipe.model_copy(update={"seq_len": window_length(model, choices.recipe.seq_len)})
-        targets = find_targets(model, recipe.targets, recipe.ignore, layer_form(recipe.factor_form))
+        targets = find_targets(model, recipe.targets, recipe.ignore, layer_form(recipe.form))
         check_loadable(model)
         size = ModelBytes.of(model, targets)
         units = units_of(choices.method, targets, recipe.stored_as)

@@ -56,6 +56,6 @@ def _check_form(plan: RankPlan, problem: Problem, file: str) -> None:
     """The same ranks cost other parameters in another form: as pairs those of pivot layers may exceed the weight."""
     if plan.cost_model != problem.form.name:
         raise PlanError(
-            f"the ranks of the plan '{file}' were chosen for factor form {plan.cost_model}, not {problem.form.name}.",
-            f"--factor-form {plan.cost_model}; or --plan {file}, which follows the form",
+            f"the ranks of the plan '{file}' were chosen for form {plan.cost_model}, not {problem.form.name}.",
+            f"--form {plan.cost_model}; or --plan {file}, which follows the form",
         )
