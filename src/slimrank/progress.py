@@ -6,7 +6,7 @@ from __future__ import annotations
 class Progress:
     """Receives the progress of one job. This base class ignores everything.
 
-    A job is a list of stages, each with a predicted cost in seconds; `step` moves the current stage on.
+    A job is a list of stages, each with a predicted cost in seconds; `step` advances the current stage.
     """
 
     def plan(self, costs: dict[str, float]) -> None:
@@ -26,11 +26,11 @@ class Progress:
 
 
 class Forecast:
-    """Moves a stage whose number of steps is only a forecast: its last step is done when it ends, not before.
+    """Advances a stage whose number of steps is an estimate: its last step is done when it ends, not before.
 
     Args:
-        progress: told of whole steps.
-        expected: steps that the work will take, about.
+        progress: receives whole steps.
+        expected: estimated number of steps.
     """
 
     def __init__(self, progress: Progress, expected: float) -> None:

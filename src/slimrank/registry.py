@@ -1,4 +1,4 @@
-"""Methods by id: each registers itself in a file of its own; the files of a package are imported when asked for."""
+"""Methods by id. Each registers itself in a file of its own; lookups import the files of a package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Registry(Generic[T]):
 
     Args:
         package: dotted name of the package whose modules register methods.
-        kind: what a method of it is called in an error.
+        kind: the word for its methods in an error.
     """
 
     def __init__(self, package: str, kind: str) -> None:
@@ -48,7 +48,7 @@ class Registry(Generic[T]):
         """Return the method of that id.
 
         Raises:
-            RecipeError: there is none; the nearest names are in the hint.
+            RecipeError: it does not exist; the nearest names are in the hint.
         """
         known = self.all()
         if id not in known:

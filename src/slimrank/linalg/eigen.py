@@ -1,4 +1,4 @@
-"""Eigen-decompositions of symmetric matrices, with a ladder for failures."""
+"""Eigen-decompositions of symmetric matrices, with fallbacks for failures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def descending_eigen(matrix: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Return eigenvalues (largest first), eigenvectors as columns, and notes on anything unusual.
 
     A solver that does not converge is tried again on the CPU, then with a relative jitter of 1e-12; both are
-    noted, never silent.
+    noted.
 
     Raises:
-        torch.linalg.LinAlgError: when the last rung fails too.
+        torch.linalg.LinAlgError: the last attempt fails, too.
     """
     with suppress(torch.linalg.LinAlgError):
         return *_flip(*torch.linalg.eigh(matrix)), ()

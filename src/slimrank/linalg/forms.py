@@ -1,4 +1,4 @@
-"""Positive semidefinite forms: what the error of a weight is measured in, on either of its sides.
+"""Positive semidefinite forms, in which the error of a weight is measured on either side.
 
 A `Metric` is a pair of them. The error of W' is || L^T (W - W') R ||_F with G = L L^T on the rows of W (its
 outputs) and C = R R^T on the columns (its inputs).
@@ -20,15 +20,15 @@ Towards = Literal["diagonal", "identity"]
 
 @dataclass(frozen=True)
 class Form:
-    """A positive semidefinite form on R^n, or as much of it as one weight can see.
+    """A positive semidefinite form on R^n, or the part of it that one weight sees.
 
     Attributes:
         data: the form itself (n x n), its diagonal (n), or None for the identity. When `seen` it is w C w^T (m x m)
-            instead, for the one m x n matrix w that the form will be asked about: the small side of a big form.
+            instead, for the only m x n matrix w that the form is applied to: the small side of a big form.
         seen: see above.
-        diagonal: the diagonal of C (n), the unit of damping; must be given to damp a seen form.
+        diagonal: the diagonal of C (n), the unit of damping; damping a seen form needs it.
         keep: factor on `data`.
-        ridge: diagonal matrix that is added: its diagonal (n), or one number for all of it.
+        ridge: the diagonal (n) of a matrix to add, or one number for all of it.
     """
 
     data: Tensor | None = None
@@ -129,7 +129,7 @@ class Form:
     def after(self, change: Tensor) -> Form:
         """Return the same form for W M instead of W (M n x n); of a row form seen as W^T G W, M^T W^T G W M.
 
-        A form that is not merely seen stays as it is.
+        A form that is whole does not change.
         """
         return replace(self, data=congruence(change.t(), self.data)) if self.seen and self.data is not None else self
 

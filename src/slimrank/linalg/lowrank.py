@@ -33,17 +33,17 @@ RANDOMISED_BELOW = 8  # randomised where rank <= min(m, n) / this: elsewhere the
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular values of a weight in its metric, and the bases to cut factors from at any rank.
+    """The singular values of a weight in its metric, and the bases from which factors of any rank are taken.
 
     Attributes:
         values: k singular values of L^T W R, float64, largest first; k = min(m, n) unless solved for a rank.
         basis: P (m x k) when side is "out", (n x k) when it is "in".
-        side: on which side of the weight the projector stands.
+        side: the side of the weight on which the projector is.
         dual: D, of the shape of P, where the projector is oblique; None where B is to be orthonormal.
         beyond: energy (sum of squared singular values) beyond the k values.
-        stand_in: a form of the metric was zero and the identity has stood in for it: values are in another unit.
+        stand_in: a form of the metric was zero and the identity replaced it: values are in another unit.
         plain_rows: G is the identity.
-        notes: anything unusual met on the way, for the report.
+        notes: anything unusual, for the report.
     """
 
     values: Tensor
@@ -76,7 +76,7 @@ class Spectrum:
         W^T G W: the form as seen through W.
 
         Raises:
-            ValueError: of a spectrum that holds only its leading components.
+            ValueError: the spectrum holds only its leading components.
         """
         if self.plain_rows or self.dual is None:
             return Form()
@@ -98,8 +98,8 @@ class Spectrum:
         Args:
             weight: the W (m x n) that was solved.
             rank: 1 .. full_rank.
-            dtype: what to compute in. float32 costs an error of some 1e-6 of the weight, which is nothing where the
-                factors are stored in float32 or less; see benchmarks/methods_cost.py.
+            dtype: what to compute in. float32 costs an error of some 1e-6 of the weight, which is negligible for
+                factors stored in float32 or less; see benchmarks/methods_cost.py.
 
         Raises:
             ValueError: rank outside that range.
@@ -131,11 +131,11 @@ def solve(
 
     Args:
         weight: W, m x n, any float dtype.
-        metric: G and C, whose scales do not matter; None is the identity on both sides. A form that is zero is taken
-            for the identity, which the notes say.
-        rank: no more than so many components are wanted. Up to min(m, n) / 8 they come from a randomised solver,
-            which the notes say; beyond that the exact one is faster and used.
-        side: solve on this side and not on the smaller one.
+        metric: G and C, whose scales do not matter; None is the identity on both sides. A form that is zero counts
+            as the identity; the notes say so.
+        rank: number of components that are needed. Up to min(m, n) / 8 they come from a randomised solver, and
+            the notes say so; beyond that the exact one is faster.
+        side: solve on this side instead of the smaller one.
         root: which square root to take of the form on that side; the result does not depend on it, except that
             "pseudo" leaves W' zero on inputs that the metric does not see.
 
@@ -143,7 +143,7 @@ def solve(
         A `Spectrum` whose error at rank r is the least any rank-r matrix can have in this metric.
 
     Raises:
-        ValueError: a form is only seen through the weight, and the side asked for would need it whole.
+        ValueError: a form is only seen through the weight, and the requested side needs it whole.
     """
     w = weight.to(torch.float64)
     chosen, notes = _without_zeros((metric or Metric()).to(w))

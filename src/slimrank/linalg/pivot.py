@@ -1,10 +1,10 @@
-"""A low-rank product B A written in some of its own rows or columns: r (m + n) - r^2 numbers, and nothing is lost.
+"""A low-rank product B A written in some of its own rows or columns: r (m + n) - r^2 numbers, without loss.
 
-    out:  W' = P [S; T S]    S = r rows of W' (r x n),      T ((m - r) x r): the other rows in them
-    in:   W' = [S, S T] P    S = r columns of W' (m x r),   T (r x (n - r)): the other columns in them
+    out:  W' = P [S; T S]    S = r rows of W' (r x n),      T ((m - r) x r): the other rows as combinations of them
+    in:   W' = [S, S T] P    S = r columns of W' (m x r),   T (r x (n - r)): the other columns as combinations of them
 
-An interpolative decomposition, with P a permutation: PiFa (arXiv 2501.19090), PivGa (arXiv 2512.03062). Which rows is
-free, and decides how well it rounds: they are chosen so that no entry of T is large, as in strong rank-revealing
+An interpolative decomposition, with P a permutation: PiFa (arXiv 2501.19090), PivGa (arXiv 2512.03062). The choice of
+rows is free and decides how well it rounds. They are chosen so that no entry of T is large, as in strong rank-revealing
 factorisations (Gu and Eisenstat, 1996; "maxvol", Goreinov et al., 2010).
 """
 
@@ -26,7 +26,7 @@ class Pivoted:
     Attributes:
         side: "out" for rows, "in" for columns.
         skeleton: S, those rows (r x n) or columns (m x r), float64.
-        interpolation: T, the others in them, (m - r) x r or r x (n - r), float64.
+        interpolation: T, the others as combinations of them, (m - r) x r or r x (n - r), float64.
         order: int32. "out": [pivots, rest] indexed by it is in natural order; "in": natural order indexed by it is
             [pivots, rest]. Pivots and rest are each ascending.
     """
@@ -40,7 +40,7 @@ class Pivoted:
 def pivoted(A: Tensor, B: Tensor, side: Literal["out", "in"] | None = None) -> Pivoted:
     """Express the product B A in r of its own rows or columns, computed in float64 on the device of A.
 
-    A and B may be scaled badly or lack rank: pivots are chosen in an orthonormal basis of what B (or A) spans.
+    A and B may be scaled badly or lack rank: pivots are chosen in an orthonormal basis of the span of B (or A).
 
     Args:
         A: rank x n.

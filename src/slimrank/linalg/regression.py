@@ -3,7 +3,7 @@
     min over W' of || T - W' X ||_F ,   given only  gram = X X^T (n x n),  cross = T X^T (m x n),  energy = || T ||_F^2
 
 With a rank bound this is reduced-rank regression. Its loss is that of the unbounded solution W_ls plus
-|| (W_ls - W') R ||_F^2, gram = R R^T: the weighted low-rank problem of `linalg.lowrank` with W_ls in the place of W.
+|| (W_ls - W') R ||_F^2, gram = R R^T: the weighted low-rank problem of `linalg.lowrank` with W_ls instead of W.
 Where T = W Z comes from a weight, W_ls = W M with M = Z X^T gram^-1, and a form on the outputs that is only seen
 through W (W^T G W) is seen through W_ls as well: M^T W^T G W M.
 """
@@ -31,7 +31,7 @@ class Regression:
         cross: sum of t x^T (m x n).
         energy: sum of |t|^2.
         mixed: where t = W z for a weight W and some z, the sum of z x^T (n x n).
-        row: G on the outputs: || L^T (T - W' X) ||_F, G = L L^T, is to be small. It may be one that is only seen
+        row: G on the outputs: || L^T (T - W' X) ||_F, G = L L^T, is minimised. It may be a form that is only seen
             through that W. Least squares without a rank bound does not depend on it.
     """
 
@@ -116,8 +116,8 @@ def reduced_rank(problem: Regression) -> tuple[Spectrum, Tensor]:
 def best_b(problem: Regression, A: Tensor) -> Tensor:
     """Return B (m x rank) that minimises || T - B A X ||_F for a given A (rank x n): least squares on A X.
 
-    This is the update of SVD-LLM (arXiv 2403.07378) and AdaSVD (arXiv 2502.01403) from sums instead of tokens. With A
-    as it was cast for storage, it makes up for part of the rounding.
+    This is the update of SVD-LLM (arXiv 2403.07378) and AdaSVD (arXiv 2502.01403) from sums instead of tokens. With the
+    cast A it compensates part of the rounding.
     """
     a = A.to(problem.gram)
     return spd_solve(a @ problem.gram @ a.t(), a @ problem.cross.t()).t()
@@ -146,8 +146,8 @@ def alternate(problem: Regression, A: Tensor, iterations: int) -> tuple[Tensor, 
 def spd_solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Return matrix^+ right for a positive semidefinite matrix: by Cholesky, or by eigenvalues where it is singular.
 
-    Singular means that a pivot, which is what a channel adds to those before it, is next to nothing of the channel's
-    own energy. So the scale of a channel does not matter.
+    A matrix is singular if a pivot, which is what a channel adds to those before it, is a negligible part of the
+    channel's energy. So the scale of a channel does not matter.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0 and bool((factor.diagonal().square() > PINV_TOLERANCE * matrix.diagonal()).all()):

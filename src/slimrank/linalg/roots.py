@@ -1,4 +1,4 @@
-"""Square roots of positive semidefinite matrices: any root serves, none is ever inverted as a matrix."""
+"""Square roots of positive semidefinite matrices: any root works, and none is inverted as a matrix."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Root:
     Attributes:
         left: lower triangular R, or the eigenvectors Q of R = Q diag(scale); None for a diagonal R.
         scale: square roots of the eigenvalues, or the diagonal of a diagonal R; None for a triangular one.
-        inverse_scale: 1 / scale, 0 where a pseudo-inverse is meant.
-        notes: anything unusual met on the way.
+        inverse_scale: 1 / scale, 0 for a pseudo-inverse.
+        notes: anything unusual.
     """
 
     left: Tensor | None = None

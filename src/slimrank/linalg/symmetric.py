@@ -1,4 +1,4 @@
-"""Symmetric matrices without doing the work twice.
+"""Products of symmetric matrices without duplicate work.
 
 torch has no public SYRK; splitting the columns into panels and multiplying only the upper block triangle
 does (p + 1) / 2p of the work of a full product.

@@ -41,13 +41,13 @@ class Allocator:
     Attributes:
         id: its name in recipes.
         title: one line for people.
-        paper: where it comes from.
+        paper: its source.
         needs: what it asks for; see `NEEDS`. Without any, a plan can be made before anything is computed.
         allocate: (Problem, **options) -> Allocation.
-        passes: (options, layers, batches of search text) -> forward passes over the search text, about.
+        passes: (options, layers, batches of search text) -> estimated forward passes over the search text.
         options: their names, types, ranges and defaults.
-        check: (Problem without spectra, options) -> None; raises where they do not go together.
-        gradient_passes: forward passes over as much text that a loss and its gradient take, about.
+        check: (Problem without spectra, options) -> None; raises if they do not go together.
+        gradient_passes: estimated forward passes over as much text that a loss and its gradient take.
     """
 
     id: str
@@ -101,7 +101,7 @@ class ConfiguredAllocator:
         """Refuse what no spectra are needed to refuse.
 
         Raises:
-            BudgetError: the smallest ranks store more than the budget, or a block cannot keep what is asked of it.
+            BudgetError: the smallest ranks store more than the budget, or a block cannot meet its constraints.
             PlanError: limits leave a target no rank.
             RecipeError: options that do not go together.
         """
@@ -155,7 +155,7 @@ def allocator(
     Args:
         id: its name in recipes.
         title: one line for people.
-        paper: where it comes from.
+        paper: its source.
         needs: what it asks for, see `NEEDS`.
         solves: it takes the options of the budget solver, as `solving`.
         passes: for the forecast of time, see `Allocator`.

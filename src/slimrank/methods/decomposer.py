@@ -35,12 +35,12 @@ class Decomposer:
     Attributes:
         id: its name in recipes.
         title: one line for people.
-        paper: where it comes from.
+        paper: its source.
         cost: one line for people, besides the pass that its needs take.
         needs: the statistics it asks for.
         solve: (weight m x n, LayerStatistics, **options) -> Spectrum. Pure; any device.
         solves: how often it solves for a weight, for the forecast of time.
-        groups: (members, **options) -> paths that share one factor A, for methods that do that; None for the others.
+        groups: (members, **options) -> paths that share one factor A, for methods whose targets share it; else None.
         options: their names, types, ranges and defaults, gathering settings included.
     """
 
@@ -110,13 +110,13 @@ def decomposer(
 ) -> Callable[[Solve], Solve]:
     """Register the decorated function as the decomposer `id`.
 
-    The function is called with the weight (m x n) and its `LayerStatistics`. Its keyword-only parameters are the
+    The function takes the weight (m x n) and its `LayerStatistics`. Its keyword-only parameters are the
     options of the method: annotate them (`Annotated[float, Field(ge=0, le=1)]` for a range) and give them defaults.
 
     Args:
         id: its name in recipes.
         title: one line for people.
-        paper: where it comes from.
+        paper: its source.
         needs: the statistics it asks for, see `slimrank.statistics.catalogue.NEEDS`.
         cost: one line for people, besides the pass that the needs take.
         solves: once for each weight, twice, or once for each batch as well.

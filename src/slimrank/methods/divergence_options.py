@@ -1,4 +1,4 @@
-"""How divergence is measured: options of every allocator that does."""
+"""Options of every allocator that measures divergence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Measuring(BaseModel):
         int,
         Field(
             ge=0,
-            description="Random plans measured to tell, in the report, whether errors of layers add up; up to 1: none.",
+            description="Random plans measured to check, in the report, that errors of layers add up; up to 1: none.",
         ),
     ] = 20
 

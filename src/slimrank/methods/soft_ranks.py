@@ -76,12 +76,12 @@ def descend(
     Args:
         start: ranks to begin with.
         top: full ranks.
-        steps: how many.
+        steps: number of steps.
         rate: step size, as a fraction of the full rank.
-        objective: (ranks, step) -> what is to be minimised.
+        objective: (ranks, step) -> the value to minimise.
 
     Raises:
-        NonFiniteError: what is to be minimised is NaN or infinite.
+        NonFiniteError: the objective is NaN or infinite.
     """
     fractions = (start / top).clone().requires_grad_()
     optimiser = torch.optim.Adam([fractions], lr=rate)

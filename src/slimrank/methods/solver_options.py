@@ -1,4 +1,4 @@
-"""How curves become ranks: options of every allocator that minimises a sum of errors."""
+"""Options of every allocator that minimises a sum of errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Solving(BaseModel):
 
     solver: Annotated[
         Literal["lagrange", "exact"],
-        Field(description="lagrange: fast, and says how far it may be from the best; exact: HiGHS, to the best."),
+        Field(
+            description="lagrange: fast, with a bound on its distance from the optimum; exact: HiGHS, to the optimum."
+        ),
     ] = "lagrange"
     monotone: Annotated[bool, Field(description="No block keeps a larger fraction than the one before it.")] = False
     block_floor: Annotated[float, Field(ge=0, le=1, description="Least fraction that a block keeps.")] = 0.0

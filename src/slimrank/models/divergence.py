@@ -29,8 +29,8 @@ NEAR = 1e-2  # nats: rounding of float32 is a hundred thousandth of it
 class Scorer:
     """Compares final hidden states with those of the original model, through the output head.
 
-    Both run in the same precision. Logits are made for a few windows at a time, the original's once for all that is
-    compared with them, and never kept.
+    Both run in the same precision. Logits are computed for a few windows at a time, the original's once for all
+    comparisons, and never stored.
 
     Args:
         runner: has embedded the windows to compare on.
@@ -79,9 +79,9 @@ class Scorer:
 def divergence(log_p: Tensor, log_q: Tensor) -> float:
     """Return KL(p || q), summed over all distributions (..., vocabulary); both in float32.
 
-    With d = log q - log p it is -sum p d, in which errors of rounding in d count as they are. Where that is small it is
-    sum p (e^d - 1 - d): no term is negative, and those errors count by their squares. What p all but rules out adds q
-    to that sum, and e^d might be too large for float32.
+    With d = log q - log p it is -sum p d, where rounding errors of d count in full. If it is small, use
+    sum p (e^d - 1 - d): no term is negative, and those errors count by their squares. Where p is almost 0, q is added
+    instead, since e^d might be too large for float32.
     """
     p = log_p.exp()
     never = p < torch.finfo(p.dtype).tiny

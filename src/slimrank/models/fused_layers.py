@@ -1,4 +1,4 @@
-"""Fused weights of a model as layers of their own, and back: experts, and what a recipe's patterns split."""
+"""Split fused weights of a model into layers, and back: experts, and what a recipe's patterns split."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def sizes_of_parts(model: nn.Module, wanted: Mapping[str, Parts]) -> dict[str, l
             keys and values as the configuration counts them. Of several patterns that match, the last counts.
 
     Raises:
-        RecipeError: a pattern that matches no linear layer, parts that do not make up a layer, or a layer whose weight
-            stands in several places.
+        RecipeError: a pattern that matches no linear layer, parts that do not add up to a layer, or a layer whose
+            weight is tied.
     """
     root, blocks = find_blocks(model)
     layers = {f"{root}.{name}": m for name, m in blocks.named_modules() if isinstance(m, (nn.Linear, Conv1D))}

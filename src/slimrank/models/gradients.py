@@ -48,7 +48,7 @@ def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 class Bypass(Patched):
-    """No block computes anything; the last gives back the hidden states that are set here."""
+    """Skips all blocks; the last one returns the hidden states that are set here."""
 
     final: Tensor
 
@@ -227,7 +227,7 @@ def whole_model_gradients(runner: BlockRunner, before: Callable[[Batch], None]) 
     """Run the model forwards and backwards, nothing computed twice: for a model that is resident.
 
     Batches go through in parts whose logits are not too many; memory is that of the activations of one part in all
-    blocks. Hooks see what they would in `step_back`. Yields after every batch.
+    blocks. Hooks see the same as in `step_back`. Yields after every batch.
 
     Args:
         runner: in a resident session; need not have embedded anything.

@@ -1,4 +1,4 @@
-"""What blocks hand to later blocks besides hidden states, and how one pass of the model shows it.
+"""What blocks pass to later blocks besides hidden states; one pass of the model shows it.
 
 Two ways are known. Blocks write to a mapping that later ones read (shared keys and values). Or a block returns tensors
 beside its hidden states, and the next one is called with them (chosen tokens, states of routers). Both become named
@@ -34,7 +34,7 @@ class Handover:
     """How the blocks of a model depend on earlier ones.
 
     Attributes:
-        blocks: how many there are.
+        blocks: their number.
         axis: the dimension of hidden states that counts windows, the next counting tokens; None if there is none.
         taken: block -> place among its arguments -> place in what the block before returns.
         values: number of a mapping and key -> what blocks write there, without its tensors.
@@ -52,7 +52,7 @@ class Handover:
         Args:
             index: which block.
             forward: calls it.
-            call: its arguments as they were recorded; they stay as they are.
+            call: its recorded arguments; they do not change.
             state: what enters it, on the device of the block.
         """
         copies: dict[int, MutableMapping[Any, Any]] = {}
@@ -123,8 +123,8 @@ def handover_of(model: nn.Module, path: str, blocks: nn.ModuleList, ids: Tensor)
     """Find out how the blocks of a model depend on each other, from a few tokens, once.
 
     Raises:
-        ModelError: the model does not run its blocks once each, in order, with nothing in between, or a block does
-            something else when it is run alone.
+        ModelError: the model does not run its blocks once each, in order, with nothing in between, or a block computes
+            something else when it runs alone.
     """
     if blocks not in _KNOWN:
         _KNOWN[blocks] = _Lesson(model, path, blocks).learn(Batch(ids[:1, :PROBE_TOKENS]))
@@ -133,7 +133,7 @@ def handover_of(model: nn.Module, path: str, blocks: nn.ModuleList, ids: Tensor)
 
 
 class _Lesson:
-    """Watches one pass of the model, and runs every block alone beside it."""
+    """Watches one pass of the model, and also runs every block alone."""
 
     def __init__(self, model: nn.Module, path: str, blocks: nn.ModuleList) -> None:
         self.model, self.path, self.blocks = model, path, blocks

@@ -36,7 +36,7 @@ class Loaded:
     Attributes:
         model: with dense weights, on the CPU; without weights (meta device) where only the configuration was read.
         tokenizer: the model's own; None without weights.
-        notes: what was left out, or done otherwise than the files say.
+        notes: what was left out, and deviations from the files.
         file_bytes: size of the weight files, where they hold less than the model does (quantised ones, widened).
     """
 
@@ -58,7 +58,7 @@ def load_model(spec: str | Path, dtype: str = "auto", progress: Progress | None 
     Args:
         spec: hub id, local folder, .gguf file, or "demo".
         dtype: "auto" (as in the checkpoint), "float32", "bfloat16" or "float16".
-        progress: told the notes, and when the demo model is fetched.
+        progress: receives the notes, and when the demo model is fetched.
 
     Raises:
         ModelError: unknown model, not a dense decoder language model, missing or damaged files, weights that the
@@ -90,7 +90,7 @@ def skeleton(spec: str | Path, dtype: str = "auto", progress: Progress | None = 
 
 @dataclass(frozen=True)
 class _Source:
-    """A model of which nothing but the configuration was read.
+    """A model of which only the configuration was read.
 
     Attributes:
         spec: as the user named it.

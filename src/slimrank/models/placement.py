@@ -1,4 +1,4 @@
-"""Bring a part of a model to the compute device for a while, and put it back untouched."""
+"""Move a part of a model to the compute device inside a context, and restore it unchanged."""
 
 from __future__ import annotations
 

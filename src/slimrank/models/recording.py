@@ -1,4 +1,4 @@
-"""Record what a model passes to each of its blocks, while none of them computes anything."""
+"""Record what a model passes to each of its blocks, without running them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Container:
     """A mapping that blocks may write to. Every run of a block gets a copy of its own.
 
     Attributes:
-        number: equal for all blocks that are handed the same object.
+        number: equal for all blocks that take the same object.
         held: the mapping as it was before any block wrote to it.
     """
 
@@ -38,7 +38,7 @@ class Container:
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with besides its hidden states; mappings are `Container`s."""
+    """The arguments of a block besides its hidden states; mappings are `Container`s."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -52,7 +52,7 @@ class _LastBlockReached(Exception):  # noqa: N818 (control flow, never seen by u
 
 
 class Patched(ABC):
-    """Another forward in every block, for the time of its context; a subclass says which in `stand_in`."""
+    """Another forward in every block inside its context; a subclass makes it in `stand_in`."""
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
@@ -76,7 +76,7 @@ class Patched(ABC):
 
 
 class Recorder(Patched):
-    """Notes what every block is called with, and hands the hidden states on."""
+    """Notes the arguments of every block, and passes the hidden states on."""
 
     calls: list[Call | None]
     hidden: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Which layers of a block add what they answer to the residual stream, found by trying."""
+"""Find by trying which layers of a block add their output to the residual stream."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def residual_places(
 ) -> dict[str, Place]:
     """Find where layers add to the residual stream: to the input of the block, or to its output.
 
-    "entry" is a layer whose answer is added to the block's input, and the sum read by a norm (o_proj); "exit" one whose
-    answer is a term of the block's output (down_proj). Layers with a norm or a factor in between are neither.
+    "entry" is a layer whose output is added to the block's input before a norm reads the sum (o_proj). "exit" is one
+    whose output is a term of the block's output (down_proj). Layers with a norm or a factor in between are neither.
 
     Args:
         block: a decoder block.

@@ -1,4 +1,4 @@
-"""What enters a block: hidden states, and whatever earlier blocks hand to later ones besides them."""
+"""What enters a block: hidden states, and whatever else earlier blocks pass to later ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class State:
 
     Attributes:
         hidden: the hidden states.
-        handed: tensors that earlier blocks hand to later ones (shared keys and values), by name; see `Handover`.
+        handed: tensors that earlier blocks pass to later ones (shared keys and values), by name; see `Handover`.
     """
 
     hidden: Tensor
@@ -39,8 +39,8 @@ def pulled_back(before: State, after: State, gradient: State) -> State:
 
     Args:
         before: leaves.
-        after: what the block made of them.
-        gradient: by `after`; what it lacks is zero.
+        after: the output of the block for them.
+        gradient: by `after`; missing tensors are zero.
     """
     ends = [(after.hidden, gradient.hidden)]
     ends += [(after.handed[name], g) for name, g in gradient.handed.items() if after.handed[name].requires_grad]

@@ -1,4 +1,4 @@
-"""Where the decoder blocks of a model are, found by structure and not by the model's name."""
+"""Find the decoder blocks of a model by structure, not by the model's name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     that the vision tower of a vision-language model is not taken for its decoder.
 
     Raises:
-        ModelError: when there is none.
+        ModelError: there are none.
     """
     names = {id(module): name for name, module in model.named_modules()}
     for root in (_decoder(model), model):
@@ -69,7 +69,7 @@ def _outermost_lists(root: nn.Module) -> list[nn.ModuleList]:
 def experts_by_kind(block: nn.Module, inside: str, paths: Iterable[str]) -> list[list[str]]:
     """Group layers of experts, which get the tokens that a router chooses, by their role.
 
-    Experts stand in a list beside a router, a module that scores as many as there are.
+    Experts are in a list beside a router, a module that scores as many as there are.
 
     Args:
         block: a decoder block.

@@ -1,7 +1,7 @@
-"""The compressible weights of a model, and an honest account of all the others.
+"""The compressible weights of a model, and a count of all the others.
 
-Found by structure: every `nn.Linear` and `Conv1D` inside the decoder blocks, tied weights once, routers
-left alone. What is not covered is counted by reason in `Coverage`, never silent.
+Found by structure: every `nn.Linear` and `Conv1D` inside the decoder blocks, tied weights once, no
+routers. `Coverage` counts what is not covered, by reason.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Target:
         path: dotted module path in the model.
         kind: "linear" (stored out x in) or "conv1d" (stored in x out).
         shape: (m, n) = (out, in).
-        block: index of the decoder block it lives in.
+        block: index of its decoder block.
         bias: whether the layer has a bias.
         ties: other module paths that hold the very same weight tensor.
     """
@@ -55,7 +55,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Parameters of a model by what becomes of them; the values add up to `total`.
+    """Parameters of a model, compressed and left out; they add up to `total`.
 
     Attributes:
         total: parameters of the whole model, tied ones once.

@@ -64,7 +64,7 @@ class GramSum:
 
 @dataclass
 class ChannelSums:
-    """Sums over tokens for each channel by itself (n, float64)."""
+    """Sums over tokens for each channel (n, float64)."""
 
     absolute: Tensor
     largest: Tensor
@@ -99,7 +99,7 @@ class ChannelSums:
 
 @dataclass
 class SampleGradients:
-    """Weight gradients of single samples, G_i = g_i^T X_i (m x n), in whichever form is smaller.
+    """Weight gradients of single samples, G_i = g_i^T X_i (m x n), in the smaller form.
 
     Attributes:
         window: how many windows of text one sample sums over.

@@ -1,4 +1,4 @@
-"""One call of a layer, and which tokens it reads."""
+"""One call of a layer, and the tokens of its input."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ UNPLACED = (
 
 @dataclass
 class LayerCall:
-    """What a layer reads in one call.
+    """The input of a layer in one call.
 
     Attributes:
         path: of the layer.
         x: its input (..., n).
         tokens: those of the batch.
-        numbers: the token of each row of x; None where that cannot be told.
+        numbers: the token of each row of x; None if it is unknown.
         scales: what the gradient of each real row is multiplied with, once that is known.
     """
 
@@ -50,7 +50,7 @@ class LayerCall:
         """Return the real rows of each window.
 
         Raises:
-            ModelError: there are several windows, and nothing tells which rows belong to which.
+            ModelError: there are several windows, and it is unknown which rows belong to which.
         """
         if self.places is not None:
             return self.places.by_window(rows)

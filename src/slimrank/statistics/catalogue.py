@@ -1,4 +1,4 @@
-"""What a method may ask for, what each costs a pass of, and the settings of how it is gathered."""
+"""The statistics that a method may ask for, the pass that each takes, and the settings of gathering them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Statistics of experts that few tokens reach: what is missing comes from the other experts of their kind.
+"""Shrink statistics of rarely used experts towards the pooled statistics of their kind.
 
-A router sends each token to a few experts, so that of some hardly anything is seen. The gram of such an expert's inputs
-is shrunk towards that of all experts of the kind together (for the layers that read the router's input this is the
-router input's gram itself, every token counted once for each expert it is sent to), as far as the noise of so few
-tokens calls for:
+A router sends each token to a few experts, so some experts get hardly any. The gram of such an expert's inputs is
+shrunk towards the pooled gram of all experts of the kind. (For layers that read the router's input this is the gram of
+that input, with every token counted once for each expert that it is sent to.) The noise of so few tokens sets the
+weight:
 
     C_e <- (1 - w) C_e + w P,    w = min(1, ((tr C_e)^2 + tr C_e^2) / (N_e |C_e - P|_F^2))
 

@@ -1,4 +1,4 @@
-"""The statistics of one layer, as a method gets them."""
+"""The statistics of one layer, as a method takes them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from slimrank.statistics.catalogue import Need
 
 @dataclass
 class LayerStatistics:
-    """What was gathered for a layer y = W x + b, W m x n. What nothing asked for is None.
+    """The statistics of a layer y = W x + b, W m x n. Those that nothing asked for are None.
 
     Attributes:
         shape: (m, n).
-        needs: what the method asks for; what of it no token or gradient reached counts as zero.
+        needs: what the method asks for; needs that no token or gradient reached count as zero.
         inputs: sum of x x^T; the same object for layers that read the same tensor.
         outputs: sum of W x (W x)^T, gathered instead of `inputs` where it is smaller.
         input_energies: sum of x_i^2 for each channel (n, float64), gathered with `outputs`.
@@ -31,9 +31,9 @@ class LayerStatistics:
         slope: sum of g x^T (m x n, float64), the gradient of the loss by W.
         projector: sum of U U^T over batches, U (m x k) the leading left singular vectors of a batch's outputs;
             in coordinates of an orthonormal basis of W's columns where m > n.
-        rank: the planned rank; None where the target stays dense or nothing is planned yet.
+        rank: the planned rank; None if the target stays dense or nothing is planned yet.
         tokens: tokens seen.
-        notes: anything unusual met on the way, for the report.
+        notes: anything unusual, for the report.
     """
 
     shape: tuple[int, int]

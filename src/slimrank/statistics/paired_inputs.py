@@ -1,4 +1,4 @@
-"""Statistics of two streams at once: what a layer reads in the compressed model, and what it reads in the original."""
+"""Statistics of two streams at once: the inputs of a layer in the compressed model and in the original."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StreamSums:
     Attributes:
         inputs: sum of x' x'^T.
         wanted: sum of x x^T; the same object as `inputs` where the target is self.
-        cross: sum of x x'^T (n x n, float64); None where it is that of `inputs`.
+        cross: sum of x x'^T (n x n, float64); None if it equals `inputs`.
         exact: whether all products of x' are of float64.
     """
 
@@ -63,12 +63,12 @@ class StreamSums:
     def problem(self, weight: Tensor, centred: bool, lack: LackSums | None = None) -> Regression:
         """Make the least-squares problem of reproducing W x (+ e) from x'; around the means of all, if `centred`.
 
-        Around its mean, a channel that never changes leaves nothing but rounding. It counts as zero there.
+        Around its mean, a channel that never changes leaves only rounding. It counts as zero there.
 
         Args:
             weight: W (m x n).
-            centred: whether a bias makes up for the means.
-            lack: sums of e, what the target is to make up for besides.
+            centred: whether a bias compensates the means.
+            lack: sums of e, which the target also compensates.
         """
         w, gram, wanted = weight.to(self.inputs.upper), self.inputs.gram, self.wanted.gram
         cross = gram if self.cross is None else self.cross
@@ -111,8 +111,8 @@ class LayerSums:
     """All sums that a layer is refined by.
 
     Attributes:
-        streams: of what it reads in both models.
-        lack: of what the residual stream lacks there, where it is to make up for that.
+        streams: of its inputs in both models.
+        lack: of the gap of the residual stream there, if the layer compensates it.
     """
 
     streams: StreamSums
@@ -140,11 +140,11 @@ class StreamCollector:
         compressed: module path -> module of the compressed block.
         anchor: weight of the original stream in the target.
         stack: windows averaged into one.
-        device: where sums are kept.
-        adding: layers that add to the residual stream, and are to make up for what it lacks; see `add_lack`.
+        device: where sums are stored.
+        adding: layers that add to the residual stream and compensate its gap; see `add_lack`.
         routed: layers (experts) that may be sent other tokens in either model: their target is self, whatever `anchor`.
         sums: module path -> sums; one object for layers that read the same tensor.
-        lacks: module path -> sums of what the residual stream lacks there.
+        lacks: module path -> sums of the gap of the residual stream there.
     """
 
     originals: Mapping[str, nn.Module]

@@ -13,7 +13,7 @@ from slimrank.layers.experts import Experts
 
 @dataclass
 class Routing:
-    """Listens to what modules of experts are called with.
+    """Listens to the arguments of modules of experts.
 
     Attributes:
         experts: path of a layer -> the module of experts that it belongs to, and the number of its expert.

@@ -1,4 +1,4 @@
-"""Which token gradients count, and how much: what the K-FAC statistics of KFAC-SVD leave out or hold down."""
+"""Weights of token gradients: what the K-FAC statistics of KFAC-SVD trim or clip."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def token_scales(norms: Tensor, places: Places, trim: float, clip: tuple[float, 
 
     Args:
         norms: norms of the output gradients, a row for each token that reaches the layer.
-        places: where these tokens stand.
+        places: the positions of these tokens.
         trim: part of a window's tokens left out at either end.
-        clip: norms are held between these multiples of the mean norm of their window's rows that are left.
+        clip: norms are clipped to these multiples of the mean norm of their window's remaining rows.
     """
     cut = _left_out(places.lengths, trim)[places.window]
     middle = (places.position >= cut) & (places.position < places.lengths[places.window] - cut)

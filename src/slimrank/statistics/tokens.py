@@ -1,4 +1,4 @@
-"""Which token of a batch each row of a layer's input belongs to, whatever shape the model gives that input."""
+"""Find the token of a batch that each row of a layer's input belongs to, whatever the shape of that input."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Places:
-    """Where rows stand: in which window, and at which of its real tokens.
+    """Positions of rows: their windows, and their real tokens in them.
 
     Attributes:
         window: of each row, ascending.
@@ -85,8 +85,8 @@ class Places:
 def rows_per_token(leading: tuple[int, ...], windows: int, tokens: int) -> int | None:
     """Count the rows of each token in a tensor of these leading dimensions; None if rows do not follow tokens.
 
-    Windows come first, then tokens, either of them in one dimension or several; or both are flattened into one. What
-    comes after belongs to one token (heads). A tensor of tokens x windows, or with anything before windows, is another.
+    Windows come first, then tokens, either of them in one dimension or several; or both are flattened into one. Further
+    dimensions belong to one token (heads). A tensor of tokens x windows, or with anything before windows, does not fit.
     """
     sizes = [size for size in leading if size != 1]
     ends = [1, *accumulate(sizes, mul)]

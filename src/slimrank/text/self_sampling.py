@@ -21,7 +21,7 @@ def sample_windows(
 ) -> Tensor:
     """Sample windows from the model at temperature 1 (samples x seq_len), reproducible from the seed.
 
-    Each begins with the BOS token (the EOS token where there is no BOS). Sampling goes on after an EOS, as in a
+    Each begins with the BOS token (the EOS token if there is no BOS). Sampling continues after an EOS, as in a
     stream of documents.
 
     Raises:

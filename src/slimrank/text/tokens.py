@@ -1,7 +1,7 @@
-"""From text to token ids. A long text is tokenised piece by piece, and gives the ids of the whole.
+"""Tokenise text. A long text is tokenised piece by piece, to the ids of the whole.
 
 Pieces overlap. Two of them are joined at a token in the middle of their overlap, if both agree on the tokens around it.
-If they do not, or the text there only repeats itself, the first is tokenised again at twice its length.
+If they do not, or if the text there only repeats itself, the first is tokenised again at twice its length.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def tokenise(text: str, tokenizer: Any, most: int | None = None) -> Tensor:
     Args:
         text: any text.
         tokenizer: of transformers. A few kinds take the whole text at once, see `_works_in_pieces`.
-        most: stop after so many tokens.
+        most: maximum number of tokens.
     """
     parts: list[Tensor] = []
     for part in _parts(text, tokenizer):

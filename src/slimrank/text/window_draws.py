@@ -1,4 +1,4 @@
-"""The windows of a run for each of their uses, out of one text or out of the model itself."""
+"""Draw the windows of a run for each use, from one text or from the model itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Draws(ABC):
 
     Attributes:
         samples: windows that calibrate.
-        apart: windows of each use that shares none with those that calibrate, nor with another such use.
+        apart: number of windows of each use that overlap neither those that calibrate nor those of another such use.
         seq_len: tokens of a window.
         seed: the same windows for the same seed.
     """

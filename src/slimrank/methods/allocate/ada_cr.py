@@ -1,4 +1,4 @@
-"""Keep more of the blocks that change what they read most."""
+"""Keep more of the blocks that change their input most."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks by gradient descent: Fermi functions cut the components of every weight softly."""
+"""Ranks by gradient descent: Fermi functions truncate the components of every weight softly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks out of a plan file."""
+"""Ranks from a plan file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ File = Annotated[str, Field(description="JSON, as 'slimrank plan --save' and eve
 
 @allocator(
     id="from_plan",
-    title="Ranks out of a plan file",
+    title="Ranks from a plan file",
     paper="any plan, made by hand or by another run",
 )
 def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
@@ -26,8 +26,8 @@ def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
 
     Raises:
         PlanError: no such file, not a plan, ranks for another form of factors, other targets, shapes or shared factors,
-            or ranks that are no candidates.
-        BudgetError: it stores more than the budget.
+            or ranks that are not candidates.
+        BudgetError: the plan stores more than the budget.
     """
     plan = RankPlan.load(file)
     _check_form(plan, problem, file)

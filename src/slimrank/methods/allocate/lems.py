@@ -33,7 +33,7 @@ def measuring_passes(options: Mapping[str, Any], layers: int, batches: int) -> f
 
 @allocator(
     id="lems",
-    title="Least sum of measured divergences, carried over all ranks by the spectra",
+    title="Least sum of measured divergences, extended to all ranks by the spectra",
     paper="LEMS; reference code lems-svd",
     needs=["spectra", "divergence"],
     passes=measuring_passes,
@@ -66,7 +66,7 @@ def biased(
 ) -> Allocation:
     """Return the allocation of curves times the depth bias, or the one of least measured divergence over the grid.
 
-    The curves that it is given with are those without the bias: divergences.
+    It returns the curves without the bias: divergences.
     """
     settings = [(alpha, gamma)]
     if search:

@@ -1,4 +1,4 @@
-"""MRCS' greedy cuts on LEMS' curves."""
+"""MRCS' greedy steps on LEMS' curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slimrank.methods.allocator import allocator
 
 @allocator(
     id="mrcs_plus",
-    title="Greedy cuts by a falling quota, each where LEMS' divergence after it is least",
+    title="Greedy steps by a falling quota, each where LEMS' divergence after it is least",
     paper="MRCS+ of the LEMS reference code",
     needs=["spectra", "divergence"],
     passes=measuring_passes,

@@ -46,7 +46,7 @@ def check_groups(problem: Problem, options: Mapping[str, Any]) -> None:
 def shared(problem: Problem, *, layers: Layers = 2, scale: Scale = "auto", **solving: Any) -> Allocation:
     """Minimise as `spectrum` does; the curves of a group are added up, so it is one item of the knapsack.
 
-    With `basis_sharing` what shares a factor is one item already.
+    With `basis_sharing` the layers that share a factor are one item already.
     """
     curves = {curve.path: curve for curve in spectral_curves(problem, scale)}
     groups = _groups(problem, layers)

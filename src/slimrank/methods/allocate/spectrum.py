@@ -1,4 +1,4 @@
-"""Spend the budget where the spectra say that most error is saved."""
+"""Spend the budget where it saves most error according to the spectra."""
 
 from __future__ import annotations
 

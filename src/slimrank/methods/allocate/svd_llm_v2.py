@@ -25,7 +25,7 @@ TINY = 1e-12
 
 @allocator(
     id="svd_llm_v2",
-    title="Within each role, compression shared out by the loss at the uniform rank",
+    title="Compression distributed within each role by the loss at the uniform rank",
     paper="Wang et al., SVD-LLM V2, arXiv 2503.12340",
     needs=["spectra"],
 )

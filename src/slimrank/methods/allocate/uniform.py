@@ -19,9 +19,8 @@ from slimrank.methods.allocator import allocator
 def uniform(problem: Problem) -> Allocation:
     """Take the largest ranks with cost(rank) <= fraction * cost(dense), per target; dense if that fits.
 
-    Equal shapes get equal ranks. The slack is below one step of every target taken alone; it is not handed out,
-    since that would break the equality. Targets whose ranks are bounded keep within their bounds, and the others share
-    what is left.
+    Equal shapes get equal ranks. The slack is below one step of every single target. It is not spent, since
+    that would break the equality. Targets with bounded ranks stay within their bounds, and the others share the rest.
 
     Raises:
         BudgetError: a target cannot reach even the smallest rank within its share.

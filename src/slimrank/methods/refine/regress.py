@@ -1,4 +1,4 @@
-"""Both factors anew by reduced-rank regression."""
+"""Solve for both factors by reduced-rank regression."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slimrank.methods.refiner import COMMON, refiner
 
 @refiner(
     id="regress",
-    title="both factors anew by reduced-rank regression on the compressed model's inputs",
+    title="both factors by reduced-rank regression on the compressed model's inputs",
     paper="Izenman, Reduced-rank regression, 1975; AA-SVD, arXiv 2604.02119",
     changes_a=True,
     settings=(*COMMON, "metric"),
