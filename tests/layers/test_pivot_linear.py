@@ -122,7 +122,7 @@ def test_the_pair_of_a_layer_is_its_product(m, n, r, side):
 
 def test_the_pair_of_a_pair():
     a, b, bias = factors(6, 5, 3, dtype=torch.bfloat16)
-    a2, b2 = LowRankLinear.from_factors(a, b, bias.factors())
+    a2, b2 = LowRankLinear.from_factors(a, b, bias).factors()
     assert torch.equal(a2, a.double())
     assert torch.equal(b2, b.double())
 
