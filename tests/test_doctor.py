@@ -21,7 +21,7 @@ from slimrank.errors import MissingExtraError, ModelError
 from slimrank.pipeline.forecast import LIBRARIES
 from slimrank.recipe import Recipe
 
-importlib.import_module("slimrank.report.record")  # has its own versions before a test fakes them
+importlib.import_module("slimrank.report.build")  # has its own versions before a test fakes them
 ROOT = Path(__file__).parent.parent
 REQUIRES = [
     "torch>=2.6", "PyYAML>=6", "pywin32>=1; sys_platform == 'nowhere'",
