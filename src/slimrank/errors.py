@@ -74,7 +74,7 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the closest known names, or lists them all when none is close and they are not too many."""
+    """Name the closest known names in a hint, or list them all if none is close and they are not too many."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:

@@ -14,7 +14,7 @@ class HasId(Protocol):
 
     @property
     def id(self) -> str:
-        """Its name in recipes."""
+        """Return its name in recipes."""
 
 
 T = TypeVar("T", bound=HasId)
@@ -38,14 +38,14 @@ class Registry(Generic[T]):
         return entry
 
     def all(self) -> dict[str, T]:
-        """All methods by id: those of the package, and those registered from outside."""
+        """Return all methods by id: those of the package, and those registered from outside."""
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
         return dict(sorted(self.entries.items()))
 
     def get(self, id: str) -> T:
-        """The method of that id.
+        """Return the method of that id.
 
         Raises:
             RecipeError: there is none; the nearest names are in the hint.

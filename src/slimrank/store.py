@@ -26,13 +26,13 @@ SCHEMA = 4  # raise it when the content of stored files changes meaning
 
 
 def content_key(parts: dict[str, Any]) -> str:
-    """A short hash of everything in `parts`."""
+    """Return a short hash of everything in `parts`."""
     text = json.dumps({"schema": SCHEMA, **parts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def locked(folder: Path, hint: str) -> FileLock:
-    """A lock that keeps other processes out of a folder until it is released.
+    """Lock a folder against other processes inside the context.
 
     Raises:
         RunError: another one is at work in it.
@@ -86,7 +86,7 @@ class Run:
         self._lock.release()
 
     def stage(self, parts: dict[str, Any]) -> Stage:
-        """The stored results of one stage, under the key of everything that they depend on."""
+        """Return the stored results of one stage, under the key of everything that they depend on."""
         return Stage(self.folder / "store" / content_key(parts))
 
 
@@ -152,7 +152,7 @@ class Stage:
             raise disk_error(error, folder) from error
 
     def has(self, name: str) -> bool:
-        """Whether the tensors `name` are stored."""
+        """Tell whether the tensors `name` are stored."""
         return (self.folder / f"{name}.safetensors").is_file()
 
     def save(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
@@ -175,7 +175,7 @@ class Stage:
         (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
 
     def load(self, name: str, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and the record stored as `name`.
+        """Return the tensors and the record stored as `name`.
 
         Raises:
             RunError: the file is absent or damaged.

@@ -57,20 +57,20 @@ class Spectrum:
 
     @property
     def full_rank(self) -> int:
-        """Largest rank that factors can be cut at."""
+        """Return the largest rank that factors can have."""
         return len(self.values)
 
     def tail(self, rank: int) -> float:
-        """Squared error in the metric that is left at `rank`: sum of values[i]^2 over i >= rank."""
+        """Return the squared error in the metric that is left at `rank`: sum of values[i]^2 over i >= rank."""
         return float(self.values[rank:].square().sum()) + self.beyond
 
     def relative_error(self, rank: int) -> float:
-        """|| L^T (W - W') R ||_F / || L^T W R ||_F at `rank` (0 for a weight without energy)."""
+        """Return || L^T (W - W') R ||_F / || L^T W R ||_F at `rank` (0 for a weight without energy)."""
         total = self.tail(0)
         return (self.tail(rank) / total) ** 0.5 if total > 0 else 0.0
 
     def row(self) -> Form:
-        """The form G on the outputs that this was solved in, damping included, up to its scale.
+        """Return the form G on the outputs that this was solved in, damping included, up to its scale.
 
         Out-side D = L U, so that G = D D^T; in-side R^T (W^T G W) R = V S^2 V^T and D = R^-T V, so that D S^2 D^T is
         W^T G W: the form as seen through W.
@@ -89,11 +89,11 @@ class Spectrum:
         return Form(scaled @ scaled.t(), seen=True)
 
     def scaled(self, factor: float) -> Spectrum:
-        """Squared errors times a factor: the metric in another unit, which changes no factors of the weight."""
+        """Multiply squared errors by a factor: the metric in another unit, which changes no factors of the weight."""
         return replace(self, values=self.values * factor**0.5, beyond=self.beyond * factor)
 
     def factors(self, weight: Tensor, rank: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """A (rank x n) and B (m x rank) with W' = B A; the columns of B have unit norm and canonical signs.
+        """Return A (rank x n) and B (m x rank) with W' = B A; columns of B have unit norm and canonical signs.
 
         Args:
             weight: the W (m x n) that was solved.
@@ -127,7 +127,7 @@ def solve(
     side: Side | None = None,
     root: RootKind = "cholesky",
 ) -> Spectrum:
-    """Spectrum of `weight` in a metric, in float64, on the device of `weight`.
+    """Return the spectrum of `weight` in a metric, in float64, on the device of `weight`.
 
     Args:
         weight: W, m x n, any float dtype.
@@ -178,7 +178,7 @@ def _dual(root: Root, vectors: Tensor, side: Side) -> Tensor:
 
 
 def _without_zeros(metric: Metric) -> tuple[Metric, tuple[str, ...]]:
-    """The metric with zero forms replaced by the identity, and notes that say so."""
+    """Replace zero forms of a metric by the identity; return it and notes that say so."""
     notes: tuple[str, ...] = ()
     if metric.column.is_zero:
         metric = replace(metric, column=Form())

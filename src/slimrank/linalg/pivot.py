@@ -38,7 +38,7 @@ class Pivoted:
 
 
 def pivoted(A: Tensor, B: Tensor, side: Literal["out", "in"] | None = None) -> Pivoted:
-    """The product B A in r of its own rows or columns, computed in float64 on the device of A.
+    """Express the product B A in r of its own rows or columns, computed in float64 on the device of A.
 
     A and B may be scaled badly or lack rank: pivots are chosen in an orthonormal basis of what B (or A) spans.
 
@@ -63,7 +63,7 @@ def pivoted(A: Tensor, B: Tensor, side: Literal["out", "in"] | None = None) -> P
 
 
 def _interpolation(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pivot rows of a matrix (m x r), the other rows, and T ((m - r) x r) with tall[rest] = T tall[pivots]."""
+    """Return pivot rows of a matrix (m x r), the other rows, and T ((m - r) x r) with tall[rest] = T tall[pivots]."""
     q = torch.linalg.qr(tall).Q
     pivots, rest = (rows.sort().values for rows in _exchanged(*_leading_rows(q)))
     # Once more from q: the updates on the way have piled up rounding errors.
@@ -71,7 +71,7 @@ def _interpolation(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _leading_rows(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that elimination with row exchanges pivots on, the other rows, and the latter in the former."""
+    """Return the pivot rows of elimination with row exchanges, the others, and the others in terms of the pivots."""
     m, r = q.shape
     lu, exchanges = torch.linalg.lu_factor(q)
     rows = list(range(m))
@@ -83,7 +83,7 @@ def _leading_rows(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _exchanged(pivots: Tensor, rest: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Pivots and rest after exchanging the worst pair again and again, until no entry of T is above `LARGEST`."""
+    """Exchange the worst pair of pivot and other row until no entry of T is above `LARGEST`; return both lists."""
     while t.numel():
         i, j = divmod(int(t.abs().argmax()), t.shape[1])
         entry = t[i, j].clone()

@@ -71,12 +71,12 @@ class Allocator:
 
     @property
     def cost(self) -> str:
-        """One line for people."""
+        """Describe its cost in one line for people."""
         measured = sorted(self.needs - {"spectra"})
         return "; ".join(COSTS[need] for need in measured) or "seconds"
 
     def configured(self, given: Mapping[str, Any]) -> ConfiguredAllocator:
-        """The allocator with these options.
+        """Return the allocator with these options.
 
         Raises:
             RecipeError: an unknown option, or a value out of range.
@@ -95,7 +95,7 @@ class ConfiguredAllocator:
     measuring: Measuring
 
     def allocate(self, problem: Problem) -> Allocation:
-        """Ranks within the budget.
+        """Return ranks within the budget.
 
         Raises:
             BudgetError: no choice of ranks meets the budget.
@@ -122,26 +122,26 @@ class ConfiguredAllocator:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it asks for."""
+        """List what it asks for."""
         return self.allocator.needs
 
     @property
     def measures(self) -> bool:
-        """Whether it needs search tokens."""
+        """Tell whether it needs search tokens."""
         return bool(self.needs - {"spectra"})
 
     @property
     def gradient_passes(self) -> float:
-        """Forward passes over as much text that a loss and its gradient take, about."""
+        """Estimate how many forward passes over as much text a loss and its gradient take."""
         return self.allocator.gradient_passes
 
     def passes(self, layers: int, batches: int) -> float:
-        """About how many forward passes over the search text it takes."""
+        """Estimate how many forward passes over the search text it takes."""
         plans = self.measuring.plans if self.allocator.needs >= {"spectra", "divergence"} else 0
         return self.allocator.passes(self.options, layers, batches) + plans
 
     def described(self) -> dict[str, Any]:
-        """All that a result depends on, for JSON."""
+        """Return all that a result depends on, for JSON."""
         measuring = self.measuring.model_dump(include=set(_measuring(self.needs)))
         return {"id": self.allocator.id, **self.options, **measuring}
 
@@ -187,14 +187,14 @@ def allocator(
 
 
 def _measuring(needs: frozenset[Need]) -> dict[str, Any]:
-    """The fields of `Measuring` that matter: random plans are compared with what single layers and spectra predict."""
+    """Return the fields of `Measuring` that matter: random plans test predictions of single layers and spectra."""
     if "divergence" not in needs:
         return {}
     return {name: field for name, field in Measuring.model_fields.items() if name != "plans" or "spectra" in needs}
 
 
 def _check(problem: Problem, found: Allocation, id: str) -> None:
-    """Every allocator, others' too, keeps the budget and gives every item one of its candidates."""
+    """Check that any allocator meets the budget and gives every item one of its candidates."""
     wrong = {item.path for item in problem.items} ^ set(found.ranks)
     if wrong:
         raise PlanError(f"the allocation '{id}' left out, or made up, '{min(wrong)}'.", _REPORT)

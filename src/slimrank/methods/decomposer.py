@@ -65,12 +65,12 @@ class Decomposer:
 
     @property
     def takes(self) -> Pass:
-        """The most expensive pass over the calibration text that its needs take."""
+        """Return the most expensive pass over the calibration text that its needs take."""
         passes = {NEEDS[need].takes for need in self.needs}
         return "backward" if "backward" in passes else "forward" if "forward" in passes else "none"
 
     def configured(self, given: Mapping[str, Any]) -> Configured:
-        """The method with these options.
+        """Return the method with these options.
 
         Raises:
             RecipeError: an unknown option, or a value out of range.
@@ -89,18 +89,18 @@ class Configured:
     gathering: Gathering
 
     def solve(self, weight: Any, statistics: Any) -> Spectrum:
-        """The spectrum of a weight, given its statistics."""
+        """Return the spectrum of a weight, given its statistics."""
         return self.method.solve(weight, statistics, **self.options)
 
     def groups(self, members: Iterable[Member]) -> list[list[str]]:
-        """Targets that share a factor; each by itself, for most methods."""
+        """Group targets that share a factor; for most methods each one is alone."""
         members = list(members)
         if self.method.groups is None:
             return [[member.path] for member in members]
         return [list(group) for group in self.method.groups(members, **self.options)]
 
     def described(self) -> dict[str, Any]:
-        """All that a result depends on, for JSON."""
+        """Return all that a result depends on, for JSON."""
         gathering = self.gathering.model_dump(mode="json")
         return {"id": self.method.id, "options": dict(self.options), **gathering, "needs": sorted(gathering["needs"])}
 
@@ -147,5 +147,5 @@ def decomposer(
 
 
 def _settings(needs: Iterable[Need]) -> list[str]:
-    """Names of the gathering settings that steer these needs."""
+    """Return the names of the gathering settings that these needs have."""
     return [name for need in sorted(needs) for name in NEEDS[need].settings]

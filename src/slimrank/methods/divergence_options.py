@@ -29,6 +29,6 @@ class Measuring(BaseModel):
     ] = 20
 
     def positions(self, seq_len: int) -> int:
-        """Leading positions to drop of windows of this length; at least two are left."""
+        """Return the leading positions to drop of windows of this length; at least two are left."""
         wanted = min(DROPPED, seq_len // 2) if self.dropped is None else self.dropped
         return min(wanted, seq_len - 2)

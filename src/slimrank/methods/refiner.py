@@ -99,7 +99,7 @@ class Refiner:
     options: type[BaseModel]
 
     def configured(self, given: Mapping[str, Any]) -> ConfiguredRefiner:
-        """The refiner with these options.
+        """Return the refiner with these options.
 
         Raises:
             RecipeError: an unknown option, or a value out of range.
@@ -119,15 +119,15 @@ class ConfiguredRefiner:
 
     @property
     def in_metric(self) -> bool:
-        """Whether the method's form on the outputs counts."""
+        """Tell whether the method's form on the outputs counts."""
         return "metric" in self.refiner.options.model_fields and self.following.metric == "method"
 
     def refine(self, problem: Regression, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """New factors."""
+        """Return new factors."""
         return self.refiner.refine(problem, weight, A, B, **self.options)
 
     def described(self) -> dict[str, Any]:
-        """All that a result depends on, for JSON."""
+        """Return all that a result depends on, for JSON."""
         return {"id": self.refiner.id, **self.options, **self.following.model_dump()}
 
 

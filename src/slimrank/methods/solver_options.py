@@ -33,7 +33,7 @@ class Solving(BaseModel):
 
 
 def least_error(problem: Problem, curves: Sequence[Curve], options: Mapping[str, Any]) -> Allocation:
-    """The allocation of least total error, by the options of `Solving`.
+    """Return the allocation of least total error, by the options of `Solving`.
 
     Raises:
         BudgetError: no choice of ranks meets the budget and the constraints.
@@ -60,7 +60,7 @@ def check_constraints(problem: Problem, options: Mapping[str, Any]) -> None:
 
 
 def constraints_of(problem: Problem, options: Mapping[str, Any]) -> Constraints:
-    """The side constraints among the options of `Solving`."""
+    """Return the side constraints among the options of `Solving`."""
     return Constraints(
         {item.path: item.block for item in problem.items},
         {item.path: item.bits // problem.unit for item in problem.items},

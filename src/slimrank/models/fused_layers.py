@@ -40,7 +40,7 @@ def put_together(model: nn.Module) -> None:
 
 
 def sizes_of_parts(model: nn.Module, wanted: Mapping[str, Parts]) -> dict[str, list[int]]:
-    """For every linear layer in the blocks that is to be split, the outputs of its parts.
+    """Return, for every linear layer in the blocks that is to be split, the outputs of its parts.
 
     Args:
         model: a decoder; its weights may be on the meta device.
@@ -84,7 +84,7 @@ def _sizes(path: str, outputs: int, parts: Parts, model: Any) -> list[int]:
 
 
 def _heads(config: Any) -> list[int]:
-    """Outputs of queries, keys and values."""
+    """Return the outputs of queries, keys and values."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     pairs = getattr(config, "num_key_value_heads", None) or heads

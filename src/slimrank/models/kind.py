@@ -176,7 +176,7 @@ def _refuse_other_tasks(what: str, config: Any, named: list[str]) -> None:
 
 
 def _take_text_part(kind: Kind) -> None:
-    """Hand a class for text alone the text part of a configuration, as the auto classes of transformers do."""
+    """Give a class for text alone the text part of a configuration, as the auto classes of transformers do."""
     text = getattr(type(kind.config), "sub_configs", {}).get("text_config")
     if text is not None and getattr(kind.model_class, "config_class", None) is text:
         about = getattr(kind.config, "quantization_config", None)

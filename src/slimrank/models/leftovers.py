@@ -96,7 +96,7 @@ def _shape(weight: Any) -> Any:
 
 
 def _reason(name: str, config: Any, declared: bool) -> str:
-    """Why a weight may be left out; empty where it may not.
+    """Return why a weight may be left out; empty if it may not.
 
     Args:
         name: of the weight.
@@ -113,7 +113,7 @@ def _reason(name: str, config: Any, declared: bool) -> str:
 
 
 def _beyond(name: str, config: Any) -> bool:
-    """Whether a weight belongs to a layer that the configuration does not count."""
+    """Tell whether a weight belongs to a layer that the configuration does not count."""
     found, count = _LAYER.search(name), _layers(config)
     return found is not None and count is not None and int(found[1]) >= count
 

@@ -110,7 +110,7 @@ class _Source:
 
     @functools.cached_property
     def files(self) -> list[Path]:
-        """Weight files that are here; none where some are missing."""
+        """List the weight files that are here; none if some are missing."""
         if self.gguf:
             return [self.place["pretrained_model_name_or_path"] / self.place["gguf_file"]]
         config = find_file(str(self.place["pretrained_model_name_or_path"]), "config.json")
@@ -130,14 +130,14 @@ class _Source:
             check_stored(self.spec, stored_tensors(self.files))
 
     def dtype(self, asked: str) -> torch.dtype:
-        """The dtype that weights are loaded in."""
+        """Return the dtype that weights are loaded in."""
         if asked != "auto":
             return getattr(torch, asked)
         stated = None if self.gguf else getattr(self.kind.config, "dtype", None)
         return stated or written_dtype(stored_tensors(self.files).values()) or torch.float32
 
     def file_bytes(self) -> int | None:
-        """Size of the files, where loading widens what they hold."""
+        """Return the size of the files, if loading widens their tensors."""
         return (total_bytes(self.files) or None) if self.kind.widened else None
 
     def notes(self) -> list[str]:
@@ -201,7 +201,7 @@ def _empty(kind: Kind, dtype: torch.dtype) -> Any:
 
 
 def resolve(spec: str | Path, progress: Progress | None = None) -> str:
-    """A local path or hub id that transformers understands.
+    """Return a local path or hub id that transformers understands.
 
     Raises:
         ModelError: a path that does not exist or holds no model.
@@ -225,7 +225,7 @@ def resolve(spec: str | Path, progress: Progress | None = None) -> str:
 
 
 def digest(model: Any) -> str:
-    """sha256 over the configuration and the names, dtypes, shapes and bytes of all weights; checks them on the way.
+    """Return sha256 over the configuration and the names, dtypes, shapes and bytes of all weights, and check them.
 
     Raises:
         NonFiniteError: NaN or infinity in a parameter.
@@ -243,7 +243,7 @@ def digest(model: Any) -> str:
 
 
 def _configuration(model: Any) -> str:
-    """What the configuration says about the computation, whoever saved it and wherever."""
+    """Return the part of the configuration that affects the computation, whoever saved it and wherever."""
     config = getattr(model, "config", None)
     if config is None:
         return ""

@@ -34,7 +34,7 @@ def page_out(module: nn.Module) -> None:
 
 
 def _weight_files() -> list[tuple[int, int]]:
-    """Address ranges that are mapped from safetensors files."""
+    """List the address ranges that are mapped from safetensors files."""
     ranges = []
     for line in _MAPS.read_text().splitlines():
         if line.endswith(".safetensors"):

@@ -38,16 +38,16 @@ class LayerCall:
     scales: Tensor | None = None
 
     def real(self, tensor: Tensor) -> Tensor:
-        """The rows (rows x k) of real tokens, of a tensor (..., k) beside x."""
+        """Return the rows (rows x k) of real tokens, of a tensor (..., k) beside x."""
         return self.tokens.real(tensor, self.numbers)
 
     @cached_property
     def places(self) -> Places | None:
-        """Where the real rows stand; None where that cannot be told."""
+        """Return the indices of the real rows; None if they are unknown."""
         return self.tokens.places(self.x, self.numbers)
 
     def by_window(self, rows: Tensor) -> dict[int, Tensor]:
-        """The real rows of each window.
+        """Return the real rows of each window.
 
         Raises:
             ModelError: there are several windows, and nothing tells which rows belong to which.
@@ -64,7 +64,7 @@ class LayerCall:
         )
 
     def weigh(self, g: Tensor, gathering: Gathering) -> tuple[Tensor, str]:
-        """`scales` of output gradients (real rows x m), which are remembered, and a note where they are unusual."""
+        """Return the `scales` of output gradients (real rows x m), and a note if they are unusual; remember them."""
         norms, shape, note = token_norms(g), self.tokens.shape_beside(self.x), ""
         if self.places is not None:
             self.scales = token_scales(norms, self.places, gathering.trim, gathering.clip)

@@ -58,10 +58,10 @@ class Gathering(BaseModel):
 
     @property
     def backward(self) -> bool:
-        """Whether gradients are needed."""
+        """Tell whether gradients are needed."""
         return any(NEEDS[need].takes == "backward" for need in self.needs)
 
     @property
     def calibrates(self) -> bool:
-        """Whether calibration text is needed at all."""
+        """Tell whether calibration text is needed at all."""
         return any(NEEDS[need].takes != "none" for need in self.needs)

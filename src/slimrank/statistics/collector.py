@@ -85,7 +85,7 @@ class Collector:
         self._seen, self._batch_grams = [], {}
 
     def begin(self, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
-        """A new batch is coming.
+        """Prepare for a new batch.
 
         Args:
             mask: its padding mask (1 = a real token).
@@ -133,7 +133,7 @@ class Collector:
         return observe
 
     def _numbers(self, path: str, x: Tensor) -> Tensor | None:
-        """The token of each row that a layer reads or gives; None where that cannot be told."""
+        """Return the token of each row of a layer's inputs or outputs; None if it is unknown."""
         return self.routing.numbers(path) if path in self.routed else self._tokens.numbers(x)
 
     def _of(self, path: str, module: nn.Module) -> LayerStatistics:
@@ -200,7 +200,7 @@ class Collector:
         return "row" in self.gathering.needs and mine.shape[0] > mine.shape[1]
 
     def _own_view(self, call: LayerCall, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments with x as a view of its own, so that its gradient is that of this layer alone: W^T g."""
+        """Return the arguments with a separate view of x, so that its gradient is that of this layer alone: W^T g."""
         view = args[0].view_as(args[0])
         view.register_hook(lambda pulled: self._add_pulled(call, pulled))
         return (view, *args[1:])
@@ -264,7 +264,7 @@ class Collector:
 
 
 def _same(known: Tensor, version: int, x: Tensor) -> bool:
-    """Whether x is the same memory as a tensor seen before, with the same content.
+    """Tell whether x is the same memory as an earlier tensor, with the same content.
 
     The reference held to it rules out that the memory was given to another tensor since, its version that it was
     changed in place.

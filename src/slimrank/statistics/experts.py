@@ -53,13 +53,13 @@ def lean_on_each_other(
 
 
 def shrunk(own: GramSum, pooled: GramSum) -> GramSum:
-    """The gram of an expert's inputs, shrunk towards that of all; as many tokens as before."""
+    """Shrink the gram of an expert's inputs towards the pooled gram; the number of tokens does not change."""
     weight = trust_in_all(own, pooled)
     return _scaled(own, 1 - weight, own.count) + _scaled(pooled, weight * own.count / pooled.count, 0)
 
 
 def trust_in_all(own: GramSum, pooled: GramSum) -> float:
-    """w of the formula above, between 0 and 1."""
+    """Return w of the formula above, between 0 and 1."""
     mine, mean = own.gram / own.count, pooled.gram / pooled.count
     noise = float(mine.diagonal().sum()) ** 2 + float(mine.square().sum())
     difference = own.count * float((mine - mean).square().sum())

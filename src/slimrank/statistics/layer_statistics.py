@@ -55,7 +55,7 @@ class LayerStatistics:
 
     @property
     def gram(self) -> Tensor:
-        """C = sum of x x^T (n x n, float64).
+        """Return C = sum of x x^T (n x n, float64).
 
         Raises:
             ValueError: the method does not list "gram" among its needs.
@@ -65,7 +65,7 @@ class LayerStatistics:
 
     @property
     def column(self) -> Form:
-        """C as a form, whole or as W C W^T.
+        """Return C as a form, whole or as W C W^T.
 
         Raises:
             ValueError: the method lists neither "column" nor "gram".
@@ -78,7 +78,7 @@ class LayerStatistics:
 
     @property
     def row(self) -> Form:
-        """G = sum of g g^T as a form, whole or as W^T G W.
+        """Return G = sum of g g^T as a form, whole or as W^T G W.
 
         Raises:
             ValueError: the method does not list "row".
@@ -95,7 +95,7 @@ class LayerStatistics:
         return nothing
 
     def merged(self, other: LayerStatistics) -> LayerStatistics:
-        """The inputs of both layers together, for a factor that they share; only `inputs` is merged.
+        """Merge the inputs of both layers, for a factor that they share; only `inputs` is merged.
 
         Raises:
             ValueError: the method does not list "gram".

@@ -37,7 +37,7 @@ class StreamSums:
 
     @classmethod
     def empty(cls, n: int, device: torch.device, own: bool) -> StreamSums:
-        """Sums of no tokens; `own` where the target is self."""
+        """Return the sums of no tokens; `own` if the target is self."""
         inputs = GramSum.empty(n, device)
         if own:
             return cls(inputs, inputs)
@@ -61,7 +61,7 @@ class StreamSums:
         return StreamSums(inputs, self.wanted + other.wanted, self.cross + other.cross, exact)
 
     def problem(self, weight: Tensor, centred: bool, lack: LackSums | None = None) -> Regression:
-        """The least-squares problem of reproducing W x (+ e) from x'; around the means of all, if `centred`.
+        """Make the least-squares problem of reproducing W x (+ e) from x'; around the means of all, if `centred`.
 
         Around its mean, a channel that never changes leaves nothing but rounding. It counts as zero there.
 
@@ -87,12 +87,12 @@ class StreamSums:
         return Regression(gram, plain.cross + lack.by_inputs, energy)
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Mean of x' and of x."""
+        """Return the means of x' and of x."""
         count = max(1, self.inputs.count)
         return self.inputs.total / count, self.wanted.total / count
 
     def bias_change(self, weight: Tensor, compressed: Tensor, lack: LackSums | None = None) -> Tensor:
-        """What a bias must gain so that the mean output is that of the target: W mean(x) (+ mean(e)) - W' mean(x')."""
+        """Return the bias change that makes the mean output that of the target: W mean(x) (+ mean(e)) - W' mean(x')."""
         mean, aim = self.means()
         change = weight.to(aim) @ aim - compressed.to(mean) @ mean
         return change if lack is None else change + lack.total / max(1, self.inputs.count)
@@ -178,7 +178,7 @@ class StreamCollector:
         self._original, self._seen, self._read = {}, [], {}
 
     def begin(self, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
-        """A new batch is coming, with this padding mask and (windows, tokens)."""
+        """Prepare for a new batch, with this padding mask and (windows, tokens)."""
         self._batch, self._seen, self._original, self._read = Tokens(mask, shape), [], {}, {}
 
     def add_lack(self, path: str, lack: Tensor) -> None:
@@ -189,7 +189,7 @@ class StreamCollector:
         self.lacks[path].add(self._rows(path, lack.to(inputs.device)), inputs, wanted)
 
     def of(self, path: str) -> LayerSums | None:
-        """The sums of one layer; None where no token reached it."""
+        """Return the sums of one layer; None if no token reached it."""
         sums = self.sums.get(path)
         return LayerSums(sums, self.lacks.get(path)) if sums is not None and sums.inputs.count else None
 
@@ -229,7 +229,7 @@ class StreamCollector:
         return observe
 
     def _wanted(self, path: str, x: Tensor) -> Tensor:
-        """The mixture of what the layer reads in both models."""
+        """Return the mixture of the layer's inputs in both models."""
         if self._own(path):
             return x
         original = next(iter(self._original.get(path, ())), None)
@@ -245,7 +245,7 @@ class StreamCollector:
         return self.anchor == 0 or path in self.routed
 
     def _rows(self, path: str, x: Tensor) -> Tensor:
-        """Real tokens, or means over `stack` windows, position by position."""
+        """Return real tokens, or means over `stack` windows, position by position."""
         numbers, shape = None if path in self.routed else self._batch.numbers(x), self._batch.shape_beside(x)
         if self.stack == 1 or numbers is None or shape is None:
             return self._batch.real(x, numbers)

@@ -28,7 +28,7 @@ class LackSums:
 
     @classmethod
     def empty(cls, m: int, n: int, device: torch.device) -> LackSums:
-        """The sums of no tokens."""
+        """Return the sums of no tokens."""
         zeros = torch.zeros(2, m, n, dtype=torch.float64, device=device)
         return cls(zeros[0], zeros[1], torch.zeros(m, dtype=torch.float64, device=device))
 

@@ -31,11 +31,11 @@ class BatchWindows:
             self.parts[path].setdefault(window, []).append((rows, inputs[window]))
 
     def complete(self, path: str) -> Iterator[Part]:
-        """The windows of a layer, in order, once gradients of all its calls are there; each of them once."""
+        """Return the windows of a layer, in order, once gradients of all its calls are there; each of them once."""
         return self.take(path) if self.expected[path] == 0 else iter(())
 
     def take(self, path: str) -> Iterator[Part]:
-        """The windows of a layer, in order, and forget them."""
+        """Return the windows of a layer, in order, and forget them."""
         for _, parts in sorted(self.parts.pop(path, {}).items(), key=lambda item: item[0]):
             gradients, inputs = zip(*parts, strict=True)
             yield torch.cat(gradients), torch.cat(inputs)

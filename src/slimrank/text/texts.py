@@ -180,7 +180,7 @@ def _calibrating(found: Mapping[str, Tensor], requests: Sequence[WindowRequest])
 
 
 def _leading(request: WindowRequest, text: str, recipe: Recipe, model: Any, tokenizer: Any, notes: list[str]) -> Tensor:
-    """Cut the first windows of a text; add to the notes where it holds fewer."""
+    """Return the first windows of a text; add to the notes if it holds fewer."""
     wanted, seq_len, bos = request.count, recipe.seq_len or DEFAULT_SEQ_LEN, bos_of(tokenizer)
     tokens = tokenise(text, tokenizer, most=wanted * seq_len)
     check_tokens(tokens, tokenizer, model)

@@ -22,7 +22,7 @@ DIFFERENT_TOKENS = 8  # among them; where one word repeats, tokens may depend on
 
 
 def tokenise(text: str, tokenizer: Any, most: int | None = None) -> Tensor:
-    """Token ids of a text (1-D, int64), without special tokens.
+    """Return token ids of a text (1-D, int64), without special tokens.
 
     Args:
         text: any text.
@@ -38,7 +38,7 @@ def tokenise(text: str, tokenizer: Any, most: int | None = None) -> Tensor:
 
 
 def bos_of(tokenizer: Any) -> int | None:
-    """The BOS id, where the tokenizer itself begins a text with it."""
+    """Return the BOS id, if the tokenizer itself begins a text with it."""
     bos = getattr(tokenizer, "bos_token_id", None)
     begins = tokenizer("a")["input_ids"][:1]
     return bos if bos is not None and begins == [bos] else None
@@ -112,7 +112,7 @@ def _piece(text: str, tokenizer: Any, begin: int, length: int) -> _Piece:
 
 
 def _joint(piece: _Piece, following: _Piece) -> tuple[int, int] | None:
-    """Where both pieces may be cut: the number of the same token in each; None where they disagree around it."""
+    """Find where two pieces join: the number of the same token in each; None if they differ around it."""
     middle = (following.begin + piece.end) // 2
     i = next((i for i, (_, first, _) in enumerate(piece.tokens) if first >= middle), None)
     if i is None or piece.tokens[i] not in following.tokens:

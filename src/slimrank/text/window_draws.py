@@ -31,15 +31,15 @@ class Draws(ABC):
 
     @abstractmethod
     def calibration(self) -> Tensor:
-        """Windows that calibrate (samples x seq_len)."""
+        """Draw windows that calibrate (samples x seq_len)."""
 
     @abstractmethod
     def kept_apart(self) -> tuple[list[Tensor], bool]:
-        """Windows of each use in `apart`, and whether there was room for all."""
+        """Draw windows of each use in `apart`; tell whether there was room for all."""
 
     @abstractmethod
     def refinement(self, count: int) -> Tensor:
-        """Up to so many windows that factors are refined on (... x seq_len); those kept apart are none of them."""
+        """Draw up to so many windows to refine on (... x seq_len), none of them a held-out window."""
 
     @abstractmethod
     def holds(self, windows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from slimrank.errors import DataError
 
 
 def draw_windows(tokens: Tensor, samples: int, seq_len: int, seed: int, bos: int | None = None) -> Tensor:
-    """Windows at random positions (samples x seq_len), each start equally likely.
+    """Draw windows at random positions (samples x seq_len), each start equally likely.
 
     Raises:
         DataError: fewer tokens than one window needs.
@@ -29,7 +29,7 @@ def draw_windows(tokens: Tensor, samples: int, seq_len: int, seed: int, bos: int
 def draw_apart(
     tokens: Tensor, counts: Sequence[int], samples: int, seq_len: int, seed: int, bos: int | None = None
 ) -> tuple[list[Tensor], bool]:
-    """So many more windows for each of some uses, and whether there was room for all of them.
+    """Draw more windows for each of some uses; tell whether there was room for all of them.
 
     Windows of a use overlap neither those of an earlier one nor the `samples` that `draw_windows` draws, unless
     there is no room left.
@@ -72,7 +72,7 @@ def draw_spread(
 
 
 def leading_windows(tokens: Tensor, windows: int, seq_len: int, bos: int | None = None) -> Tensor:
-    """The first windows of the text, without overlap (windows x seq_len).
+    """Return the first windows of the text, without overlap (windows x seq_len).
 
     Raises:
         DataError: fewer tokens than so many windows need.
@@ -82,12 +82,12 @@ def leading_windows(tokens: Tensor, windows: int, seq_len: int, bos: int | None 
 
 
 def count_windows(tokens: Tensor, seq_len: int, bos: int | None = None) -> int:
-    """How many whole windows the text holds."""
+    """Count the whole windows of a text."""
     return len(tokens) // (seq_len - (bos is not None))
 
 
 def tokens_digest(windows: Tensor) -> str:
-    """sha256 of the token ids and their shape."""
+    """Return sha256 of the token ids and their shape."""
     return hashlib.sha256(str(tuple(windows.shape)).encode() + windows.numpy().tobytes()).hexdigest()
 
 
@@ -98,7 +98,7 @@ def _starts(places: int, count: int, seed: int) -> Tensor:
 def _starts_apart(
     places: int, counts: Sequence[int], samples: int, length: int, seed: int
 ) -> tuple[list[Tensor], bool]:
-    """Where the windows of each use begin, and whether there was room for all."""
+    """Choose the starts of the windows of each use; tell whether there was room for all."""
     taken = _starts(places, samples, seed)
     free = torch.ones(places, dtype=torch.bool)
     drawn: list[Tensor] = []
@@ -112,18 +112,18 @@ def _starts_apart(
 
 
 def _take(free: Tensor, starts: Tensor, length: int) -> None:
-    """Places of windows that would overlap those which begin at `starts` are free no longer."""
+    """Mark places whose windows would overlap those at `starts` as taken."""
     for start in starts.tolist():
         free[max(0, start - length + 1) : start + length] = False
 
 
 def _open(free: Tensor) -> Tensor:
-    """The places that are free; all, if none is."""
+    """Return the places that are free; all, if none is."""
     return free.nonzero().flatten() if bool(free.any()) else torch.arange(len(free))
 
 
 def _fit(starts: Tensor, length: int) -> int:
-    """How many windows may begin at some of these places (ascending) without overlap."""
+    """Count the windows that may begin at some of these places (ascending) without overlap."""
     if len(starts) == 0:
         return 0
     ends = torch.cat([(starts.diff() > 1).nonzero().flatten(), torch.tensor([len(starts) - 1])])

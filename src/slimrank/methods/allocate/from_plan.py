@@ -22,7 +22,7 @@ File = Annotated[str, Field(description="JSON, as 'slimrank plan --save' and eve
     paper="any plan, made by hand or by another run",
 )
 def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
-    """The ranks of a file, which must name every target, be chosen for this form, and keep within the budget.
+    """Read the ranks of a file, which must name every target, be chosen for this form, and meet the budget.
 
     Raises:
         PlanError: no such file, not a plan, ranks for another form of factors, other targets, shapes or shared factors,
@@ -53,7 +53,7 @@ def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
 
 
 def _check_form(plan: RankPlan, problem: Problem, file: str) -> None:
-    """The same ranks cost other parameters in another form: as pairs those of pivot layers may exceed the weight."""
+    """Refuse ranks of another form, whose cost differs: as pairs the ranks of pivot layers may exceed the weight."""
     if plan.cost_model != problem.form.name:
         raise PlanError(
             f"the ranks of the plan '{file}' were chosen for form {plan.cost_model}, not {problem.form.name}.",

@@ -25,14 +25,14 @@ Steps = Annotated[int, Field(ge=1, description="Cuts by which the excess over th
     needs=["spectra"],
 )
 def mrcs(problem: Problem, *, steps: Steps = 80) -> Allocation:
-    """Errors are T_1(r) / T_1(0), the singular values beyond the rank as a fraction of their sum."""
+    """Reduce greedily by errors T_1(r) / T_1(0), the singular values beyond the rank as a fraction of their sum."""
     weights = {item.path: 1 / max(float(problem.tail(item, 1)[0]), 1e-300) for item in problem.items}
     curves = problem.curves(weights, power=1)
     return Allocation(ranks_of(problem, greedy(*problem.in_units(curves), steps)), tuple(curves))
 
 
 def greedy(curves: Sequence[Curve], budget: int, steps: int) -> Integers:
-    """Candidates after scheduled cuts.
+    """Return the candidates after scheduled greedy steps.
 
     The t-th cut takes q_t parameters or a few more, q_t = excess * (exp(-(t-1)/steps) - exp(-t/steps)), from the target
     whose error is least after it. With ever more steps this becomes `threshold.least_maximum`. What a last cut took too

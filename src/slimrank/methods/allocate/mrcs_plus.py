@@ -29,7 +29,7 @@ def mrcs_plus(
     gamma: Gamma = 0.0,
     search: Search = False,
 ) -> Allocation:
-    """As `mrcs`, on LEMS' curves."""
+    """Reduce greedily as `mrcs` does, on LEMS' curves."""
 
     def solve(curves: Sequence[Curve]) -> Allocation:
         return Allocation(ranks_of(problem, greedy(*problem.in_units(curves), steps)), tuple(curves))

@@ -16,7 +16,7 @@ from slimrank.methods.refiner import COMMON, refiner
     settings=(*COMMON, "metric"),
 )
 def regress(problem: Regression, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The best W' of this rank for || L^T (T - W' X') ||_F, G = L L^T the form on the outputs.
+    """Return the best W' of this rank for || L^T (T - W' X') ||_F, G = L L^T the form on the outputs.
 
     Where G is the identity it is never worse than `update`.
     """

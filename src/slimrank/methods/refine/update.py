@@ -15,5 +15,5 @@ from slimrank.methods.refiner import refiner
     changes_a=False,
 )
 def update(problem: Regression, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """B = T Z^T (Z Z^T)^+ with Z = A X'."""
+    """Return B = T Z^T (Z Z^T)^+ with Z = A X'."""
     return A, best_b(problem, A)
