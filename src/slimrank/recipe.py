@@ -204,7 +204,7 @@ class Recipe(BaseModel):
             if name not in cls.model_fields and name not in FORMER_NAMES:
                 raise RecipeError(f"there is no option '{name}'.", nearest(name, cls.model_fields))
         try:
-            return cls.model_validate(dict(options))
+            return cls.model_validate(renamed(options))
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))

@@ -23,11 +23,17 @@ def form_name(value: Any) -> Any:
     """Check the name of a layer form.
 
     Raises:
-        RecipeError: there is no such form; the nearest names are in the hint.
+        ValueError: there is no such form.
     """
-    from slimrank.layers.forms import layer_form  # imports torch, which reading a recipe with these two does not need
+    if value in (None, "pair", "pivot"):
+        return value
+    from slimrank.layers.base import import_neighbours  # imports torch, which reading other recipes does not need
+    from slimrank.layers.layer_form import FORMS
 
-    return layer_form(value).name if isinstance(value, str) and value not in ("pair", "pivot") else value
+    import_neighbours()
+    if value not in FORMS:
+        raise ValueError(f"there is no such form; there are {', '.join(sorted(FORMS))}")
+    return value
 
 
 def check_patterns(value: Any) -> Any:

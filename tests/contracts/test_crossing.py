@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_model
 from method_runs import METHODS, compress, logits
 from slimrank.errors import RecipeError
-from slimrank.layers.convert import compressed_layers
+from slimrank.layers.base import compressed_layers
 from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.methods.refiner import REFINERS
 

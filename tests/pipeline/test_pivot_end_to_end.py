@@ -26,7 +26,7 @@ from method_runs import (
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import BudgetError, PlanError, RecipeError
 from slimrank.layers import LowRankLinear, PivotLinear
-from slimrank.layers.convert import compressed_layers
+from slimrank.layers.base import compressed_layers
 from slimrank.layers.forms import PAIR, PIVOT
 from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.methods.refiner import REFINERS
@@ -248,7 +248,7 @@ def test_plans_carry_the_form(form, tmp_path):
 def test_a_plan_for_pairs_may_be_stored_as_pivot_layers():
     pair = compress()
     stored = compress(keep_ratio=None, plan=pair.plan, store_form="pivot")
-    assert stored.plan == pair.plan.model_copy(update={"store_form": "pivot"})
+    assert stored.plan == pair.plan.model_copy(update={"secondary": "pivot"})
     assert_same(stored, compress(store_form="pivot"))
 
 
@@ -270,7 +270,7 @@ def test_ranks_of_a_file_that_were_chosen_for_the_other_form_are_refused(form, o
     plan = compress(form=form, keep_ratio=0.4).plan
     plan.model_copy(update={"budget": None}).save(file)
     options = {"allocation": "from_plan", "allocation_options": {"file": str(file)}, "keep_ratio": 0.9}
-    with pytest.raises(PlanError, match=f"chosen for factor form {form}, not {other}") as raised:
+    with pytest.raises(PlanError, match=f"chosen for form {form}, not {other}") as raised:
         compress(form=other, **options)
     assert raised.value.hint == f"--form {form}; or --plan {file}, which follows the form"
     assert compress(form=form, **options).plan.targets == plan.targets
@@ -393,4 +393,4 @@ def test_flags(capsys, tmp_path):
     assert model.generate(torch.arange(5)[None], max_new_tokens=3, do_sample=False).shape == (1, 8)
     code, _, error = run(capsys, "plan", *shared, "--form", "pivto")
     assert code != 0
-    assert "'pair' or 'pivot'" in error
+    assert "there are pair, pivot" in error

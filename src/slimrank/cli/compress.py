@@ -72,6 +72,9 @@ def show_report(report: dict[str, Any], out: Path) -> None:
         print_text(f"\n{one_line(report['before']['sample']['prompt'])} ...")
         for name in ("before", "after"):
             print_text(f"  {name}: {one_line(report[name]['sample']['text'])}")
+    for section in report["sections"]:
+        print_table(section["title"], tuple(section["columns"]), section["rows"])
+        print_text(section["note"])
     if report["overlap"]:
         print_text(f"\nwarning: {report['overlap']}")
     asked = report["provenance"]["recipe"]

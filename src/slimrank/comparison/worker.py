@@ -33,7 +33,7 @@ from slimrank.models.structure import parameters_of
 from slimrank.pipeline import compress
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
-from slimrank.report.record import environment
+from slimrank.report.build import environment
 from slimrank.store import write_text
 from slimrank.text.overlap import windows_found
 from slimrank.text.rows import Tell

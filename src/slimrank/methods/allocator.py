@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel
+from typing_extensions import Unpack
 
 from slimrank.budget.curves import DENSE
 from slimrank.budget.problem import Allocation, Problem
@@ -34,6 +35,14 @@ COSTS: dict[Need, str] = {
 }
 
 
+class Traits(TypedDict, total=False):
+    """What `allocator` takes besides: see `Allocator`."""
+
+    passes: Passes
+    check: Check
+    gradient_passes: float
+
+
 @dataclass(frozen=True)
 class Allocator:
     """A rank allocator.
@@ -55,10 +64,10 @@ class Allocator:
     paper: str
     needs: frozenset[Need]
     allocate: Allocate
-    passes: Passes
     options: type[BaseModel]
-    check: Check
-    gradient_passes: float
+    passes: Passes = lambda options, layers, batches: 0.0
+    check: Check = lambda problem, options: None
+    gradient_passes: float = 7.0
 
     @property
     def cost(self) -> str:
@@ -146,9 +155,7 @@ def allocator(
     paper: str,
     needs: Iterable[Need] = (),
     solves: bool = False,
-    passes: Passes = lambda options, layers, batches: 0.0,
-    check: Check = lambda problem, options: None,
-    gradient_passes: float = 7.0,
+    **traits: Unpack[Traits],
 ) -> Callable[[Allocate], Allocate]:
     """Register the decorated function as the allocator `id`; its keyword-only parameters are its options.
 
@@ -158,9 +165,12 @@ def allocator(
         paper: its source.
         needs: what it asks for, see `NEEDS`.
         solves: it takes the options of the budget solver, as `solving`.
-        passes: for the forecast of time, see `Allocator`.
-        check: what it refuses before any work, see `Allocator`.
-        gradient_passes: for the time left, see `Allocator`.
+        traits: `passes` and `gradient_passes` for the estimate of time, and `check` for what it refuses before any
+            work: see `Allocator`.
+
+    Raises:
+        ValueError: an unknown need.
+        TypeError: an unknown trait, or an option without an annotation or a default.
     """
     asked = frozenset(needs)
     unknown = asked - NEEDS.keys()
@@ -170,7 +180,7 @@ def allocator(
     def register(allocate: Allocate) -> Allocate:
         solving = Solving.model_fields if solves else {}
         options = options_of(allocate, {**solving, **_measuring(asked)})
-        ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, passes, options, check, gradient_passes))
+        ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, options, **traits))
         return allocate
 
     return register

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from pydantic import BaseModel
+from typing_extensions import Unpack
 
 from slimrank.linalg.lowrank import Spectrum
 from slimrank.options import options_of, validated
@@ -28,6 +29,14 @@ Solves = Literal["once", "twice", "per batch"]
 Grouping = Callable[..., Sequence[Sequence[str]]]
 
 
+class Traits(TypedDict, total=False):
+    """What `decomposer` takes besides: see `Decomposer`."""
+
+    cost: str
+    solves: Solves
+    groups: Grouping | None
+
+
 @dataclass(frozen=True)
 class Decomposer:
     """A decomposition method.
@@ -47,12 +56,12 @@ class Decomposer:
     id: str
     title: str
     paper: str
-    cost: str
     needs: frozenset[Need]
     solve: Solve
-    solves: Solves
-    groups: Grouping | None
     options: type[BaseModel]
+    cost: str = "one eigen-decomposition per weight, on its smaller side"
+    solves: Solves = "once"
+    groups: Grouping | None = None
 
     @property
     def takes(self) -> Pass:
@@ -104,9 +113,7 @@ def decomposer(
     title: str,
     paper: str,
     needs: Iterable[Need] = (),
-    cost: str = "one eigen-decomposition per weight, on its smaller side",
-    solves: Solves = "once",
-    groups: Grouping | None = None,
+    **traits: Unpack[Traits],
 ) -> Callable[[Solve], Solve]:
     """Register the decorated function as the decomposer `id`.
 
@@ -118,12 +125,13 @@ def decomposer(
         title: one line for people.
         paper: its source.
         needs: the statistics it asks for, see `slimrank.statistics.catalogue.NEEDS`.
-        cost: one line for people, besides the pass that the needs take.
-        solves: once for each weight, twice, or once for each batch as well.
-        groups: for a method whose targets share a factor: which of them do.
+        traits: `cost` (one line for people, besides the pass that the needs take), `solves` (once for each weight,
+            twice, or once for each batch as well) and `groups` (for a method whose targets share a factor: which of
+            them do).
 
     Raises:
         ValueError: an unknown need.
+        TypeError: an unknown trait, or an option without an annotation or a default.
     """
     asked = frozenset(needs)
     unknown = asked - NEEDS.keys()
@@ -132,7 +140,7 @@ def decomposer(
 
     def register(solve: Solve) -> Solve:
         options = options_of(solve, {name: Gathering.model_fields[name] for name in _settings(asked)})
-        DECOMPOSERS.add(Decomposer(id, title, paper, cost, asked, solve, solves, groups, options))
+        DECOMPOSERS.add(Decomposer(id, title, paper, asked, solve, options, **traits))
         return solve
 
     return register

@@ -64,8 +64,8 @@ class Following(BaseModel):
         int,
         Field(
             ge=1,
-            description="Windows to read, in multiples of those that calibrate; above 1 these are others, spread evenly "
-            "over the text.",
+            description="Windows to read, in multiples of those that calibrate; above 1 these are others, spread "
+            "evenly over the text.",
         ),
     ] = 1
     stack_of_batch: Annotated[

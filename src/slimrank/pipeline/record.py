@@ -6,7 +6,7 @@ from typing import Any
 
 from slimrank.models.storage import saved_bytes
 from slimrank.pipeline.state import State
-from slimrank.report.record import Facts, build_record
+from slimrank.report.build import Facts, build_record
 
 
 def record_of(state: State) -> dict[str, Any]:
@@ -26,5 +26,5 @@ def _facts(state: State) -> Facts:
         bytes_before=inputs.file_bytes or prepared.size.total, bytes_after=saved_bytes(state.model),
         dtype=str(prepared.dtype).removeprefix("torch."), device=str(prepared.device),
         method=prepared.choices.method.described(), allocation=results.allocation, corrections=results.corrections,
-        overlap=inputs.texts.overlap,
+        overlap=inputs.texts.overlap, sections=results.sections,
     )  # fmt: skip

@@ -1,133 +1,268 @@
-"""The record of a run: what was asked, what was done, what came of it."""
+"""The record of a run: the content of report.json, typed. Its JSON schema is `docs/report.schema.json`.
+
+Optional fields are left out of the file where there is nothing to state.
+"""
 
 from __future__ import annotations
 
 import json
-import platform
-from dataclasses import dataclass
-from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
-import torch
+from pydantic import BaseModel, ConfigDict, Field
 
-from slimrank._version import __version__
-from slimrank.budget.rank_plan import RankPlan
-from slimrank.models.targets import TargetSet, role_of
-from slimrank.recipe import Recipe
+from slimrank.report.section import Section
+
+RECORD_VERSION = 1  # raised when a field is renamed, removed or given another meaning
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Everything that the record is made of."""
+class Part(BaseModel):
+    """A part of a record: it does not change and knows its fields."""
 
-    model: dict[str, Any]
-    recipe: Recipe
-    targets: TargetSet
-    plan: RankPlan
-    errors: dict[str, dict[str, Any]]
-    spectra: dict[str, dict[str, list[Any]]]
-    notes: list[str]
-    before: dict[str, Any]
-    after: dict[str, Any]
-    seconds: dict[str, float]
-    identity: dict[str, Any]
-    dtype: str
-    device: str
-    new_biases: int
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class OpenPart(Part):
+    """A part that methods may add fields to."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Model(Part):
+    """The model that was compressed."""
+
+    name: str
+    """Hub id, path or class, as it was given."""
+    hub_id: str | None
+    """Its name on the Hugging Face hub, if it is from there."""
+    license: dict[str, Any]
+    """The fields license, license_name and license_link of its card, as far as they are stated."""
+    class_: str = Field(alias="class")
+    """The class of transformers."""
+
+
+class Size(Part):
+    """Sizes before and after."""
+
+    stored_as: str
+    """What factored layers are stored as."""
+    keep_ratio: float
+    """Parameters of the compressible linears, after over before."""
+    keep_total: float
+    """Parameters of the whole model, after over before."""
+    removed_ratio: float
+    """1 - keep_ratio, as the literature states it."""
+    linears_before: int
+    """Parameters of the compressible linears."""
+    linears_after: int
+    """The same, compressed."""
+    parameters_before: int
+    """Parameters of the whole model."""
+    parameters_after: int
+    """The same, compressed."""
     bytes_before: int
+    """Bytes of the weights."""
     bytes_after: int
+    """The same, compressed: of the weight files, if any were written."""
+
+
+class PerplexityRecord(Part):
+    """Perplexity and what it was measured on."""
+
+    perplexity: float
+    """exp of the mean negative log-likelihood per predicted token."""
+    windows: int
+    """Number of windows, without overlap."""
+    seq_len: int
+    """Tokens per window; seq_len - 1 of them are predicted."""
+    tokens: int
+    """Predictions in all."""
+    bos: bool
+    """Whether each window begins with a BOS token."""
+    nll: list[float]
+    """Mean negative log-likelihood of each window, in nats a token."""
+
+
+class SampleRecord(Part):
+    """A sample of what the model writes."""
+
+    prompt: str
+    """The beginning of the evaluation text."""
+    text: str
+    """The model's greedy continuation."""
+
+
+class MetricRecord(OpenPart):
+    """The value of a metric from outside slimrank; a metric may add fields."""
+
+    value: float
+    """The value."""
+    title: str
+    """The metric's name for people."""
+    unit: str
+    """Unit of the value; empty if it has none."""
+    better: Literal["lower", "higher"]
+    """Which values are better."""
+
+
+class Side(OpenPart):
+    """What was measured before or after; empty without an evaluation text.
+
+    A field of any other name is a metric from outside slimrank, by its id.
+    """
+
+    __pydantic_extra__: dict[str, MetricRecord]
+
+    perplexity: PerplexityRecord | None = None
+    """Perplexity on the evaluation text."""
+    sample: SampleRecord | None = None
+    """How the model goes on from the beginning of that text."""
+    peak_memory: int | None = None
+    """Largest memory of the process or the device so far, in bytes."""
+
+
+class Coverage(Part):
+    """Parameters of the model by what becomes of them."""
+
+    total: int
+    """Parameters of the whole model, tied ones once."""
+    targets: int
+    """Parameters of the weights that are compressed."""
+    of_matrices: float
+    """Fraction of the decoder's weight matrices that is compressed."""
+    left_out: dict[str, int]
+    """Reason -> parameters that are not compressed, largest first."""
+
+
+class AllocationRecord(OpenPart):
+    """How the ranks were chosen; an allocator adds its options and what it found ("gap", "trade_off", ...)."""
+
+    id: str
+    """The allocator."""
+
+
+class CorrectionRound(Part):
+    """One round of correction: divergences from the original, in nats a token."""
+
+    here: float
+    """On the windows of the round, before it."""
+    before: float
+    """On held-out windows, before it."""
+    after: float
+    """On held-out windows, after it."""
+    length: float
+    """Length of the step that was taken; 0 if none was."""
+    kept: bool
+    """Whether the step was accepted."""
+
+
+class Refined(OpenPart):
+    """Relative errors of a refined layer's output, on the inputs that the compressed model gives."""
+
+    before: float
+    """Before refining."""
+    after: float
+    """After refining."""
+
+
+class TargetRow(OpenPart):
+    """One compressed weight."""
+
+    path: str
+    """Its path in the model."""
+    kind: str
+    """The kind of layer that it is in."""
+    block: int
+    """Index of its decoder block."""
+    role: str
+    """Its path inside the block."""
+    shape: list[int]
+    """Outputs, inputs."""
+    rank: int | Literal["dense"]
+    """The rank of its factors; "dense" if it stays as it was."""
+    parameters_before: int
+    """Parameters of the weight."""
+    parameters_after: int
+    """Parameters of what replaces it."""
+    relative_error: float
+    """Norm of the difference over norm of the original, in the metric of the method."""
+    group: str
+    """The first target of those that share a factor with it; its own path if none does."""
+    refined: Refined | None = None
+    """Errors before and after refining, if it was refined."""
+
+
+class SpectrumOutline(Part):
+    """The relative error of a weight at some ranks, in the metric of the method."""
+
+    ranks: list[int]
+    """Increasing."""
+    errors: list[float]
+    """The relative error at each rank."""
+
+
+class Provenance(Part):
+    """What made the model, of what, and on which machine."""
+
+    slimrank: str
+    """Version of slimrank."""
+    threads: int
+    """Threads of a computation on the CPU."""
+    python: str
+    """Version of Python."""
+    versions: dict[str, str]
+    """Package -> version."""
+    recipe: dict[str, Any]
+    """All fields of the recipe."""
     method: dict[str, Any]
-    allocation: dict[str, Any]
-    corrections: list[dict[str, Any]]
+    """The decomposition method with all its options."""
+    inputs: dict[str, Any]
+    """Digests of the model and the calibration windows, and which layers are targets."""
+    dtype: str
+    """The dtype of the model."""
+    device: str
+    """The device that computed."""
+
+
+class RunRecord(Part):
+    """What was asked, what was done, and what came of it."""
+
+    model: Model
+    """The model that was compressed."""
+    size: Size
+    """Sizes before and after."""
+    before: Side
+    """Measurements of the original model."""
+    after: Side
+    """Measurements of the compressed model."""
+    coverage: Coverage
+    """What is compressed, and what is not for which reason."""
+    allocation: AllocationRecord
+    """How the ranks were chosen."""
+    corrections: list[CorrectionRound]
+    """Rounds of correction, in order."""
+    targets: list[TargetRow]
+    """Every compressed weight."""
+    spectra: dict[str, SpectrumOutline]
+    """Path of a layer -> its spectrum; layers that share a factor share that of the first."""
+    notes: list[str]
+    """What was skipped, clamped or unusual."""
     overlap: str
+    """A warning if the calibration text contains evaluation windows; else empty."""
+    seconds: dict[str, float]
+    """Stage -> seconds that it took."""
+    provenance: Provenance
+    """What made the model, of what, and on which machine."""
+    sections: list[Section]
+    """What other stages report."""
+    record_version: int = RECORD_VERSION
+    """Version of this layout."""
+
+    def content(self) -> dict[str, Any]:
+        """Return the content of report.json, as reading the file gives it back."""
+        content: dict[str, Any] = json.loads(json.dumps(self.model_dump(by_alias=True, exclude_unset=True)))
+        return content
 
 
-def build_record(facts: Facts) -> dict[str, Any]:
-    """The content of report.json, as reading that gives it back."""
-    record = {
-        "model": facts.model,
-        "size": _size(facts),
-        "before": facts.before,
-        "after": facts.after,
-        "coverage": _coverage(facts.targets),
-        "allocation": facts.allocation,
-        "corrections": facts.corrections,
-        "targets": _targets(facts),
-        "spectra": facts.spectra,
-        "notes": facts.notes,
-        "overlap": facts.overlap,
-        "seconds": facts.seconds,
-        "provenance": _provenance(facts),
-    }
-    same: dict[str, Any] = json.loads(json.dumps(record))
-    return same
-
-
-def _size(facts: Facts) -> dict[str, Any]:
-    total, dense = facts.targets.coverage.total, facts.plan.dense_parameters
-    linears = facts.plan.stored_parameters + facts.new_biases
-    after = total - dense + linears
-    return {
-        "stored_as": facts.plan.stored_as,
-        "keep_ratio": linears / dense,
-        "keep_total": after / total,
-        "removed_ratio": 1 - linears / dense,
-        "linears_before": dense,
-        "linears_after": linears,
-        "parameters_before": total,
-        "parameters_after": after,
-        "bytes_before": facts.bytes_before,
-        "bytes_after": facts.bytes_after,
-    }
-
-
-def _coverage(targets: TargetSet) -> dict[str, Any]:
-    coverage = targets.coverage
-    return {
-        "total": coverage.total,
-        "targets": coverage.targets,
-        "of_matrices": coverage.of_matrices,
-        "left_out": dict(sorted(coverage.left_out.items(), key=lambda item: -item[1])),
-    }
-
-
-def _targets(facts: Facts) -> list[dict[str, Any]]:
-    rows = []
-    for target in facts.targets:
-        planned = facts.plan.targets[target.path]
-        rows.append(
-            {
-                "path": target.path,
-                "kind": target.kind,
-                "block": target.block,
-                "role": role_of(target, facts.targets.blocks_path),
-                "shape": list(target.shape),
-                "rank": planned.rank,
-                "parameters_before": target.parameters,
-                "parameters_after": planned.cost(facts.plan.stored_as),
-                **facts.errors[target.path],
-            }
-        )
-    return rows
-
-
-def environment() -> dict[str, Any]:
-    """What this process computes with: "slimrank", "python", "versions" (of packages) and "threads"."""
-    packages = ("torch", "transformers", "safetensors", "accelerate")
-    return {
-        "slimrank": __version__,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-def _provenance(facts: Facts) -> dict[str, Any]:
-    return {
-        **environment(),
-        "recipe": facts.recipe.described(),
-        "method": facts.method,
-        "inputs": facts.identity,
-        "dtype": facts.dtype,
-        "device": facts.device,
-    }
+def record_schema() -> dict[str, Any]:
+    """Return the JSON schema of report.json."""
+    return RunRecord.model_json_schema(by_alias=True)

@@ -1,4 +1,4 @@
-"""A section of a report: what a stage tells that the record has no field for."""
+"""A section of a report: what a stage reports that the record has no field for."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A table with a title and a note; reports show it without knowing the stage.
+    """A table with a title and a note; reports show it without knowing the stage."""
 
-    Attributes:
-        stage: the id of the stage.
-        title: the heading.
-        columns: names of the columns.
-        rows: the cells, formatted, one for each column.
-        note: a sentence below the table.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     stage: str
+    """The id of the stage."""
     title: str
+    """The heading."""
     columns: tuple[str, ...] = ()
+    """Names of the columns."""
     rows: tuple[tuple[str, ...], ...] = ()
+    """The cells, formatted, one for each column."""
     note: str = ""
+    """A sentence below the table."""

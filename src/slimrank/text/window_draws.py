@@ -60,7 +60,7 @@ class FromText(Draws):
         return draw_apart(self.tokens, self.apart, self.samples, self.seq_len, self.seed, self.bos)
 
     def refinement(self, count: int) -> Tensor:  # noqa: D102
-        return draw_spread(self.tokens, count, self.apart, self.samples, self.seq_len, self.seed, self.bos)
+        return draw_spread(self.tokens, count, (self.apart, self.samples), self.seq_len, self.seed, self.bos)
 
     def holds(self, windows: Tensor) -> Tensor:  # noqa: D102
         return windows_found(windows, self.tokens)

@@ -43,13 +43,21 @@ def draw_apart(
 
 
 def draw_spread(
-    tokens: Tensor, count: int, counts: Sequence[int], samples: int, seq_len: int, seed: int, bos: int | None = None
+    tokens: Tensor, count: int, beside: tuple[Sequence[int], int], seq_len: int, seed: int, bos: int | None = None
 ) -> Tensor:
     """Draw windows spread evenly over the text: each at a random place of its own part, of as many equal parts.
 
-    They do not overlap those that `draw_apart` draws for `counts`, but may overlap the `samples` of `draw_windows`.
-    At most as many are drawn as fit beside the former without overlap, possibly none. Drawn independently, as
-    many windows as the text is long would leave out a third of it.
+    They do not overlap those that `draw_apart` draws, but may overlap those of `draw_windows`. At most as many
+    are drawn as fit beside the former without overlap, possibly none. Drawn independently, as many windows as the text
+    is long would leave out a third of it.
+
+    Args:
+        tokens: of the whole text.
+        count: windows.
+        beside: the `counts` and the `samples` that `draw_apart` is given.
+        seq_len: tokens of a window.
+        seed: the same windows for the same seed.
+        bos: the token that every window begins with, if any.
 
     Raises:
         DataError: fewer tokens than one window needs.
@@ -57,7 +65,7 @@ def draw_spread(
     length = _length(tokens, seq_len, bos, needed=1)
     places = len(tokens) - length + 1
     free = torch.ones(places, dtype=torch.bool)
-    for starts in _starts_apart(places, counts, samples, length, seed)[0]:
+    for starts in _starts_apart(places, *beside, length, seed)[0]:
         _take(free, starts, length)
     found = free.nonzero().flatten()
     return _windows(tokens, found[_even_starts(len(found), min(count, _fit(found, length)), seed)], length, bos)
