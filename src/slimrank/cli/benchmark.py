@@ -15,7 +15,7 @@ def benchmark(
     against: Annotated[str, typer.Option(help="The model to compare with, e.g. the original.", show_default=False)],
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 256,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate per round.", min=1)] = 32,
-    repeats: Annotated[int, typer.Option(help="Rounds; the median counts.", min=1)] = 5,
+    repeats: Annotated[int, typer.Option(help="Number of rounds; the median is reported.", min=1)] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     json: o.Json = False,
@@ -30,7 +30,9 @@ def benchmark(
     Recipe.make({"dtype": dtype, "device": device})
     say_quietly()
     with ConsoleProgress() as progress:
-        record = library_benchmark(model, against, prompt, new_tokens, repeats, device, dtype, progress)
+        record = library_benchmark(
+            model, against, prompt, new_tokens, repeats, device=device, dtype=dtype, progress=progress
+        )
     if json:
         print_json(record)
         return

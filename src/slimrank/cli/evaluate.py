@@ -32,7 +32,7 @@ def evaluate(
     limit: o.Limit = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Compare with this model on the same windows and questions: the original, mostly."),
+        typer.Option(help="Compare with this model on the same windows and questions: usually the original."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
@@ -51,7 +51,10 @@ def evaluate(
     request = requested_tasks(tasks, tasks_dir, shots, limit)
     say_quietly()
     with ConsoleProgress() as progress:
-        record = library_evaluate(model, text or None, windows, seq_len, device, dtype, progress, request, against)
+        record = library_evaluate(
+            model, text or None, windows, seq_len,
+            device=device, dtype=dtype, progress=progress, tasks=request, against=against,
+        )  # fmt: skip
     if json:
         print_json(record)
     else:

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from slimrank.errors import SlimrankError
-from slimrank.evaluate.api import windows_of
 from slimrank.evaluate.memory import peak_memory
-from slimrank.evaluate.paired import LEAST
+from slimrank.evaluate.paired import MIN_ITEMS
 from slimrank.evaluate.sample import sample
 from slimrank.evaluate.speed import measure_speeds
-from slimrank.evaluate.suite import Material, compare, measure
+from slimrank.evaluate.suite import Suite, compare, measure
 from slimrank.evaluate.tasks import TaskRequest, Tasks
+from slimrank.evaluate.windows import windows_of
 from slimrank.models.load import load
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.storage import saved_bytes
@@ -49,12 +49,12 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # 
 def dense_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """What the original makes of texts and tasks."""
     model, tokenizer = load(asked["model"], asked["dtype"], progress)
-    material = _material(asked, model, tokenizer, progress)
+    suite = _suite(asked, model, tokenizer, progress)
     device = resolve_device(asked["device"])
     with placed([model], device, upcast=False):
-        measured = {**measure(model, tokenizer, material, progress), **_shown(model, tokenizer, material)}
+        measured = {**measure(model, tokenizer, suite, progress), **_shown(model, tokenizer, suite)}
     dtype = str(model.dtype).removeprefix("torch.")
-    digests = {source: tokens_digest(windows) for source, windows in material.texts.items()}
+    digests = {source: tokens_digest(windows) for source, windows in suite.texts.items()}
     return {**measured, "environment": {**environment(), "device": str(device), "dtype": dtype, "texts": digests}}
 
 
@@ -66,13 +66,13 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
     seconds, peak = time.perf_counter() - start, peak_memory(resolve_device(asked["device"]))
     dense, tokenizer = load(asked["model"], asked["dtype"], progress)
     notes = result.report["notes"]
-    material = _material(asked, dense, tokenizer, progress, notes.append)
-    texts, tasks = replace(material, tasks=None), replace(material, texts={})
+    suite = _suite(asked, dense, tokenizer, progress, notes.append)
+    texts, tasks = replace(suite, tasks=None), replace(suite, texts={})
     with placed([result.model, dense], resolve_device(asked["device"]), upcast=False):
         measured, against = compare(result.model, dense, tokenizer, texts, progress)
         answers = measure(result.model, tokenizer, tasks, progress)["tasks"]
         speed, dense_speed = measure_speeds([result.model, dense])
-        shown = _shown(result.model, tokenizer, material)
+        shown = _shown(result.model, tokenizer, suite)
     return {
         "texts": measured["texts"],
         "against": against["texts"],
@@ -84,44 +84,42 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "seconds": seconds,
         "stages": result.report["seconds"],
         "peak_memory": peak,
-        "notes": [*notes, *_overlaps(result.report, recipe, tokenizer, material)],
+        "notes": [*notes, *_overlaps(result.report, recipe, tokenizer, suite)],
         "inputs": result.report["provenance"]["inputs"],
         **shown,
     }
 
 
-def _material(
-    asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progress, tell: Tell = lambda _: None
-) -> Material:
+def _suite(asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progress, tell: Tell = lambda _: None) -> Suite:
     """Read what models are measured on; `tell` is called with what is skipped or changed."""
     length, bos = window_length(model, asked["seq_len"]), bos_of(tokenizer) is not None
     read = {source: read_source(source, "evaluation", tell) for source in asked["texts"]}
     texts = {
-        source: windows_of(source, text, model, tokenizer, asked["windows"], length, LEAST)
+        source: windows_of(source, text, model, tokenizer, windows=asked["windows"], seq_len=length, least=MIN_ITEMS)
         for source, text in read.items()
     }
     if asked["tasks"] is None:
-        return Material(texts, bos)
+        return Suite(texts, bos)
     request = TaskRequest(**{**asked["tasks"], "names": tuple(asked["tasks"]["names"])})
-    return Material(texts, bos, Tasks(request, progress))
+    return Suite(texts, bos, Tasks(request, progress))
 
 
-def _overlaps(report: dict[str, Any], recipe: Recipe, tokenizer: Any, material: Material) -> list[str]:
+def _overlaps(report: dict[str, Any], recipe: Recipe, tokenizer: Any, suite: Suite) -> list[str]:
     """Name the texts whose windows are found in the text that calibrated."""
     if report["provenance"]["inputs"]["calibration"] is None or recipe.calibration == "self":
         return []
     tokens = tokenise(read_source(recipe.calibration, "calibration"), tokenizer)
-    skipped = int(material.bos)
-    found = {name: windows_found(windows[:, skipped:], tokens) for name, windows in material.texts.items()}
+    skipped = int(suite.bos)
+    found = {name: windows_found(windows[:, skipped:], tokens) for name, windows in suite.texts.items()}
     return [f"{name}: {found_note(some)}" for name, some in found.items() if bool(some.any())]
 
 
-def _shown(model: Any, tokenizer: Any, material: Material) -> dict[str, Any]:
+def _shown(model: Any, tokenizer: Any, suite: Suite) -> dict[str, Any]:
     """Its size, and how it goes on from the beginning of the first text."""
     return {
         "parameters": parameters_of(model),
         "bytes": saved_bytes(model),
-        "sample": sample(model, tokenizer, next(iter(material.texts.values()))[0]),
+        "sample": sample(model, tokenizer, next(iter(suite.texts.values()))[0]),
     }
 
 

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from slimrank.errors import DataError, ModelError, RecipeError
+from slimrank.errors import ModelError
+from slimrank.evaluate.benchmark import benchmark
 from slimrank.evaluate.memory import peak_memory
-from slimrank.evaluate.paired import LEAST, check_windows
+from slimrank.evaluate.options import EvaluateOptions, Evaluation
+from slimrank.evaluate.paired import MIN_ITEMS, check_windows
 from slimrank.evaluate.sample import sample
-from slimrank.evaluate.speed import measure_speed, measure_speeds
-from slimrank.evaluate.suite import Material, compare, measure
-from slimrank.evaluate.tasks import TaskRequest, Tasks
+from slimrank.evaluate.speed import measure_speed
+from slimrank.evaluate.suite import Suite, compare, measure
+from slimrank.evaluate.tasks import Tasks
+from slimrank.evaluate.windows import TextRequest, windows_of
 from slimrank.models.load import load_model
 from slimrank.models.placement import placed, resolve_device
-from slimrank.models.storage import saved_bytes
 from slimrank.models.structure import parameters_of
 from slimrank.progress import Progress
-from slimrank.text.sources import read_source
 from slimrank.text.texts import window_length
-from slimrank.text.tokens import bos_of, check_tokens, tokenise
-from slimrank.text.windows import count_windows, leading_windows, tokens_digest
+from slimrank.text.tokens import bos_of
+from slimrank.text.windows import tokens_digest
+
+__all__ = ["benchmark", "evaluate", "windows_of"]
 
 
 def evaluate(
@@ -33,186 +37,128 @@ def evaluate(
     texts: Sequence[str] | None = None,
     windows: int | None = None,
     seq_len: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    progress: Progress | None = None,
-    tasks: TaskRequest | None = None,
-    against: str | Path | None = None,
+    **options: Unpack[EvaluateOptions],
 ) -> dict[str, Any]:
-    """Perplexity on each text, tasks, speed, a sample and peak memory of a saved model.
+    """Measure a saved model: all metrics on each text, tasks, speed, a sample and peak memory.
 
     Args:
         model: hub id, local folder, GGUF file, or "demo".
-        texts: sources (see `calibration.sources`); None takes "demo", or no text if tasks are given.
+        texts: sources (see `text.sources`); None takes "demo", or no text if tasks are given.
         windows: first windows of each text; None takes all.
         seq_len: tokens per window; None takes 512 or the model's context.
-        device: where to compute.
-        dtype: dtype to load the model in.
-        progress: told what happens.
-        tasks: what to ask besides.
-        against: a model of the same tokens to compare with, mostly the one that this one was made of.
+        options: `device`: where to compute. `dtype`: dtype to load the model in. `progress`: told what happens.
+            `tasks`: a `TaskRequest`. `against`: a model of the same tokens to compare with, usually the one that
+            this one was made of.
 
     Returns:
         A record. "texts" holds the perplexity of each text, and "perplexity" that of the first; None without a text.
         "tasks" holds the result of each task, "task_settings" what was asked, "against" the comparison (see
-        `evaluate.material`); the last two are None where not wanted. "notes" name what was skipped or changed.
+        `evaluate.suite`); the last two are None where not wanted. "notes" name what was skipped or changed. Metrics
+        from outside slimrank add their fields, see `evaluate.metric`.
 
     Raises:
         SlimrankError: an unreadable text, an unknown model or task, models of different tokens, one window to compare
             models on, windows without a text, non-finite logits.
+        TypeError: an unknown option.
     """
-    progress = progress or Progress()
-    named = _texts_of(texts, tasks, windows, seq_len)
-    if against is not None:
+    asked = Evaluation(**options)
+    request, progress = TextRequest.of(texts, windows, seq_len, asked.tasks), asked.progress or Progress()
+    if asked.against is not None:
         check_windows(windows)
-    place = resolve_device(device)
-    sources, notes = _read(named or ("demo",), progress)
-    suite = None if tasks is None else Tasks(tasks, progress)
-    read = load_model(model, dtype, progress)
-    loaded, tokenizer = read.model, read.tokenizer
-    notes += read.notes
-    length = window_length(loaded, seq_len)
-    least = 1 if against is None else LEAST
-    wanted = windows if named else 1  # without a text, for the sample and to compare tokenizers
-    cut = {
-        source: windows_of(source, text, loaded, tokenizer, wanted, length, least) for source, text in sources.items()
-    }
-    dense = None if against is None else _load_dense(against, dtype, progress, sources, cut, notes)
-    material = Material(cut if named else {}, bos_of(tokenizer) is not None, suite)
-    with placed([loaded] if dense is None else [loaded, dense], place, upcast=False):
-        if dense is None:
-            measured, compared = measure(loaded, tokenizer, material, progress), None
-        else:
-            measured, differences = compare(loaded, dense, tokenizer, material, progress)
-            compared = {"model": str(against), "parameters": parameters_of(dense), **differences}
-        speed = measure_speed(loaded)
-        text = sample(loaded, tokenizer, next(iter(cut.values()))[0])
-    for source, ids in material.texts.items():
-        measured["texts"][source]["tokens_sha256"] = tokens_digest(ids)
+    place = resolve_device(asked.device)
+    loaded = _load(model, request, asked, progress)
+    with placed([some for some in (loaded.model, loaded.dense) if some is not None], place, upcast=False):
+        measured, compared = _measure(loaded, progress)
+        speed = measure_speed(loaded.model)
+        text = sample(loaded.model, loaded.tokenizer, loaded.prompt)
     first = next(iter(measured["texts"].values()), None)
+    tasks = loaded.suite.tasks
     return {
         "model": str(model),
         "perplexity": None if first is None else first["perplexity"],
         **measured,
-        "notes": notes,
-        "task_settings": None if suite is None else suite.described(),
-        "against": compared,
+        "notes": loaded.notes,
+        "task_settings": None if tasks is None else tasks.described(),
+        "against": None if compared is None else {"model": str(asked.against), **compared},
         "speed": asdict(speed),
         "sample": text,
         "peak_memory": peak_memory(place),
-        "parameters": parameters_of(loaded),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "parameters": parameters_of(loaded.model),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(place),
     }
 
 
-def _read(names: Sequence[str], progress: Progress) -> tuple[dict[str, str], list[str]]:
-    """Read texts by the names of their sources; name what reading skipped or changed."""
-    notes: list[str] = []
-    texts = {name: read_source(name, "evaluation", notes.append) for name in names}
-    for note in notes:
-        progress.note(note)
-    return texts, notes
+@dataclass(frozen=True)
+class _Loaded:
+    """What is measured, and on what.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        dense: the model to compare with, if any.
+        suite: the texts and tasks.
+        prompt: the window that a sample goes on from.
+        notes: what was skipped or changed.
+    """
+
+    model: Any
+    tokenizer: Any
+    dense: Any
+    suite: Suite
+    prompt: Tensor
+    notes: list[str]
 
 
-def _load_dense(
-    spec: str | Path,
-    dtype: str,
-    progress: Progress,
-    sources: Mapping[str, str],
-    cut: Mapping[str, Tensor],
-    notes: list[str],
-) -> Any:
-    """Load the model to compare with, which must read the texts as the same windows of tokens; add to the notes.
+def _load(spec: str | Path, request: TextRequest, asked: Evaluation, progress: Progress) -> _Loaded:
+    """Read the texts, then the tasks, then the models: what is missing is found before a model is loaded."""
+    sources, notes = request.read(progress)
+    tasks = None if asked.tasks is None else Tasks(asked.tasks, progress)
+    read = load_model(spec, asked.dtype, progress)
+    notes += read.notes
+    taken = {name: _first_windows(name, sources[name], read, request, asked) for name in sources}
+    dense = None
+    if asked.against is not None:
+        other = load_model(asked.against, asked.dtype, progress)
+        notes += [f"{asked.against}: {note}" for note in other.notes]
+        _check_same_tokens(asked.against, other, sources, taken)
+        dense = other.model
+    suite = Suite(taken if request.names else {}, bos_of(read.tokenizer) is not None, tasks)
+    return _Loaded(read.model, read.tokenizer, dense, suite, next(iter(taken.values()))[0], notes)
+
+
+def _first_windows(name: str, text: str, read: Any, request: TextRequest, asked: Evaluation) -> Tensor:
+    """Take the windows of one text; if no text is named, one for the sample and to compare tokenizers."""
+    wanted = request.windows if request.names else 1
+    length, least = window_length(read.model, request.seq_len), 1 if asked.against is None else MIN_ITEMS
+    return windows_of(name, text, read.model, read.tokenizer, windows=wanted, seq_len=length, least=least)
+
+
+def _check_same_tokens(spec: str | Path, read: Any, sources: Mapping[str, str], taken: Mapping[str, Tensor]) -> None:
+    """Make sure that another model reads the texts as the same windows of tokens.
 
     Raises:
         ModelError: it does not.
     """
-    read = load_model(spec, dtype, progress)
-    dense, tokenizer = read.model, read.tokenizer
-    notes += [f"{spec}: {note}" for note in read.notes]
-    for source, windows in cut.items():
-        window_length(dense, windows.shape[1])
-        own = windows_of(source, sources[source], dense, tokenizer, len(windows), windows.shape[1])
+    for source, windows in taken.items():
+        count, length = windows.shape
+        window_length(read.model, length)
+        own = windows_of(source, sources[source], read.model, read.tokenizer, windows=count, seq_len=length)
         if not torch.equal(own, windows):
             raise ModelError(
                 f"'{spec}' reads '{source}' as other tokens than the model does.",
                 "compare a model with the one that it was made of",
             )
-    return dense
 
 
-def benchmark(
-    model: str | Path,
-    against: str | Path,
-    prompt: int = 256,
-    new_tokens: int = 32,
-    repeats: int = 5,
-    device: str = "auto",
-    dtype: str = "auto",
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Speed and size of a model against another, measured turn by turn in one process.
-
-    Returns:
-        A record with "model", "against" (each: speed, parameters, bytes), "ratios" (model over against) and "notes".
-    """
-    place = resolve_device(device)
-    read = [load_model(spec, dtype, progress) for spec in (model, against)]
-    loaded = [each.model for each in read]
-    if progress:
-        progress.note(f"measuring both turn by turn, {repeats} rounds of {prompt} + {new_tokens} tokens")
-    with placed(loaded, place, upcast=False):
-        speeds = measure_speeds(loaded, prompt, new_tokens, repeats)
-    sides = [
-        {
-            **asdict(speed),
-            "name": str(name),
-            "parameters": parameters_of(m),
-            "bytes": saved_bytes(m),
-            "dtype": str(m.dtype).removeprefix("torch."),
-        }
-        for name, m, speed in zip((model, against), loaded, speeds, strict=True)
-    ]
-    keys = ("prefill", "decode", "parameters", "bytes")
-    return {
-        "model": sides[0],
-        "against": sides[1],
-        "ratios": {key: sides[0][key] / sides[1][key] for key in keys},
-        "notes": [f"{spec}: {note}" for spec, each in zip((model, against), read, strict=True) for note in each.notes],
-        "device": str(place),
-        "peak_memory": peak_memory(place),
-    }
-
-
-def windows_of(
-    source: str, text: str, model: Any, tokenizer: Any, windows: int | None, seq_len: int, least: int = 1
-) -> Tensor:
-    """Cut the first windows of a text (windows x seq_len); without a number all, and at least `least`.
-
-    Raises:
-        DataError: the text, named by its source, is too short.
-        ModelError: it holds tokens that the model has no embedding for.
-    """
-    bos = bos_of(tokenizer)
-    tokens = tokenise(text, tokenizer, most=None if windows is None else windows * seq_len)
-    check_tokens(tokens, tokenizer, model)
-    try:
-        return leading_windows(tokens, windows or max(least, count_windows(tokens, seq_len, bos)), seq_len, bos)
-    except DataError as error:
-        raise DataError(f"'{source}': {error.message}", error.hint) from error
-
-
-def _texts_of(
-    texts: Sequence[str] | None, tasks: TaskRequest | None, windows: int | None, seq_len: int | None
-) -> Sequence[str]:
-    """Name the texts to measure: those given, or the demo text if nothing else is asked for.
-
-    Raises:
-        RecipeError: an option about texts, and no text.
-    """
-    named = texts if texts is not None else ("demo",) if tasks is None else ()
-    for option, value in {"--windows": windows, "--seq-len": seq_len}.items():
-        if value is not None and not named:
-            raise RecipeError(f"{option} is about text, and none is named.", "--text demo, or a file of your own")
-    return named
+def _measure(loaded: _Loaded, progress: Progress) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the record of the model, with digests of its windows, and that of the comparison, if any."""
+    compared = None
+    if loaded.dense is None:
+        measured = measure(loaded.model, loaded.tokenizer, loaded.suite, progress)
+    else:
+        measured, differences = compare(loaded.model, loaded.dense, loaded.tokenizer, loaded.suite, progress)
+        compared = {"parameters": parameters_of(loaded.dense), **differences}
+    for source, windows in loaded.suite.texts.items():
+        measured["texts"][source]["tokens_sha256"] = tokens_digest(windows)
+    return measured, compared

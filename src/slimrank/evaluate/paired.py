@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, stdtrit
 
 from slimrank.errors import DataError
-from slimrank.evaluate.agreement import Agreement
+from slimrank.evaluate.perplexity import Perplexity
 from slimrank.evaluate.tasks import TaskResult
 
 RESAMPLES = 10_000
-LEVEL = 0.95
+CONFIDENCE = 0.95
 BOOTSTRAP_FROM = 30  # items
-DRAWN_AT_ONCE = 2**22  # indices
-LEAST = 2  # items that a spread can be told from
-LEAST_FOR_VERDICT = 8  # items below which no difference is called significant or not
+MAX_INDICES_AT_ONCE = 2**22  # indices
+MIN_ITEMS = 2  # items that a spread can be told from
+MIN_ITEMS_FOR_VERDICT = 8  # items below which no difference is called significant or not
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,18 @@ def paired(model: Sequence[float], dense: Sequence[float], seed: int = 0) -> Pai
         DataError: fewer than two items, from which no spread can be told.
     """
     differences = np.subtract(model, dense, dtype=np.float64)
-    if len(differences) < LEAST:
+    if len(differences) < MIN_ITEMS:
         raise _too_few_windows()
     mean = math.fsum(differences) / len(differences)
     low, high = _interval(differences, mean, seed)
-    verdict = None if len(differences) < LEAST_FOR_VERDICT else low > 0 or high < 0
+    verdict = None if len(differences) < MIN_ITEMS_FOR_VERDICT else low > 0 or high < 0
     return Paired(mean, low, high, verdict)
 
 
 def _interval(differences: NDArray[np.float64], mean: float, seed: int) -> tuple[float, float]:
     """Return both ends of the 95 % interval of the mean: see the head of this file."""
     n = len(differences)
-    quantile = float(stdtrit(n - 1, (1 + LEVEL) / 2))
+    quantile = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
     if n < BOOTSTRAP_FROM:
         half = quantile * float(differences.std(ddof=1)) / math.sqrt(n)
         return mean - half, mean + half
@@ -85,36 +85,36 @@ def check_windows(windows: int | None) -> None:
     Raises:
         DataError: fewer than two.
     """
-    if windows is not None and windows < LEAST:
+    if windows is not None and windows < MIN_ITEMS:
         raise _too_few_windows()
 
 
 def resampled_means(values: NDArray[np.float64], seed: int, resamples: int = RESAMPLES) -> NDArray[np.float64]:
     """Means of samples drawn from `values` with replacement, each as large as `values`; the same for the same seed."""
     generator = np.random.default_rng(seed)
-    rows = max(1, DRAWN_AT_ONCE // len(values))
+    rows = max(1, MAX_INDICES_AT_ONCE // len(values))
     counts = [min(rows, resamples - start) for start in range(0, resamples, rows)]
     return np.concatenate([values[generator.integers(len(values), size=(k, len(values)))].mean(axis=1) for k in counts])
 
 
-def compare_texts(agreement: Agreement) -> dict[str, Any]:
-    """The record of two models on one text.
+def compare_perplexities(model: Perplexity, dense: Perplexity) -> dict[str, Any]:
+    """Compare the perplexities of two models on the same windows.
 
     Returns:
         "perplexity" and "nll" of the dense model; "difference", "low", "high" (of the mean negative log-likelihood, in
-        nats a token, more is worse) and "significant"; "ratio", "ratio_low", "ratio_high" (of perplexities); "kl" and
-        "top1" (see `Agreement`).
+        nats a token, more is worse) and "significant"; "ratio", "ratio_low", "ratio_high" (of perplexities).
+
+    Raises:
+        DataError: fewer than two windows.
     """
-    difference = paired(agreement.model.nll, agreement.dense.nll)
+    difference = paired(model.nll, dense.nll)
     return {
-        "perplexity": agreement.dense.perplexity,
-        "nll": agreement.dense.nll,
+        "perplexity": dense.perplexity,
+        "nll": dense.nll,
         **asdict(difference),
         "ratio": math.exp(difference.difference),
         "ratio_low": math.exp(difference.low),
         "ratio_high": math.exp(difference.high),
-        "kl": agreement.kl,
-        "top1": agreement.top1,
     }
 
 
@@ -134,7 +134,7 @@ def compare_tasks(
         task: {
             metric: {"value": dense[task].metrics[metric].value, **_compare_questions(values, dense[task], metric)}
             for metric, values in result.questions.items()
-            if len(values) >= LEAST and _is_mean(result, metric) and _is_mean(dense[task], metric)
+            if len(values) >= MIN_ITEMS and _is_mean(result, metric) and _is_mean(dense[task], metric)
         }
         for task, result in model.items()
     }
@@ -143,7 +143,7 @@ def compare_tasks(
 def too_few(answers: Mapping[str, TaskResult]) -> dict[str, list[str]]:
     """Metrics of so few questions that no spread can be told from them, by task: `compare_tasks` leaves these out."""
     found = {
-        task: [metric for metric, values in result.questions.items() if len(values) < LEAST]
+        task: [metric for metric, values in result.questions.items() if len(values) < MIN_ITEMS]
         for task, result in answers.items()
     }
     return {task: metrics for task, metrics in found.items() if metrics}

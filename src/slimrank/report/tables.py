@@ -11,6 +11,7 @@ from slimrank.report.layer_grid import Grid
 from slimrank.report.number_format import megabytes, millions, percent
 
 Record = dict[str, Any]
+KNOWN_SIDE = ("perplexity", "sample", "peak_memory")  # what is measured before and after, besides metrics from outside
 
 
 def comparison(record: Record) -> list[tuple[str, str, str, str]]:
@@ -24,11 +25,17 @@ def comparison(record: Record) -> list[tuple[str, str, str, str]]:
     if before:
         found, now = (side["perplexity"]["perplexity"] for side in (before, after))
         rows.append(_row("perplexity", found, now, "{:.2f}".format))
-    return rows
+    return rows + [_metric(before[name], after[name]) for name in before if name in after and name not in KNOWN_SIDE]
 
 
 def _row(label: str, before: float, after: float, shown: Any) -> tuple[str, str, str, str]:
-    return label, shown(before), shown(after), f"x {after / before:.3f}"
+    return label, shown(before), shown(after), f"x {after / before:.3f}" if before else ""
+
+
+def _metric(before: Record, after: Record) -> tuple[str, str, str, str]:
+    """Show a metric from outside slimrank as its record describes it."""
+    label = f"{before['title']} ({before['better']} is better)"
+    return _row(label, before["value"], after["value"], lambda value: f"{value:,.4g} {before['unit']}".strip())
 
 
 def made_by(record: Record) -> str:
