@@ -98,7 +98,7 @@ def tiny_folder(tmp_path):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """The real work of a comparison's cells, without the seconds that a process takes to begin."""
-    from slimrank.comparison import running, worker
+    from slimrank.comparison import processes, worker
 
     def work(request, log, progress):
         monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request, default=str) + "\n"))
@@ -106,4 +106,4 @@ def in_this_process(monkeypatch):
         return 0
 
     monkeypatch.setattr(worker, "_watch_stdin", lambda: None)
-    monkeypatch.setattr(running, "_work", work)
+    monkeypatch.setattr(processes, "_work", work)

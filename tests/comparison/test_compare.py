@@ -16,7 +16,7 @@ from helpers import save_tiny, text
 from slimrank import comparison
 from slimrank.cli import main
 from slimrank.cli.compare import _show
-from slimrank.comparison import Cell, running, worker
+from slimrank.comparison import Cell, processes, running, worker
 from slimrank.errors import BudgetError, DataError, OutputError, RecipeError, RunError, SlimrankError
 from slimrank.evaluate.tasks import TaskRequest
 from slimrank.progress import Progress
@@ -64,7 +64,7 @@ def stand_in(monkeypatch, tmp_path):
     seen = tmp_path / "seen"
     seen.touch()
     monkeypatch.setenv("SEEN", str(seen))
-    monkeypatch.setattr(running, "WORKER", (sys.executable, "-c", textwrap.dedent(STAND_IN)))
+    monkeypatch.setattr(processes, "WORKER", (sys.executable, "-c", textwrap.dedent(STAND_IN)))
     return lambda: [json.loads(line) for line in seen.read_text().splitlines()]
 
 
@@ -341,7 +341,7 @@ def test_a_cell_ends_with_whoever_asked_for_it(model, tmp_path):
         "key": "k", "model": str(model), "dtype": "auto", "device": "cpu", "texts": [source], "windows": 400,
         "seq_len": 24, "tasks": None, "options": None, "result": str(tmp_path / "result.json"),
     }  # fmt: skip
-    with subprocess.Popen(running.WORKER, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(processes.WORKER, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.close()
         assert process.wait(120) == 1

@@ -73,6 +73,20 @@ class TaskResult:
     questions: dict[str, tuple[float, ...]]
 
 
+def results_of(record: Mapping[str, Any]) -> dict[str, TaskResult]:
+    """Return the results of the tasks in a record that comes out of a file."""
+    return {
+        task: TaskResult(
+            **{
+                **result,
+                "metrics": {name: Metric(**metric) for name, metric in result["metrics"].items()},
+                "questions": {name: tuple(values) for name, values in result["questions"].items()},
+            }
+        )
+        for task, result in record["tasks"].items()
+    }
+
+
 class Tasks:
     """Tasks with their questions, ready to be put to any number of models.
 
