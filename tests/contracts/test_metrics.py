@@ -139,6 +139,19 @@ def test_a_metric_from_outside_is_told_before_and_after_and_in_files(outside, tm
     assert found["modules"]["title"] == "modules"
 
 
+def test_a_run_that_was_measured_before_a_metric_was_registered_is_measured_again(tmp_path, request):
+    (tmp_path / "text.txt").write_text(text())
+    folder, source = save_tiny(tmp_path / "tiny"), str(tmp_path / "text.txt")
+    options = {"keep_ratio": 0.6, "method": "svd", "evaluation": source, "windows": 2, "seq_len": 24}
+    first = slimrank.compress(folder, run_dir=tmp_path / "run", **options).report
+    request.getfixturevalue("outside")
+    again = slimrank.compress(folder, run_dir=tmp_path / "run", **options).report
+    assert "hits" not in first["before"]
+    for side in ("before", "after"):
+        assert again[side]["hits"]["title"] == "tokens put first"
+        assert again[side]["perplexity"] == first[side]["perplexity"]
+
+
 def test_mistakes_of_metrics_are_named(outside, monkeypatch):
     with pytest.raises(ValueError, match="cannot be called 'speed'"):
         metric(type("Speed", (Hits,), {"id": "speed"}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from slimrank.evaluate.memory import peak_memory
-from slimrank.evaluate.quality import measure_quality
+from slimrank.evaluate.quality import measure_quality, reported_metrics
 from slimrank.models.placement import placed
 from slimrank.pipeline.forecast import Cost, Shape
 from slimrank.pipeline.stage import Stage
@@ -62,6 +62,7 @@ class MeasureBefore(_Measure):
             {
                 **state.inputs.identity(),
                 "original": state.texts.digest("evaluation"),
+                "metrics": reported_metrics(),  # what was stored before a metric was registered lacks it
                 "dtype": str(state.prepared.dtype),
                 "device": str(state.prepared.device),
             }
