@@ -36,4 +36,6 @@ def _facts(state: State) -> Facts:
 def _transforms(model: Any) -> list[Section]:
     """Return a section about the model transforms that slimrank does not bring itself, if there are any."""
     rows = [(found.kind, json.dumps(entry)) for found, entry in found_transforms(model) if found.key is None]
-    return [Section(stage="save", title="Model transforms", columns=("kind", "entry"), rows=tuple(rows))] if rows else []
+    return (
+        [Section(stage="save", title="Model transforms", columns=("kind", "entry"), rows=tuple(rows))] if rows else []
+    )
