@@ -370,7 +370,7 @@ def test_a_run_directory_may_be_in_the_home_folder(tiny_folder, tmp_path, monkey
         ({"device": "quantum"}, RecipeError, "not a device"),
         ({"evaluation": "self"}, DataError, "sampled itself"),
         ({"ignore": ["q_porj"]}, RecipeError, "matches no linear"),
-        ({"ignore": ["re:("]}, RecipeError, "no regular expression"),
+        ({"ignore": ["re:("]}, RecipeError, "not a regular expression"),
         ({"keep_ratio": None, "max_bytes": 20_000}, BudgetError, "already take"),
         ({"plan": "none.json", "keep_ratio": None}, PlanError, "cannot be read"),
         ({"plan": "none.json", "keep_ratio": None, "rank_multiple": 8}, RecipeError, "ranks of a plan are fixed"),
