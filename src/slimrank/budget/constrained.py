@@ -64,7 +64,7 @@ def _plans(block: Block, smallest: Integers, constraints: Constraints) -> list[S
 def _choose(
     plans: Sequence[Sequence[Solution]], whole: Integers, budget: int, constraints: Constraints, seconds: float
 ) -> list[int]:
-    """One plan for each block: the smallest of each where the solver, in so many seconds, finds none."""
+    """Return one plan for each block: the smallest of each where the solver, in so many seconds, finds none."""
     blocks = [
         Curve(
             f"block {b}",

@@ -1,4 +1,4 @@
-"""Plans with side constraints proven best, or as near to it as can be told in time."""
+"""Plans with side constraints proven best, or as near to the best as the time allows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slimrank.budget.knapsack import Solution
 def solve_constrained_exactly(
     curves: Sequence[Curve], budget: int, constraints: Constraints, seconds: float = SECONDS
 ) -> Solution:
-    """As `constrained.solve_constrained`, over all candidates of all curves at once (HiGHS).
+    """Solve as `constrained.solve_constrained`, over all candidates of all curves at once (HiGHS).
 
     What the best plan has no use for is spent as there: as far as the budget and the constraints let a target grow.
 

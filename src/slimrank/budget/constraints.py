@@ -82,7 +82,7 @@ def _blocks_of(curves: Sequence[Curve], constraints: Constraints) -> list[Block]
 
 
 def reachable_blocks(curves: Sequence[Curve], budget: int, constraints: Constraints) -> list[Block]:
-    """The blocks in order, which together have a plan that keeps the constraints within the budget.
+    """Return the blocks in order, which together have a plan that keeps the constraints within the budget.
 
     Raises:
         BudgetError: they have none.
@@ -95,7 +95,7 @@ def reachable_blocks(curves: Sequence[Curve], budget: int, constraints: Constrai
 
 
 def smallest_plan(blocks: Sequence[Block], constraints: Constraints) -> list[Integers] | None:
-    """The candidates of each block that store least of all that keep the constraints; None where none do.
+    """Return the candidates of each block that store least of all that keep the constraints; None where none do.
 
     From the last block up: what a block must keep for those after it, it must in every plan that falls with depth.
     """
@@ -116,7 +116,7 @@ def _stored(blocks: Sequence[Block], plan: Sequence[Integers]) -> int:
 
 
 def _reason(blocks: Sequence[Block], budget: int, constraints: Constraints, plan: Sequence[Integers] | None) -> str:
-    """Why no plan within the budget keeps the constraints, the smallest that keeps them being given."""
+    """Say why no plan within the budget keeps the constraints, the smallest that keeps them being given."""
     low, cap = constraints.floor, constraints.cap
     if low > cap:
         return f"the block_floor {low:g} is above the block_cap {cap:g}."
@@ -135,7 +135,7 @@ def _reason(blocks: Sequence[Block], budget: int, constraints: Constraints, plan
 
 
 def _reason_of(block: Block, constraints: Constraints) -> str:
-    """Why a block cannot keep its bounds."""
+    """Say why a block cannot keep its bounds."""
     if block.most < constraints.floor:
         return (
             f"block {block.number} keeps at most {block.most:.4f} of its parameters, at its largest ranks; "
@@ -166,7 +166,7 @@ def _disorder(blocks: Sequence[Block]) -> str | None:
 
 
 def _remedy(blocks: Sequence[Block], budget: int, constraints: Constraints) -> str:
-    """The nearest block_floor that a plan within the budget keeps, or else the nearest block_cap, or else both."""
+    """Return the nearest block_floor that a plan within the budget keeps, else the nearest block_cap, else both."""
 
     def kept(**changes: Any) -> bool:
         plan = smallest_plan(blocks, replace(constraints, **changes))
@@ -206,7 +206,7 @@ def rows(
 
 
 def keeps(blocks: Sequence[Block], ranks: Mapping[str, Rank], constraints: Constraints) -> bool:
-    """Whether a plan keeps all constraints."""
+    """Tell whether a plan keeps all constraints."""
     sizes = [sum(int(c.costs[c.index(ranks[c.path])]) for c in block.curves) for block in blocks]
     kept = np.array([size / block.whole for size, block in zip(sizes, blocks, strict=True)])
     falls = not constraints.monotone or bool((np.diff(kept) <= ROUNDING).all())

@@ -86,7 +86,7 @@ def solve(curves: Sequence[Curve], budget: int) -> Solution:
 
 
 def planned(curves: Sequence[Curve], picks: Integers, bound: float) -> Solution:
-    """The plan of one candidate for each curve."""
+    """Return the plan of one candidate for each curve."""
     cost, error = Table.of(curves).total(picks)
     ranks = {curve.path: curve.rank(int(pick)) for curve, pick in zip(curves, picks, strict=True)}
     return Solution(ranks, cost, error, min(bound, error))
@@ -100,7 +100,7 @@ def possible(curves: Sequence[Curve], bound: float, error: float, price: float) 
 
 
 def trade_off(curves: Sequence[Curve]) -> TradeOff:
-    """The whole path of error against size at once."""
+    """Return the whole path of error against size at once."""
     table = Table.of(sorted(curves, key=lambda curve: curve.path))
     steps = hull_steps(table)
     cost, error = table.total(steps.start)
@@ -109,7 +109,7 @@ def trade_off(curves: Sequence[Curve]) -> TradeOff:
 
 
 def in_parameters(parameters: int) -> str:
-    """A budget, in words."""
+    """Return a budget, in words."""
     return f"a budget of at least {parameters} parameters"
 
 
@@ -138,7 +138,7 @@ def check_feasible(
 
 
 def relaxed(table: Table, steps: Steps, budget: int) -> tuple[int, float]:
-    """How many steps fit in a row, and the optimum of the linear relaxation.
+    """Tell how many steps fit in a row, and the optimum of the linear relaxation.
 
     That is taken from the errors that remain: less all gains from the first errors, it would be lost in their rounding
     where one of them is huge.
@@ -245,7 +245,7 @@ def _best_exchange(table: Table, picks: Integers, left: int) -> list[tuple[int, 
 
 
 def _moves(table: Table, picks: Integers) -> tuple[Integers, Floats]:
-    """What each candidate would cost and gain in place of the one picked; one beyond the end of a row fits nowhere."""
+    """Return what each candidate would cost and gain instead of the one picked; beyond the end of a row none fits."""
     rows = np.arange(len(picks))[:, None]
     now = picks[:, None]
     return table.costs - table.costs[rows, now], table.errors[rows, now] - table.errors

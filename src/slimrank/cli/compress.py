@@ -61,7 +61,7 @@ def run_compress(
 
 
 def show_report(report: dict[str, Any], out: Path) -> None:
-    """The headline of a report, and where the rest is."""
+    """Return the headline of a report, and where the rest is."""
     from slimrank.report.number_format import percent
     from slimrank.report.tables import comparison
 

@@ -32,7 +32,7 @@ def say_quietly() -> None:
 
 
 class ConsoleProgress(LibraryProgress):
-    """One bar for the whole job with the time left; plain lines where standard error is no terminal."""
+    """One bar for the whole job with the time left; plain lines where standard error is not a terminal."""
 
     def __init__(self) -> None:
         self.console = plain_console(stderr=True, highlight=False)
@@ -90,7 +90,7 @@ class ConsoleProgress(LibraryProgress):
             self.done_cost = sum(self.costs[n] for n in names[: names.index(self.current) + 1])
 
     def fraction(self) -> float:
-        """How much of the predicted cost of the job is done."""
+        """Tell how much of the predicted cost of the job is done."""
         total = sum(self.costs.values())
         if not total:
             return self.done / self.steps
@@ -98,7 +98,7 @@ class ConsoleProgress(LibraryProgress):
         return min(1.0, (self.done_cost + here * self._part()) / total)
 
     def _part(self) -> float:
-        """How much of the current stage is done."""
+        """Tell how much of the current stage is done."""
         return self.begun + (1 - self.begun) * self.done / self.steps
 
     def _left(self) -> str:
@@ -129,12 +129,12 @@ def one_line(text: str) -> str:
 
 
 def print_json(record: Any) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document on standard output."""
     typer.echo(json.dumps(record, indent=1, default=str))
 
 
 def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A table on standard output; the first column is text, the others are numbers."""
+    """Print a table on standard output; the first column is text, the others are numbers."""
     table = Table(title=title or None, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
@@ -144,7 +144,7 @@ def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, 
 
 
 def print_numbers(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], spare: Sequence[str]) -> None:
-    """A table on standard output whose numbers are never cut. For want of room names are broken, then columns left out.
+    """Print a table whose numbers are never cut. For want of room names are broken, then columns left out.
 
     Args:
         title: above the table.
@@ -188,7 +188,7 @@ def _numbers(title: str, cells: Mapping[str, Sequence[str]]) -> Table:
 
 
 def _narrowest(table: Table, console: Console) -> int:
-    """The width of a table whose names are broken at every space."""
+    """Return the width of a table whose names are broken at every space."""
     return console.measure(table, options=console.options.update_width(10_000)).minimum
 
 

@@ -40,7 +40,7 @@ def doctor(
 
 
 def _recipe(chosen: dict[str, Any], model: str | None) -> Any:
-    """The recipe that is meant; None without a model, so that nothing is imported that may be broken.
+    """Return the recipe that is meant; None without a model, so that nothing is imported that may be broken.
 
     Raises:
         RecipeError: options without a model, or wrong ones.

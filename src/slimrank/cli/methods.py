@@ -74,7 +74,7 @@ def _listed() -> dict[str, list[dict[str, Any]]]:
 
 
 def _find(listed: dict[str, list[dict[str, Any]]], id: str) -> list[dict[str, Any]]:
-    """All entries of that id: a method and an allocation may share one."""
+    """Return all entries of that id: a method and an allocation may share one."""
     from slimrank.errors import RecipeError, nearest
 
     entries = [{"kind": kind, **entry} for kind, some in listed.items() for entry in some]

@@ -47,7 +47,7 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # 
 
 
 def dense_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """What the original makes of texts and tasks."""
+    """Return what the original makes of texts and tasks."""
     model, tokenizer = load(asked["model"], asked["dtype"], progress)
     suite = _suite(asked, model, tokenizer, progress)
     device = resolve_device(asked["device"])
@@ -59,7 +59,7 @@ def dense_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 
 def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """What a recipe makes of the model, what that makes of texts and tasks, and how it differs from the original."""
+    """Compress a model by a recipe, measure it on texts and tasks, and compare it with the original."""
     start = time.perf_counter()
     recipe = Recipe.make(asked["options"])
     result = compress(asked["model"], recipe=recipe, run_dir=asked["run_dir"], progress=progress, keep_statistics=True)
@@ -115,7 +115,7 @@ def _overlaps(report: dict[str, Any], recipe: Recipe, tokenizer: Any, suite: Sui
 
 
 def _shown(model: Any, tokenizer: Any, suite: Suite) -> dict[str, Any]:
-    """Its size, and how it goes on from the beginning of the first text."""
+    """Return its size, and how it goes on from the beginning of the first text."""
     return {
         "parameters": parameters_of(model),
         "bytes": saved_bytes(model),
@@ -159,7 +159,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def main() -> None:
-    """Do what the first line of stdin says, and write what came of it, an error included."""
+    """Do what the first line of stdin says, and write the result, an error included."""
     asked = json.loads(sys.stdin.readline())
     _watch_stdin()
     made: dict[str, Any] = {"request": asked["key"], "error": None}

@@ -26,7 +26,7 @@ def diagnose(
     out: str | Path | None = None,
     run_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """What there is, and what is wrong with it.
+    """Return what there is, and what is wrong with it.
 
     Args:
         model: also say whether there is memory and disk to compress this one. It has to be on this machine.
@@ -38,7 +38,7 @@ def diagnose(
     Returns:
         A record with "slimrank" (version), "packages", "extras", "devices", "disks", "model" (None, or what it needs;
         bytes and seconds are estimates), "problems" (each with "message" and "hint") and "ok". Missing extras are
-        no problem.
+        not a problem.
     """
     problems: Problems = []
     packages, extras = distributions(problems)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def devices() -> list[dict[str, Any]]:
-    """The CPU and every accelerator: memory in bytes, whether it computes in bfloat16."""
+    """List the CPU and every accelerator: memory in bytes, whether it computes in bfloat16."""
     import torch
 
     found = [_cpu()]
@@ -64,7 +64,7 @@ def _accelerator(device: torch.device) -> dict[str, Any]:
 
 
 def _bfloat16(module: Any, device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 by itself; by trying where there is nothing to ask."""
+    """Tell whether the device computes in bfloat16 by itself; by trying where there is nothing to ask."""
     import torch
 
     if hasattr(module, "is_bf16_supported"):

@@ -50,7 +50,7 @@ def _package(requirement: Requirement, found: str | None) -> dict[str, Any]:
 
 
 def _extra(name: str, wanted: list[Requirement]) -> dict[str, Any]:
-    """An extra, and which of its packages are missing or too old."""
+    """Return an extra, and which of its packages are missing or too old."""
     own = [r for r in wanted if _asked_for(r, name) and not _asked_for(r, "")]
     missing = sorted({r.name for r in own if not _package(r, _version(r.name))["ok"]})
     return {"name": name, "missing": missing, "disables": DISABLES.get(name, "")}

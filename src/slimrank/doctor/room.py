@@ -43,7 +43,7 @@ def disks(needs: Mapping[str, tuple[Path, int]], problems: Problems) -> list[dic
 
 
 def caches() -> dict[str, tuple[Path, int]]:
-    """Where models that are fetched are kept."""
+    """Tell where models that are fetched are kept."""
     from slimrank.models.demo import cache_folder
 
     found = {"cache of slimrank": (cache_folder(), 0)}
@@ -61,7 +61,7 @@ def needs_of(
     needs: dict[str, tuple[Path, int]],
     problems: Problems,
 ) -> dict[str, Any]:
-    """What compressing the model takes; places in `needs` are told what they must hold."""
+    """Return what compressing the model takes; places in `needs` are told what they must hold."""
     from slimrank.models.placement import resolve_device
     from slimrank.pipeline.preview import preview
     from slimrank.recipe import Recipe
@@ -107,7 +107,7 @@ def _memory(record: dict[str, Any], recipe: Recipe, device: str) -> dict[str, in
 
 
 def _on_this_machine(model: str | Path) -> tuple[str, bool]:
-    """A local path of the model, or of its configuration alone, and whether its weights are here.
+    """Return a local path of the model, or of its configuration alone, and whether its weights are here.
 
     Raises:
         ModelError: not even the configuration is on this machine.
@@ -130,7 +130,7 @@ def _on_this_machine(model: str | Path) -> tuple[str, bool]:
     try:
         config = try_to_load_from_cache(source, "config.json")
     except HFValidationError as error:
-        raise ModelError(f"'{model}' is no model: {error}", "a hub id, a folder, a .gguf file or demo") from error
+        raise ModelError(f"'{model}' is not a model: {error}", "a hub id, a folder, a .gguf file or demo") from error
     if not isinstance(config, str):
         raise ModelError(f"'{model}' is not in the cache of the hub, and the doctor fetches nothing.", fetching)
     folder = Path(config).parent

@@ -93,7 +93,7 @@ def _differences(found: Tensor, expected: Tensor) -> tuple[float, int]:
 def _summed(kl: float, same: int, model: Perplexity, dense: Perplexity) -> Agreement:
     if not math.isfinite(kl):
         raise NonFiniteError(
-            "the divergence of the model from the other is no number: some logits are infinite.",
+            "the divergence of the model from the other is not a number: some logits are infinite.",
             "evaluate in float32 (--dtype float32)",
         )
     return Agreement(kl / model.tokens, 100 * same / model.tokens, model, dense)

@@ -56,7 +56,7 @@ def paired(model: Sequence[float], dense: Sequence[float], seed: int = 0) -> Pai
         seed: of the bootstrap.
 
     Raises:
-        DataError: fewer than two items, from which no spread can be told.
+        DataError: fewer than two items, which show no spread.
     """
     differences = np.subtract(model, dense, dtype=np.float64)
     if len(differences) < MIN_ITEMS:
@@ -80,7 +80,7 @@ def _interval(differences: NDArray[np.float64], mean: float, seed: int) -> tuple
 
 
 def check_windows(windows: int | None) -> None:
-    """Whether so many windows of each text (None: all of them) can be enough to compare models on.
+    """Tell whether so many windows of each text (None: all of them) can be enough to compare models on.
 
     Raises:
         DataError: fewer than two.
@@ -121,7 +121,7 @@ def compare_perplexities(model: Perplexity, dense: Perplexity) -> dict[str, Any]
 def compare_tasks(
     model: Mapping[str, TaskResult], dense: Mapping[str, TaskResult]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """The records of two models on the same questions, by task and metric.
+    """Return the records of two models on the same questions, by task and metric.
 
     Only metrics that are the mean of one number a question are compared (not, say, a perplexity over all of them), and
     none of fewer than two questions (see `too_few`).
@@ -141,7 +141,7 @@ def compare_tasks(
 
 
 def too_few(answers: Mapping[str, TaskResult]) -> dict[str, list[str]]:
-    """Metrics of so few questions that no spread can be told from them, by task: `compare_tasks` leaves these out."""
+    """Metrics of so few questions that they show no spread, by task: `compare_tasks` leaves these out."""
     found = {
         task: [metric for metric, values in result.questions.items() if len(values) < MIN_ITEMS]
         for task, result in answers.items()

@@ -60,7 +60,7 @@ def perplexity(model: Any, windows: Tensor, bos: bool = False, progress: Progres
 
 
 def check_windows(windows: Tensor) -> None:
-    """Whether windows (windows x seq_len) leave something to predict.
+    """Tell whether windows (windows x seq_len) leave something to predict.
 
     Raises:
         DataError: they do not.
@@ -71,7 +71,7 @@ def check_windows(windows: Tensor) -> None:
 
 
 def windows_at_once(model: Any, seq_len: int) -> int:
-    """How many windows to run at a time, so that their logits stay small; at least one."""
+    """Tell how many windows to run at a time, so that their logits stay small; at least one."""
     vocabulary = model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() else 2**16
     return max(1, LOGITS_AT_ONCE // (seq_len * vocabulary))
 
@@ -98,7 +98,7 @@ def window_nll(model: nn.Module, logits: Tensor, ids: Tensor, first: int) -> lis
 
 
 def summary(nll: list[float], windows: Tensor, bos: bool) -> Perplexity:
-    """The perplexity of windows whose mean negative log-likelihoods are known.
+    """Return the perplexity of windows whose mean negative log-likelihoods are known.
 
     Raises:
         NonFiniteError: it is too large to be a number.
@@ -114,7 +114,7 @@ def summary(nll: list[float], windows: Tensor, bos: bool) -> Perplexity:
 
 
 def first_nonfinite_layer(model: nn.Module, ids: Tensor) -> str:
-    """The path of the first leaf module whose output holds NaN or infinity, "the logits" when none does."""
+    """Return the path of the first leaf module whose output holds NaN or infinity, "the logits" when none does."""
     found: list[str] = []
 
     def hook(name: str) -> Any:

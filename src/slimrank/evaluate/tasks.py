@@ -108,7 +108,7 @@ class Tasks:
             self.loaded = load_tasks(request.names, folder, request.shots, self.progress)
 
     def described(self) -> dict[str, Any]:
-        """What was asked, for a record."""
+        """Return what was asked, for a record."""
         return {
             "names": list(self.loaded.names),
             "tasks_dir": None if self.request.folder is None else str(self.request.folder),
@@ -141,7 +141,7 @@ class Tasks:
 
 
 def _results(found: Mapping[str, Any]) -> dict[str, TaskResult]:
-    """The results of lm-evaluation-harness by task; groups that have figures of their own at the end."""
+    """Return the results of lm-evaluation-harness by task; groups that have figures of their own at the end."""
     names = [*found["samples"], *found.get("groups", {})]
     return {name: _result(found, name) for name in names}
 
@@ -160,7 +160,7 @@ def _result(found: Mapping[str, Any], name: str) -> TaskResult:
 
 
 def _tasks_of(found: Mapping[str, Any], name: str) -> list[str]:
-    """The tasks in a group, or the task itself."""
+    """Return the tasks in a group, or the task itself."""
     members = found["group_subtasks"].get(name)
     return [name] if members is None else [task for member in members for task in _tasks_of(found, member)]
 

@@ -44,7 +44,7 @@ def table(record: Record) -> list[list[str]]:
 
 
 def differences(record: Record) -> list[tuple[str, ...]]:
-    """How answers to tasks differ from the original's: a row for each cell, task and metric, after the headings."""
+    """Tell how answers to tasks differ from the original's: headings, and a row for each cell, task and metric."""
     lines: list[tuple[str, ...]] = [("", "task", "metric", "difference (95 %)", "significant", "lost", "gained")]
     for name, cell in _finished(record).items():
         for task, metrics in cell["task_differences"].items():
@@ -56,7 +56,7 @@ def differences(record: Record) -> list[tuple[str, ...]]:
 
 
 def provenance(record: Record) -> list[tuple[str, str]]:
-    """The model, versions, machine, and digests of what was read."""
+    """Return the model, versions, machine, and digests of what was read."""
     made = record["dense"]["environment"]
     inputs = {str(value) for cell in _finished(record).values() for value in [cell["inputs"]["model"]]}
     calibrated = {str(cell["inputs"]["calibration"]) for cell in _finished(record).values()} - {"None"}
@@ -74,7 +74,7 @@ def provenance(record: Record) -> list[tuple[str, str]]:
 
 
 def headline(record: Record) -> list[tuple[str, ...]]:
-    """What fits into a terminal: headings, the original, and every cell that has not failed, on the first text."""
+    """Return what fits into a terminal: headings, the original, and every cell that did not fail, on the first text."""
     text = record["texts"][0]
     lines: list[tuple[str, ...]] = [
         ("", "kept", "perplexity", "ratio", "95 %", "KL", "decode", "seconds"),
@@ -102,7 +102,7 @@ def failures(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _samples(record: Record) -> list[tuple[str, str]]:
-    """How the original and every cell go on from the same prompt."""
+    """Tell how the original and every cell go on from the same prompt."""
     wrote = {"original": record["dense"], **_finished(record)}
     return [(name, made["sample"]["text"] or "(nothing)") for name, made in wrote.items()]
 

@@ -34,7 +34,7 @@ class Figures:
 
 
 def html(record: dict[str, Any]) -> str:
-    """The page; the same record gives the same bytes."""
+    """Return the page; the same record gives the same bytes."""
     return render("report.html.j2", r=record, name=_short(record["model"]["name"]), figures=_figures(record))
 
 
@@ -65,5 +65,5 @@ def _depth(record: dict[str, Any]) -> list[Markup]:
 
 
 def _short(name: str) -> str:
-    """A hub id as it is, of a path its last part."""
+    """Return a hub id as it is, of a path its last part."""
     return PurePath(name).name if name.startswith(("/", ".", "~")) else name

@@ -46,14 +46,14 @@ class Curve:
 
 
 def kept(record: Row) -> Grid:
-    """The fraction of its parameters that each layer keeps; 1 where it stays dense."""
+    """Return the fraction of its parameters that each layer keeps; 1 where it stays dense."""
     return _grid(record, lambda rows: _total(rows, "parameters_after") / _total(rows, "parameters_before"))
 
 
 def errors(record: Row) -> dict[str, Grid]:
     """Relative errors of factored layers, means over experts; before and after refining where anything was refined."""
     if not any("refined" in row for row in record["targets"]):
-        return {"after the cut": _grid(record, _cut_error)}
+        return {"after factorising": _grid(record, _cut_error)}
     return {f"{when} refining": _grid(record, _refined(when)) for when in ("before", "after")}
 
 

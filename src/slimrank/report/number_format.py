@@ -29,5 +29,5 @@ def code(text: str) -> str:
 
 
 def cell(value: object) -> str:
-    """A value in a Markdown table, which it cannot break."""
+    """Return a value in a Markdown table, which it cannot break."""
     return " ".join(str(value).split()).replace("|", "\\|")

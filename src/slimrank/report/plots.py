@@ -20,7 +20,7 @@ _FEW_DECADES = 1.5  # over which a logarithmic axis has room for numbers between
 
 
 def heat_map(grid: Grid, label: str) -> str:
-    """The fraction in every cell as a colour, and in percent where there is room; 1 is grey, and --.
+    """Return the fraction in every cell as a colour, and in percent where there is room; 1 is grey, and --.
 
     Args:
         grid: kinds of layers by blocks, fractions of 0 to 1.
@@ -49,7 +49,7 @@ def heat_map(grid: Grid, label: str) -> str:
 
 
 def spectrum(title: str, curves: Sequence[Curve], label: str) -> str:
-    """The relative error left at each rank, a curve for each target, with the rank that was taken marked on it."""
+    """Return the relative error left at each rank, a curve for each target, its chosen rank marked."""
     with figure(3.3, 2.5, layout=None) as drawn:  # there are many of these, and their margins are known
         drawn.subplots_adjust(left=0.17, right=0.94, bottom=0.2, top=0.88)
         axes = drawn.subplots()

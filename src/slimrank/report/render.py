@@ -13,7 +13,7 @@ FILTERS = {f.__name__: f for f in (words.millions, words.megabytes, words.percen
 
 
 def render(template: str, **content: Any) -> str:
-    """A template, which finds the functions of `report.rows` as `rows`; what goes into an HTML page is escaped."""
+    """Return a template, which finds the functions of `report.tables` as `rows`; in HTML pages values are escaped."""
     environment = Environment(
         loader=PackageLoader("slimrank.report"),
         undefined=StrictUndefined,

@@ -15,7 +15,7 @@ KNOWN_SIDE = ("perplexity", "sample", "peak_memory")  # what is measured before 
 
 
 def comparison(record: Record) -> list[tuple[str, str, str, str]]:
-    """The table before / after: label, before, after, ratio."""
+    """Return the table before / after: label, before, after, ratio."""
     size, before, after = record["size"], record["before"], record["after"]
     rows = [
         _row("parameters of the linears", size["linears_before"], size["linears_after"], millions),
@@ -39,7 +39,7 @@ def _metric(before: Record, after: Record) -> tuple[str, str, str, str]:
 
 
 def made_by(record: Record) -> str:
-    """One line: method, allocation, what comes after, and how it is stored."""
+    """Return one line: method, allocation, what comes after, and how it is stored."""
     recipe, rounds = record["provenance"]["recipe"], [c for c in record["corrections"] if c["kept"]]
     parts = [f"method {recipe['method']}", f"ranks by {record['allocation']['id']}"]
     if recipe["refine"]:
@@ -55,7 +55,7 @@ def _stored_as(form: str) -> str:
 
 
 def perplexity(record: Record) -> str:
-    """What the perplexity was measured on, up to the name of the text."""
+    """Return what the perplexity was measured on, up to the name of the text."""
     p = record["before"]["perplexity"]
     return (
         f"{p['windows']} windows of {p['seq_len']} tokens, no overlap, {'with' if p['bos'] else 'without'} BOS, "
@@ -64,14 +64,14 @@ def perplexity(record: Record) -> str:
 
 
 def coverage(record: Record) -> list[tuple[str, str, str]]:
-    """What is compressed, and what is not for which reason: label, parameters, share of the model."""
+    """Return what is compressed, and what is not for which reason: label, parameters, share of the model."""
     found = record["coverage"]
     counts = [("compressed", found["targets"])] + [(f"not: {reason}", n) for reason, n in found["left_out"].items()]
     return [(label, millions(count), percent(count / found["total"])) for label, count in counts]
 
 
 def corrections(record: Record) -> list[tuple[str, ...]]:
-    """Rounds: number, divergence on its windows, on windows kept aside before and after, what became of it."""
+    """Return the rounds: number, divergence on its windows, on held-out windows before and after, and the verdict."""
     return [
         (str(number), *(f"{c[key]:.4f}" for key in ("here", "before", "after")), "kept" if c["kept"] else "undone")
         for number, c in enumerate(record["corrections"], 1)
@@ -79,12 +79,12 @@ def corrections(record: Record) -> list[tuple[str, ...]]:
 
 
 def refined(record: Record) -> bool:
-    """Whether any layer was refined."""
+    """Tell whether any layer was refined."""
     return any("refined" in target for target in record["targets"])
 
 
 def layers(record: Record) -> list[tuple[str, ...]]:
-    """Every target: path, shape, rank, kept, relative error; before and after refining where any was refined."""
+    """Return every target: path, shape, rank, kept, relative error; before and after refining where any was refined."""
     more = refined(record)
     return [
         (
@@ -100,7 +100,7 @@ def layers(record: Record) -> list[tuple[str, ...]]:
 
 
 def by_block(found: Grid, shown: str) -> list[tuple[str, ...]]:
-    """A grid with a row for each block, its numbers as `shown` formats them."""
+    """Return a grid with a row for each block, its numbers as `shown` formats them."""
     columns = zip(*found.cells, strict=True)
     return [
         (str(block), *("" if cell is None else shown.format(cell) for cell in cells))
@@ -139,7 +139,7 @@ def _option(key: str, value: Any) -> str:
 
 
 def provenance(record: Record) -> list[tuple[str, str]]:
-    """The model, versions, machine, and digests of inputs."""
+    """Return the model, versions, machine, and digests of inputs."""
     made, model = record["provenance"], record["model"]
     return [
         ("model", model["name"]),

@@ -20,5 +20,5 @@ def write_reports(record: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     return render("report.md.j2", r=record, grid=grid)

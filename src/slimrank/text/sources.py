@@ -96,7 +96,7 @@ def _hub(source: str) -> Iterator[Row]:
     name, config, split, *rest = [*source.removeprefix("hub:").split(":"), "", "", ""][:4]
     if not name or any(rest):
         raise DataError(
-            f"'{source}' is no data set.",
+            f"'{source}' is not a data set.",
             "hub:ID[:CONFIG[:SPLIT]], e.g. hub:Salesforce/wikitext:wikitext-2-raw-v1:train",
         )
     try:

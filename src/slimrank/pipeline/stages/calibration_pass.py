@@ -43,7 +43,7 @@ class CalibrationPass(ABC):
         """Do all of it."""
 
     def collector(self, index: int) -> Collector:
-        """A collector for the targets of a block."""
+        """Make a collector for the targets of a block."""
         state, targets = self.state, self.state.prepared.targets.in_block(index)
         layers = {t.path: state.model.get_submodule(t.path) for t in targets}
         routed = frozenset(path for kind in self.runner.experts(index, layers) for path in kind)
