@@ -255,7 +255,7 @@ def test_no_network(folder):
     "changes, message",
     [
         ({"torn": "task: [sums\n"}, r"torn\.yaml' cannot be read.*line 2"),
-        ({"torn": "just words"}, r"torn\.yaml' is no mapping"),
+        ({"torn": "just words"}, r"torn\.yaml' is not a mapping"),
         ({"torn": "include: nowhere.yaml\ntask: torn\n"}, r"torn\.yaml' includes 'nowhere\.yaml'"),
     ],
 )

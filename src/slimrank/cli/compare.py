@@ -88,7 +88,7 @@ def _show(record: dict[str, Any], out: Path) -> None:
 
     headings, *lines = headline(record)
     print_numbers(f"on {record['texts'][0]}", headings, lines, _SPARE)
-    print_text("* no cell of fewer parameters is better. KL: nats a token from the original. decode: over the original")
+    print_text("* marks Pareto-optimal cells. KL: nats a token from the original. decode: over the original")
     for name, message, hint in failures(record):
         print_text(f"{name} failed: {message} ({hint})")
     print_text(f"written to {out}: comparison.html, comparison.md, comparison.json")
@@ -102,11 +102,11 @@ def _numbers(given: str) -> list[float]:
     """Fractions out of a list.
 
     Raises:
-        RecipeError: one of them is no number.
+        RecipeError: one of them is not a number.
     """
     from slimrank.errors import RecipeError
 
     try:
         return [float(number) for number in _names(given)]
     except ValueError as error:
-        raise RecipeError(f"'{given}' is no list of fractions.", "--keep 0.8,0.6") from error
+        raise RecipeError(f"'{given}' is not a list of fractions.", "--keep 0.8,0.6") from error

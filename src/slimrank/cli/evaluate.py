@@ -80,6 +80,7 @@ def requested_tasks(tasks: str | None, tasks_dir: Path | None, shots: int | None
 
 def _show(record: dict[str, Any]) -> None:
     _show_texts(record)
+    _show_metrics(record)
     _show_tasks(record)
     if record["against"] is not None:
         _show_differences(record["against"])
@@ -99,6 +100,19 @@ def _show_texts(record: dict[str, Any]) -> None:
     ]
     if rows:
         print_table("", ("text", "perplexity", "windows", "seq-len", "predictions"), rows)
+
+
+def _show_metrics(record: dict[str, Any]) -> None:
+    """Show what metrics from outside slimrank measured: they describe themselves."""
+    whole = {"": record, **record["texts"]}
+    rows = [
+        (found["title"], text, f"{found['value']:,.4g}", found["unit"], found["better"])
+        for text, measured in whole.items()
+        for found in measured.values()
+        if isinstance(found, dict) and "better" in found
+    ]
+    if rows:
+        print_table("", ("metric", "text", "value", "unit", "better"), rows)
 
 
 def _show_tasks(record: dict[str, Any]) -> None:
