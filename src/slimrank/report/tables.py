@@ -97,7 +97,7 @@ def layers(record: Record) -> list[tuple[str, ...]]:
 
 
 def by_block(found: LayerGrid, shown: str) -> list[tuple[str, ...]]:
-    """Return a grid with a row for each block, its numbers as `shown` formats them."""
+    """Return a grid, a row for each block, its numbers formatted by `shown`."""
     columns = zip(*found.cells, strict=True)
     return [
         (str(block), *("" if cell is None else shown.format(cell) for cell in cells))
@@ -106,7 +106,7 @@ def by_block(found: LayerGrid, shown: str) -> list[tuple[str, ...]]:
 
 
 def spectra(record: Record) -> list[tuple[str, ...]]:
-    """Return of some targets: kind, block, error at an eighth, a quarter and half of all ranks, rank taken, its error."""
+    """Return of some targets: kind, block, error at 1/8, 1/4 and 1/2 of all ranks, rank taken, its error."""
     return [
         (
             kind,
