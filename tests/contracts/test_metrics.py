@@ -139,6 +139,17 @@ def test_a_metric_from_outside_is_told_before_and_after_and_in_files(outside, tm
     assert found["modules"]["title"] == "modules"
 
 
+def test_the_original_is_measured_again_when_there_is_another_metric(outside, monkeypatch, tmp_path):
+    (tmp_path / "text.txt").write_text(text())
+    folder, asked = save_tiny(tmp_path / "tiny"), {"keep_ratio": 0.6, "method": "svd", "windows": 2, "seq_len": 24}
+    asked |= {"evaluation": str(tmp_path / "text.txt"), "run_dir": tmp_path / "run"}
+    both = dict(METRICS.entries)
+    monkeypatch.setattr(METRICS, "entries", {id: found for id, found in both.items() if id not in ("hits", "modules")})
+    assert "hits" not in slimrank.compress(folder, **asked).report["before"]
+    monkeypatch.setattr(METRICS, "entries", both)
+    assert "hits" in slimrank.compress(folder, **asked).report["before"]
+
+
 def test_mistakes_of_metrics_are_named(outside, monkeypatch):
     with pytest.raises(ValueError, match="cannot be called 'speed'"):
         metric(type("Speed", (Hits,), {"id": "speed"}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from slimrank.evaluate.memory import peak_memory
-from slimrank.evaluate.quality import measure_quality
+from slimrank.evaluate.quality import measure_quality, reported_metrics
 from slimrank.models.placement import placed
 from slimrank.pipeline.forecast import Cost, Shape
 from slimrank.pipeline.stage import Stage
@@ -64,6 +64,7 @@ class MeasureBefore(_Measure):
                 "original": state.texts.digest("evaluation"),
                 "dtype": str(state.prepared.dtype),
                 "device": str(state.prepared.device),
+                "metrics": reported_metrics(),
             }
         )
         known = store.load("original")[1] if store.has("original") else {}
