@@ -30,7 +30,7 @@ docs: $(STAMP)
 	rm -rf build/pages
 	mkdir -p build/pages/benchmarks
 	cp -r README.md CONTRIBUTING.md CHANGELOG.md docs examples build/pages
-	cp -r benchmarks/README.md benchmarks/results build/pages/benchmarks
+	cp -r benchmarks/README.md benchmarks/NOTES.md benchmarks/results build/pages/benchmarks
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(STAMP)

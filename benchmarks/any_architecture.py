@@ -100,7 +100,7 @@ def attempt(model, tokenizer):
     with tempfile.TemporaryDirectory() as folder:
         try:
             made = slimrank.compress(
-                model, tokenizer, keep_ratio=0.6, method="svd_llm", factor_form="pivot", calibration=(TEXT,), samples=4,
+                model, tokenizer, keep_ratio=0.6, method="svd_llm", form="pivot", calibration=(TEXT,), samples=4,
                 seq_len=24, evaluation=None, out=f"{folder}/out",
             )  # fmt: skip
             loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/out").float()

@@ -20,7 +20,7 @@ import slimrank
 
 RECIPES = {
     "svd_llm": {"method": "svd_llm", "allocation": "uniform", "samples": 8},
-    "kfac_svd": {"method": "kfac_svd", "allocation": "spectrum", "factor_form": "pivot", "samples": 8},
+    "kfac_svd": {"method": "kfac_svd", "allocation": "spectrum", "form": "pivot", "samples": 8},
     "balanced": {"samples": 8},
 }
 TEXT = " ".join(f"the {i * 7919 % 997} of {i * 104729 % 211} is {i % 13}." for i in range(4000))

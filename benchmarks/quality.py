@@ -47,7 +47,7 @@ for _part, _factor in {"three eighths": 3, "half": 4}.items():
     PRESETS[f"best, refined on {_part} of its text"] = {
         **_BEST, "refine_options": {**_BEST["refine_options"], "samples_factor": _factor},
     }  # fmt: skip
-PIVOT = {**KFAC, "allocation": "spectrum", "factor_form": "pivot"}
+PIVOT = {**KFAC, "allocation": "spectrum", "form": "pivot"}
 REGRESS = {"refine": "regress", "refine_options": {"anchor": 1.0, "ridge": 0.01, "ridge_unit": "identity"}}
 MORE_TEXT = {
     "refine": "regress",
@@ -62,10 +62,10 @@ ABLATION = {
     "spectrum, pivot, 4 corrections": {**PIVOT, "corrections": 4},
     "spectrum, pivot, 8 corrections": {**PIVOT, "corrections": 8},
     "spectrum, pivot, regress, 4 corrections": {**PIVOT, **REGRESS, "corrections": 4},
-    "svd_llm, uniform, pivot": {"method": "svd_llm", "factor_form": "pivot"},
-    "svd_llm, ada_cr, pivot": {"method": "svd_llm", "allocation": "ada_cr", "factor_form": "pivot"},
+    "svd_llm, uniform, pivot": {"method": "svd_llm", "form": "pivot"},
+    "svd_llm, ada_cr, pivot": {"method": "svd_llm", "allocation": "ada_cr", "form": "pivot"},
     "svd_llm, uniform, pivot, regress": {
-        "method": "svd_llm", "factor_form": "pivot", "refine": "regress", "refine_options": {"anchor": 0.5},
+        "method": "svd_llm", "form": "pivot", "refine": "regress", "refine_options": {"anchor": 0.5},
     },
 }  # fmt: skip
 INTRODUCTION = """# Quality of {model} at equal sizes

@@ -12,7 +12,7 @@ from slimrank.progress import Progress
 
 
 class Narrator(Progress):
-    """Any object with these methods is told what happens; here only the stages."""
+    """Print the stages; an object with the methods of `Progress` receives all that happens."""
 
     def stage(self, name: str, steps: int) -> None:
         print(f"{name}: {steps} steps")

@@ -1,4 +1,4 @@
-"""A decomposition method of one's own, registered from outside the package, on the demo model.
+"""Your own decomposition method, registered from outside the package, on the demo model.
 
     python examples/own_method.py
 

@@ -1,6 +1,5 @@
 """The pages of docs/ say what the code does: commands parse, tables are those of the code, names are there."""
 
-import inspect
 import json
 import re
 import shlex
@@ -14,14 +13,14 @@ from typer.main import get_command
 import slimrank
 from helpers import save_tiny
 from slimrank.cli.app import app
-from slimrank.cli.options import recipe_flags
+from slimrank.cli.recipe_flags import parameters, recipe_flags
 from slimrank.recipe import BUDGETS, PRESETS, Recipe
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 COMMANDS = get_command(app).commands
-RECIPE = inspect.signature(recipe_flags, eval_str=True).parameters
+RECIPE = parameters()
 
 
 def blocks(page, language):

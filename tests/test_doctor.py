@@ -17,6 +17,9 @@ import slimrank
 from helpers import save_tiny
 from slimrank import doctor
 from slimrank.cli import main
+from slimrank.doctor import packages
+from slimrank.doctor.hardware import _container_limit
+from slimrank.doctor.room import _memory
 from slimrank.errors import MissingExtraError, ModelError
 from slimrank.pipeline.forecast import LIBRARIES
 from slimrank.recipe import Recipe
@@ -41,12 +44,12 @@ def installed(monkeypatch, **found):
 
     def version(name):
         if versions[name] is None:
-            raise doctor.metadata.PackageNotFoundError(name)
+            raise packages.metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(doctor.metadata, "metadata", lambda _: about)
-    monkeypatch.setattr(doctor.metadata, "requires", lambda _: REQUIRES)
-    monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(packages.metadata, "metadata", lambda _: about)
+    monkeypatch.setattr(packages.metadata, "requires", lambda _: REQUIRES)
+    monkeypatch.setattr(packages.metadata, "version", version)
 
 
 def free_disk(monkeypatch, free):
@@ -67,7 +70,7 @@ def machine(monkeypatch, tmp_path):
     installed(monkeypatch)
     free_disk(monkeypatch, 10**15)
     free_memory(monkeypatch, 10**15)
-    monkeypatch.setattr(doctor, "_container_limit", lambda: float("inf"))
+    monkeypatch.setattr("slimrank.doctor.hardware._container_limit", lambda: float("inf"))
     monkeypatch.setattr(socket.socket, "connect", never)
     monkeypatch.setenv("SLIMRANK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -119,9 +122,9 @@ def test_missing_extras_are_no_problem(machine):
 
 def test_slimrank_that_is_not_installed(machine):
     def absent(name):
-        raise doctor.metadata.PackageNotFoundError(name)
+        raise packages.metadata.PackageNotFoundError(name)
 
-    machine.setattr(doctor.metadata, "metadata", absent)
+    machine.setattr(packages.metadata, "metadata", absent)
     record = doctor.diagnose()
     assert "not installed" in messages(record)
     assert record["packages"] == record["extras"] == []
@@ -139,7 +142,7 @@ def test_a_package_that_does_not_import(machine, tiny_folder, name):
 def test_every_extra_of_the_project_is_in_the_table():
     text = (ROOT / "pyproject.toml").read_text()
     section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
-    assert set(re.findall(r"^(\w+) = \[", section, flags=re.MULTILINE)) == set(doctor.DISABLES)
+    assert set(re.findall(r"^(\w+) = \[", section, flags=re.MULTILINE)) == set(packages.DISABLES)
 
 
 # room -----------------------------------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ def test_a_folder_that_cannot_be_written(machine, tiny_folder):
         {"method": "kfac_svd", "corrections": 2, "correction_windows": 2},
         {"method": "kfac_svd", "resident": True},
         {"method": "basis_sharing", "refine": "update"},
-        {"method": "svd_llm", "factor_form": "pivot", "corrections": 1, "correction_windows": 2},
+        {"method": "svd_llm", "form": "pivot", "corrections": 1, "correction_windows": 2},
     ],
     ids=str,
 )
@@ -214,18 +217,18 @@ def test_the_run_directory_is_foretold_as_compress_asks_for_it(options, tiny_fol
 
 
 def test_the_limit_of_a_container(tmp_path):
-    assert doctor._container_limit(tmp_path) == float("inf")
+    assert _container_limit(tmp_path) == float("inf")
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("77\n")
-    assert doctor._container_limit(tmp_path) == 77
+    assert _container_limit(tmp_path) == 77
     (tmp_path / "memory.max").write_text("max\n")
-    assert doctor._container_limit(tmp_path) == 77
+    assert _container_limit(tmp_path) == 77
     (tmp_path / "memory.max").write_text("55\n")
-    assert doctor._container_limit(tmp_path) == 55
+    assert _container_limit(tmp_path) == 55
 
 
 def test_memory_is_that_of_the_container(machine):
-    machine.setattr(doctor, "_container_limit", lambda: 3 * GB)
+    machine.setattr("slimrank.doctor.hardware._container_limit", lambda: 3 * GB)
     cpu = doctor.diagnose()["devices"][0]
     assert (cpu["memory"], cpu["free"], cpu["threads"]) == (3 * GB, 3 * GB, torch.get_num_threads())
 
@@ -342,7 +345,7 @@ def test_every_accelerator_is_listed(machine):
 )
 def test_an_accelerator_holds_all_weights_only_where_it_runs_the_whole_model(options, whole):
     record = {"peak_memory": LIBRARIES + 30, "size": {"bytes_loaded": 10}}
-    found = doctor._memory(record, Recipe(keep_ratio=0.8, **options), "cuda")
+    found = _memory(record, Recipe(keep_ratio=0.8, **options), "cuda")
     assert found == {"cpu": LIBRARIES + 10, "cuda": 30 if whole else 20}
 
 

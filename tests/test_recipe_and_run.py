@@ -67,8 +67,8 @@ def test_a_method_is_a_method_by_itself():
 
 
 def test_what_is_given_settles_what_depends_on_it():
-    assert Recipe(plan="p.json").factor_form == "pair"
-    assert Recipe(keep_ratio=0.5, secondary="pivot").factor_form == "pair"
+    assert Recipe(plan="p.json").form == "pair"
+    assert Recipe(keep_ratio=0.5, store_form="pivot").form == "pair"
     assert Recipe(keep_ratio=0.5, refine="none").refine is None
     assert Recipe(keep_ratio=0.5, allocation="lems").allocation_options == {}
     assert Recipe(keep_ratio=0.5, refine="update").refine_options == {}

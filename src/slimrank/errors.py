@@ -13,7 +13,7 @@ LISTED = 60  # names in one hint
 
 
 class SlimrankError(Exception):
-    """Base of all errors raised on purpose by slimrank."""
+    """Base of all errors that slimrank raises on purpose."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class OutputError(SlimrankError, OSError):
 
 
 class RunError(SlimrankError, RuntimeError):
-    """A run directory was made by other inputs, or is damaged."""
+    """A run directory belongs to a different run, or is damaged."""
 
 
 class DownloadError(SlimrankError, OSError):
@@ -74,7 +74,7 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the closest known names, or lists them all when none is close and they are not too many."""
+    """Name the closest known names in a hint, or list them all if none is close and they are not too many."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:

@@ -13,7 +13,7 @@ from slimrank.errors import RecipeError, nearest
 
 
 def options_of(function: Callable[..., Any], settings: Mapping[str, FieldInfo]) -> type[BaseModel]:
-    """A model of the keyword-only parameters of a function, and of some settings: annotations, ranges and defaults.
+    """Make a model of a function's keyword-only parameters and of some settings: annotations, ranges and defaults.
 
     Args:
         function: the method.
@@ -36,7 +36,7 @@ def options_of(function: Callable[..., Any], settings: Mapping[str, FieldInfo]) 
 
 
 def validated(model: type[BaseModel], given: Mapping[str, Any], owner: str) -> BaseModel:
-    """Options made of what was given.
+    """Return options made of the given values.
 
     Raises:
         RecipeError: an unknown option (the nearest known name is in the hint), or a value out of range.
@@ -57,7 +57,7 @@ def validated(model: type[BaseModel], given: Mapping[str, Any], owner: str) -> B
 
 
 def table(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
-    """The options of a method for people and JSON: default, range and description by name."""
+    """Return the options of a method for people and JSON: default, range and description by name."""
     properties = model.model_json_schema()["properties"] if model.model_fields else {}
     return {
         name: {
@@ -70,7 +70,7 @@ def table(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
 
 
 def _range(schema: Mapping[str, Any]) -> str:
-    """A range in words, from a JSON schema."""
+    """Describe a range in words, from a JSON schema."""
     if "anyOf" in schema:
         return " or ".join(_range(part) for part in schema["anyOf"])
     if "enum" in schema or "const" in schema:

@@ -6,31 +6,31 @@ from __future__ import annotations
 class Progress:
     """Receives the progress of one job. This base class ignores everything.
 
-    A job is a list of stages, each with a predicted cost in seconds; `step` moves the current stage on.
+    A job is a list of stages, each with a predicted cost in seconds; `step` advances the current stage.
     """
 
     def plan(self, costs: dict[str, float]) -> None:
         """Announce all stages and their predicted cost in seconds (only the proportions matter)."""
 
     def stage(self, name: str, steps: int) -> None:
-        """Begin a stage of so many steps; the one before it is over.
+        """Begin a stage of so many steps, and end the one before it.
 
         The name of the current stage again: what is left of it has so many steps.
         """
 
     def step(self, done: int = 1) -> None:
-        """Some steps of the current stage are done."""
+        """Advance by some steps of the current stage."""
 
     def note(self, message: str) -> None:
-        """Something the user should read now."""
+        """Show something that the user should read now."""
 
 
 class Forecast:
-    """Moves a stage whose number of steps is only a forecast: its last step is done when it ends, not before.
+    """Advances a stage whose number of steps is an estimate: its last step is done when it ends, not before.
 
     Args:
-        progress: told of whole steps.
-        expected: steps that the work will take, about.
+        progress: receives whole steps.
+        expected: estimated number of steps.
     """
 
     def __init__(self, progress: Progress, expected: float) -> None:
@@ -38,12 +38,12 @@ class Forecast:
         self._done, self._told = 0.0, 0
 
     def did(self, steps: float) -> None:
-        """So much more is done, in parts of a step too."""
+        """Advance by `steps`, which may be fractional."""
         self._done += steps
         self._tell(min(int(self._done), self.steps - 1))
 
     def end(self) -> None:
-        """All is done, however many steps it took."""
+        """End, however many steps it took."""
         self._tell(self.steps)
 
     def _tell(self, done: int) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,20 +21,26 @@ from pydantic import (
 
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import RecipeError, nearest
+from slimrank.recipe_values import check_patterns, check_rank_bounds, form_name, split_parts
 
 PRESETS = Path(__file__).parent / "recipes"
 BUDGETS = ("keep_ratio", "keep_total", "max_bytes", "plan")
+FORMER_NAMES = {"factor_form": "form", "secondary": "store_form"}
+
+Parts = Annotated[int | list[int] | Literal["qkv"], BeforeValidator(split_parts)]
+Form = Annotated[str, BeforeValidator(form_name)]
 
 
-def _parts(value: Any) -> Any:
-    sizes = value if isinstance(value, (list, tuple)) else [value]
-    many = len(sizes) > 1 or (isinstance(value, int) and value > 1)
-    if value != "qkv" and not (many and all(type(size) is int and size > 0 for size in sizes)):
-        raise ValueError("neither so many equal parts (2 or more), nor the outputs of each ([64, 32]), nor qkv")
-    return value
+def _option(panel: str, default: Any, description: str, flag: str = "", **bounds: Any) -> Any:
+    """Declare an option: its description is also the help of its flag, which stands in a panel of the help."""
+    extra: dict[str, Any] = {"panel": panel, "flag": flag}
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
-Parts = Annotated[int | list[int] | Literal["qkv"], BeforeValidator(_parts)]
+_how_small = partial(_option, "How small")
+_what = partial(_option, "What to compress")
+_text = partial(_option, "Text")
+_where = partial(_option, "Where and how")
 
 
 class Recipe(BaseModel):
@@ -43,97 +48,90 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    keep_ratio: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Fraction of the compressible weights' parameters to KEEP (0.8 keeps 80 %).",
+    keep_ratio: float | None = _how_small(
+        None, "Fraction of the linears' parameters to KEEP: 0.8 keeps 80 %.", flag="--keep", gt=0, le=1
     )
-    keep_total: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Fraction of the whole model's parameters to keep, instead of keep_ratio.",
+    keep_total: float | None = _how_small(
+        None, "Fraction of the whole model's parameters to keep, instead of keep_ratio.", gt=0, le=1
     )
-    max_bytes: int | None = Field(
-        None, gt=0, description="Largest size of all weights on disk in bytes, instead of keep_ratio."
+    max_bytes: int | None = _how_small(
+        None, "Largest size of all weights on disk in bytes, instead of keep_ratio.", gt=0
     )
-    plan: str | RankPlan | None = Field(
-        None, description="A rank plan (or its JSON file) to use, instead of a budget and an allocation."
+    plan: str | RankPlan | None = _how_small(
+        None, "A rank plan (a JSON file from 'slimrank plan --save') to follow, instead of a budget."
     )
-    method: str = Field(
+    method: str = _what(
         "svd_llm",
-        description="Decomposition method (see: slimrank methods). With one, all other options are as plain as they "
-        "say here; without, they are those of the preset balanced.",
+        "Decomposition method by itself: see 'slimrank methods'. Without one, options that are not given are those "
+        "of the preset balanced.",
     )
-    method_options: dict[str, Any] = Field({}, description="Options of the method by name (see: slimrank methods ID).")
-    refine: str | None = Field(
-        None, description="Closed-form update of the factors after the cut (see: slimrank methods), or none."
+    method_options: dict[str, Any] = _what({}, "Options of the method: see 'slimrank methods ID'.", flag="--option")
+    refine: str | None = _what(
+        None, "Closed-form update of the factors after truncation: see 'slimrank methods'; or none."
     )
-    refine_options: dict[str, Any] = Field({}, description="Options of the refiner by name (see: slimrank methods ID).")
-    corrections: int = Field(
-        0,
-        ge=0,
-        description="Rounds that move all factors against the gradient of the divergence from the original model.",
+    refine_options: dict[str, Any] = _what(
+        {}, "Options of the refiner: see 'slimrank methods ID'.", flag="--refine-option"
     )
-    correction_windows: int = Field(16, ge=1, description="Windows of one round, apart from those that calibrate.")
-    stages: dict[str, dict[str, Any]] = Field(
-        {}, description="Further stages to run by name, and their options (see docs/adding-a-stage.md)."
+    corrections: int = _what(
+        0, "Rounds that move all factors against the gradient of the divergence from the original.", ge=0
     )
-    allocation: str = Field("uniform", description="Rank allocation (see: slimrank methods).")
-    allocation_options: dict[str, Any] = Field(
-        {}, description="Options of the allocation by name (see: slimrank methods ID)."
+    correction_windows: int = _what(16, "Windows of one round of correction.", ge=1)
+    stages: dict[str, dict[str, Any]] = _what(
+        {}, "Further stages to run, registered from outside, and their options (docs/extending.md).", flag="--stage"
     )
-    ranks: dict[str, str | int] = Field(
-        {}, description="Rank of layers by pattern: a number, MIN..MAX (either may be left out), or dense."
+    allocation: str = _what("uniform", "Rank allocation: see 'slimrank methods'.")
+    allocation_options: dict[str, Any] = _what(
+        {}, "Options of the allocation: see 'slimrank methods ID'.", flag="--allocation-option"
     )
-    factor_form: Literal["pair", "pivot"] = Field(
+    ranks: dict[str, str | int] = _what(
+        {}, "Bounds of ranks by pattern: N, MIN..MAX (either may be left out), or dense.", flag="--rank"
+    )
+    form: Form = _what(
         "pair",
-        description="What ranks are chosen for and stored as: two thin factors, or pivot layers, which hold a rank in "
-        "fewer parameters (docs/pivot.md).",
+        "What ranks are chosen for and stored as: pair (two thin factors), or pivot (fewer parameters at the same "
+        "rank).",
     )
-    secondary: Literal["pivot"] | None = Field(
-        None, description="Store ranks that were chosen for pairs as pivot layers: the same model, yet smaller."
+    store_form: Form | None = _what(
+        None, "Store ranks that were chosen for pairs in a smaller form: pivot. The model stays the same."
     )
-    rank_multiple: int = Field(1, ge=1, description="Ranks are multiples of this (8 or 16 suit GPUs).")
-    targets: tuple[str, ...] = Field((), description="Compress only layers that match one of these patterns.")
-    ignore: tuple[str, ...] = Field((), description="Leave layers alone that match one of these patterns.")
-    split: dict[str, Parts] = Field(
-        {}, description="Treat fused layers as several: pattern -> so many equal parts, the outputs of each, or qkv."
+    rank_multiple: int = _what(1, "Make ranks multiples of this: 8 or 16 suit GPUs.", ge=1)
+    targets: tuple[str, ...] = _what(
+        (), "Compress only layers that match a pattern: '*.mlp.*', 'q_proj', 're:...'.", flag="--target"
     )
-    calibration: str | tuple[str, ...] = Field(
+    ignore: tuple[str, ...] = _what((), "Leave layers as they are that match a pattern.")
+    split: dict[str, Parts] = _what(
+        {}, "Treat fused layers as several, by pattern: 2 (equal parts), [64,32,32] (outputs of each), or qkv."
+    )
+    calibration: str | tuple[str, ...] = _text(
         "demo",
-        description="Calibration text: a file or folder, hub:ID[:CONFIG[:SPLIT]], demo, self, or a list of texts.",
+        "Text to calibrate on: a .txt, .jsonl, .json or .parquet file, a folder, hub:ID[:CONFIG[:SPLIT]], demo, or "
+        "self (the model writes it). Use text like your own.",
     )
-    samples: int = Field(128, ge=1, description="Calibration windows.")
-    seq_len: int | None = Field(
-        None,
-        ge=2,
-        description="Tokens per window, in calibration and evaluation; 512 or the model's context.",
+    samples: int = _text(128, "Calibration windows.", ge=1)
+    search_samples: int = _text(16, "Held-out windows that allocations measure plans on; they do not calibrate.", ge=1)
+    seq_len: int | None = _text(
+        None, "Tokens per window, in calibration and evaluation; 512 or the model's context.", ge=2
     )
-    batch_size: int = Field(8, ge=1, description="Windows that run through a block at a time.")
-    search_samples: int = Field(
-        16, ge=1, description="Windows that allocations measure plans on; none of them calibrates."
+    batch_size: int = _text(8, "Windows that run through a block at a time.", ge=1)
+    seed: int = _text(0, "Seed of the calibration windows, and of text that the model writes.", ge=0)
+    evaluation: str | None = _text(
+        "demo",
+        "Text to measure perplexity on, before and after; null (--no-eval) measures nothing.",
+        flag="--eval-text",
     )
-    seed: int = Field(0, ge=0, description="Seed of the calibration windows (and of `self` text).")
-    device: str = Field("auto", description="Where to compute: auto, cpu, cuda, mps, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Stored dtype of the model; auto is that of the checkpoint."
+    windows: int = _text(16, "Evaluation windows.", ge=1)
+    device: str = _where("auto", "Where to compute: auto, cpu, cuda, mps, ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _where(
+        "auto", "Stored dtype: auto (that of the checkpoint), float32, bfloat16 or float16."
     )
-    resident: bool = Field(
-        False,
-        description="Keep the whole model on the device while calibrating, instead of one block at a time.",
-    )
-    evaluation: str | None = Field(
-        "demo", description="Text to measure perplexity on, before and after; null measures nothing."
-    )
-    windows: int = Field(16, ge=1, description="Evaluation windows.")
-    max_shard_size: str = Field("5GB", pattern=r"^\d+(KB|MB|GB)$", description="Largest weight file to write.")
+    resident: bool = _where(False, "Keep the whole model on the device, instead of one block at a time.")
+    max_shard_size: str = _where("5GB", "Largest weight file to write.", pattern=r"^\d+(KB|MB|GB)$")
 
     @model_validator(mode="wrap")
     @classmethod
-    def _balanced(cls, data: Any, handler: ModelWrapValidatorHandler[Recipe]) -> Recipe:
-        """Without a method, what is not given is that of the preset `balanced`."""
+    def _complete(cls, data: Any, handler: ModelWrapValidatorHandler[Recipe]) -> Recipe:
+        """Take former names; without a method, take what is not given from the preset `balanced`."""
+        data = renamed(data) if isinstance(data, Mapping) else data
         if not isinstance(data, dict) or "method" in data:
             return handler(data)
         made = handler(_filled(data))
@@ -150,56 +148,37 @@ class Recipe(BaseModel):
     def _path_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
-    @field_validator("targets", "ignore", "ranks", "split")
-    @classmethod
-    def _patterns(cls, value: Any) -> Any:
-        for pattern in value:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as error:
-                    raise ValueError(f"'{pattern}' is no regular expression: {error}") from error
-        return value
-
-    @field_validator("ranks")
-    @classmethod
-    def _limits(cls, value: dict[str, str | int]) -> dict[str, str | int]:
-        for pattern, limit in value.items():
-            if not re.fullmatch(r"dense|\d+|\d*\.\.\d*", str(limit)):
-                raise ValueError(f"'{limit}' for '{pattern}' is neither a rank, nor MIN..MAX, nor dense")
-            if re.search(r"(?<!\d)0+(?!\d)", str(limit)):
-                raise ValueError(f"'{limit}' for '{pattern}': the smallest rank is 1")
-            least, _, most = str(limit).partition("..")
-            if least and most and int(least) > int(most):
-                raise ValueError(f"'{limit}' for '{pattern}' leaves no rank: MIN is more than MAX")
-        return value
+    _patterns = field_validator("targets", "ignore", "ranks", "split")(check_patterns)
+    _bounds = field_validator("ranks")(check_rank_bounds)
 
     @model_validator(mode="after")
-    def _one_budget(self) -> Recipe:
+    def _fits_together(self) -> Recipe:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give only one of {' and '.join(given)}")
-        return self
-
-    @model_validator(mode="after")
-    def _plan_decides(self) -> Recipe:
         if self.plan is not None and (self.ranks or self.rank_multiple > 1):
             raise ValueError("ranks and rank_multiple are for an allocation; the ranks of a plan are fixed in it")
-        return self
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Recipe:
-        if self.secondary and self.factor_form == "pivot":
-            raise ValueError("secondary is for factor_form pair; factor_form pivot stores pivot layers by itself")
+        if self.store_form and self.form != "pair":
+            raise ValueError(f"store_form is for form pair; form {self.form} stores {self.form} layers by itself")
         return self
 
     @property
-    def stored_as(self) -> Literal["pair", "pivot"]:
-        """What factored targets become."""
-        return self.secondary or self.factor_form
+    def stored_as(self) -> str:
+        """The form that factored targets are stored in."""
+        return self.store_form or self.form
+
+    @property
+    def factor_form(self) -> str:
+        """The former name of `form`."""
+        return self.form
+
+    @property
+    def secondary(self) -> str | None:
+        """The former name of `store_form`."""
+        return self.store_form
 
     def described(self) -> dict[str, Any]:
-        """The recipe for a report; texts given as a list are counted, not repeated."""
+        """Return the recipe for a report; texts given as a list are counted, not repeated."""
         fields = self.model_dump()
         if not isinstance(self.calibration, str):
             fields["calibration"] = f"{len(self.calibration)} documents given as a list"
@@ -215,17 +194,17 @@ class Recipe(BaseModel):
             raise RecipeError("nothing says how small the model should get.", "--keep 0.8 keeps 80 % of its linears")
 
     @classmethod
-    def make(cls, options: dict[str, Any]) -> Recipe:
-        """A recipe out of options.
+    def make(cls, options: Mapping[str, Any]) -> Recipe:
+        """Make a recipe out of options.
 
         Raises:
             RecipeError: an unknown option (the nearest known name is in the hint), or a value out of range.
         """
         for name in options:
-            if name not in cls.model_fields:
+            if name not in cls.model_fields and name not in FORMER_NAMES:
                 raise RecipeError(f"there is no option '{name}'.", nearest(name, cls.model_fields))
         try:
-            return cls.model_validate(options)
+            return cls.model_validate(renamed(options))
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
@@ -235,20 +214,20 @@ class Recipe(BaseModel):
             raise RecipeError(f"{field + ': ' if field else ''}{message}{got}", about or "") from error
 
     @classmethod
-    def merged(cls, recipe: Recipe | None, options: dict[str, Any]) -> Recipe:
-        """A recipe with some of its options replaced, which says how small the model should get.
+    def merged(cls, recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
+        """Make a recipe with some of its options replaced; it must say how small the model should get.
 
         Raises:
             RecipeError: see `make` and `need_budget`.
         """
         fields = {name: getattr(recipe, name) for name in recipe.model_fields_set} if recipe else {}
-        made = cls.make({**fields, **options})
+        made = cls.make({**fields, **renamed(options)})
         made.need_budget()
         return made
 
     @classmethod
     def preset(cls, name: str) -> dict[str, Any]:
-        """The options of a shipped recipe.
+        """Return the options of a shipped recipe.
 
         Raises:
             RecipeError: there is none of that name.
@@ -260,7 +239,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:
-        """The options in a YAML file, their names checked.
+        """Return the options in a YAML file, checked, under their present names.
 
         Raises:
             RecipeError: no such file, not YAML, not a mapping, or an unknown option; it names the file.
@@ -279,26 +258,39 @@ class Recipe(BaseModel):
             cls.make(options)
         except RecipeError as error:
             raise RecipeError(f"the recipe '{path}': {error.message}", error.hint) from error
-        return options
+        return renamed(options)
+
+
+def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options under their present names.
+
+    Raises:
+        RecipeError: an option under both its names.
+    """
+    both = [(old, new) for old, new in FORMER_NAMES.items() if old in options and new in options]
+    if both:
+        raise RecipeError(f"'{both[0][0]}' is the former name of '{both[0][1]}'; both are given.", "leave one out")
+    return {FORMER_NAMES.get(name, name): value for name, value in options.items()}
 
 
 @cache
-def _balanced_options() -> dict[str, Any]:
+def balanced_options() -> dict[str, Any]:
+    """Return the options of the preset `balanced`."""
     options: dict[str, Any] = yaml.safe_load((PRESETS / "balanced.yaml").read_text(encoding="utf-8"))
     return options
 
 
 def _filled(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data`, and options of the preset `balanced` but for those that something in `data` settles."""
+    """Return `data` and the options of the preset `balanced`, except those that something in `data` settles."""
     settled = set()
     if data.get("plan") is not None:
-        settled |= {"allocation", "allocation_options", "factor_form"}
-    if data.get("secondary") is not None:
-        settled |= {"factor_form"}
+        settled |= {"allocation", "allocation_options", "form"}
+    if data.get("store_form") is not None:
+        settled |= {"form"}
     settled |= {f"{name}_options" for name in ("refine", "allocation") if name in data}
-    filled = {name: value for name, value in _balanced_options().items() if name not in settled} | dict(data)
+    filled = {name: value for name, value in balanced_options().items() if name not in settled} | dict(data)
     nested = {"method_options", "refine_options", "allocation_options"}
-    for name in nested & _balanced_options().keys() & data.keys() - settled:
+    for name in nested & balanced_options().keys() & data.keys() - settled:
         if isinstance(data[name], Mapping):
-            filled[name] = {**_balanced_options()[name], **data[name]}
+            filled[name] = {**balanced_options()[name], **data[name]}
     return filled

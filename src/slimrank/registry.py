@@ -1,4 +1,4 @@
-"""Methods by id: each registers itself in a file of its own; the files of a package are imported when asked for."""
+"""Methods by id. Each registers itself in a file of its own; lookups import the files of a package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class HasId(Protocol):
 
     @property
     def id(self) -> str:
-        """Its name in recipes."""
+        """Return its name in recipes."""
 
 
 T = TypeVar("T", bound=HasId)
@@ -25,7 +25,7 @@ class Registry(Generic[T]):
 
     Args:
         package: dotted name of the package whose modules register methods.
-        kind: what a method of it is called in an error.
+        kind: the word for its methods in an error.
     """
 
     def __init__(self, package: str, kind: str) -> None:
@@ -38,17 +38,17 @@ class Registry(Generic[T]):
         return entry
 
     def all(self) -> dict[str, T]:
-        """All methods by id: those of the package, and those registered from outside."""
+        """Return all methods by id: those of the package, and those registered from outside."""
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
         return dict(sorted(self.entries.items()))
 
     def get(self, id: str) -> T:
-        """The method of that id.
+        """Return the method of that id.
 
         Raises:
-            RecipeError: there is none; the nearest names are in the hint.
+            RecipeError: it does not exist; the nearest names are in the hint.
         """
         known = self.all()
         if id not in known:

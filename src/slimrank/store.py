@@ -1,6 +1,6 @@
-"""The run directory: what a compression has finished, so that an interrupted one goes on where it was.
+"""The run directory stores the finished parts of a compression, so that an interrupted one resumes.
 
-Everything lies under a key made of all that the content depends on (weights, tokens, method, device, code
+Everything has a key made of all that the content depends on (weights, tokens, method, device, code
 schema). safetensors and JSON only, each file written under a temporary name and then renamed.
 """
 
@@ -26,16 +26,16 @@ SCHEMA = 4  # raise it when the content of stored files changes meaning
 
 
 def content_key(parts: dict[str, Any]) -> str:
-    """A short hash of everything in `parts`."""
+    """Return a short hash of everything in `parts`."""
     text = json.dumps({"schema": SCHEMA, **parts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def locked(folder: Path, hint: str) -> FileLock:
-    """A lock that keeps other processes out of a folder until it is released.
+    """Lock a folder against other processes inside the context.
 
     Raises:
-        RunError: another one is at work in it.
+        RunError: another slimrank uses it.
         OutputError: no file can be made or locked there.
     """
     lock = FileLock(folder / LOCK, is_singleton=True)
@@ -52,11 +52,11 @@ class Run:
     """A run directory.
 
     Args:
-        folder: made if absent.
-        identity: what the run is about (model and text digests, ...).
+        folder: created if absent.
+        identity: what the run belongs to (model and text digests, ...).
 
     Raises:
-        RunError: the folder was made for something else, or is not a run directory.
+        RunError: the folder belongs to a different run, or is not a run directory.
         OutputError: it cannot be made.
     """
 
@@ -77,7 +77,7 @@ class Run:
         """Keep other processes out of the folder.
 
         Raises:
-            RunError: another one is at work in it.
+            RunError: another slimrank uses it.
         """
         self._lock = locked(self.folder, "wait for it to end, or give this one a --run-dir of its own")
         return self
@@ -86,7 +86,7 @@ class Run:
         self._lock.release()
 
     def stage(self, parts: dict[str, Any]) -> Stage:
-        """The stored results of one stage, under the key of everything that they depend on."""
+        """Return the stored results of one stage, under the key of everything that they depend on."""
         return Stage(self.folder / "store" / content_key(parts))
 
 
@@ -94,7 +94,7 @@ def usable_folder(run_dir: str | Path, output: Path | None = None) -> Path:
     """Find the run directory that a user names; refuse one that cannot be used, before any work.
 
     Args:
-        run_dir: as it was given.
+        run_dir: as the user named it.
         output: the folder that the model is written to. It is replaced as a whole in the end.
 
     Raises:
@@ -152,7 +152,7 @@ class Stage:
             raise disk_error(error, folder) from error
 
     def has(self, name: str) -> bool:
-        """Whether the tensors `name` are stored."""
+        """Tell whether the tensors `name` are stored."""
         return (self.folder / f"{name}.safetensors").is_file()
 
     def save(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
@@ -175,7 +175,7 @@ class Stage:
         (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
 
     def load(self, name: str, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and the record stored as `name`.
+        """Return the tensors and the record stored as `name`.
 
         Raises:
             RunError: the file is absent or damaged.
@@ -213,7 +213,7 @@ def _check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any])
     if differing:
         shown = "; ".join(f"{key}: {_short(found.get(key))}, now {_short(wanted.get(key))}" for key in differing)
         raise RunError(
-            f"the run directory '{folder}' was made by other inputs ({shown}).",
+            f"the run directory '{folder}' belongs to a different run ({shown}).",
             "choose another --run-dir or --out, or delete that folder to start afresh",
         )
 

@@ -35,9 +35,7 @@ FORMS = ["pair", "pivot"]
 
 def compressed(name="llama", form="pair", **changes):
     model = tiny_model(name, **changes)
-    slimrank.compress(
-        model, byte_tokenizer(), keep_ratio=0.6, method="svd", evaluation=None, seq_len=16, factor_form=form
-    )
+    slimrank.compress(model, byte_tokenizer(), keep_ratio=0.6, method="svd", evaluation=None, seq_len=16, form=form)
     return model
 
 

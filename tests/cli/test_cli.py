@@ -270,7 +270,7 @@ def test_steps_that_are_declared_again_lose_and_skip_nothing():
 
 
 def test_a_plan_takes_the_place_of_an_allocation(tmp_path):
-    from slimrank.cli.options import recipe_options
+    from slimrank.cli.recipe_flags import recipe_options
 
     file = tmp_path / "recipe.yaml"
     file.write_text("keep_ratio: 0.8\nrank_multiple: 8\nranks: {q_proj: dense}\nallocation: lems\n")

@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_model
 from method_runs import METHODS, compress, logits
 from slimrank.errors import RecipeError
-from slimrank.layers.convert import compressed_layers
+from slimrank.layers.base import compressed_layers
 from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.methods.refiner import REFINERS
 
@@ -28,7 +28,7 @@ def test_every_method_form_and_refiner(model, method, options, tmp_path):
     chosen = {"method": method, "method_options": options, "run_dir": tmp_path / "run"}
     shares = DECOMPOSERS.get(method).groups is not None
     for refiner, form in ((r, f) for r in REFINERS.all() for f in ("pair", "pivot")):
-        recipe = {**chosen, "factor_form": form, "refine": refiner, "refine_options": SETTINGS}
+        recipe = {**chosen, "form": form, "refine": refiner, "refine_options": SETTINGS}
         if shares and (REFINERS.get(refiner).changes_a or form == "pivot"):
             with pytest.raises(RecipeError):
                 compress(tiny_model(model), **recipe)

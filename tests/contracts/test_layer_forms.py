@@ -233,6 +233,23 @@ def test_a_form_from_outside_is_planned_compressed_and_reported(tmp_path):
     assert torch.equal(logits(loaded), logits(result.model))
 
 
+@pytest.mark.parametrize("refine", [None, "update"])
+def test_a_recipe_names_a_form_from_outside(refine, tmp_path):
+    """Its numbers are half as wide as those of the dense weights, so that ranks are larger within the same bytes."""
+    options = {"method": "svd_llm", "refine": refine, "samples": 2, "search_samples": 2, "seq_len": 16}
+    options |= {"evaluation": None, "max_bytes": 60_000, "rank_multiple": 2}
+    wide = slimrank.compress(tiny_model().bfloat16(), byte_tokenizer(), **options).plan
+    told = slimrank.compress(
+        tiny_model().bfloat16(), byte_tokenizer(), form=outside.FORM, out=tmp_path / "out", **options
+    )
+    assert {layer.kind for layer in compressed_layers(told.model).values()} == {outside.FORM}
+    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) <= options["max_bytes"]
+    ranks, narrow = wide.factored(), told.plan.factored()
+    assert sum(narrow.values()) > 1.5 * sum(ranks.get(path, 0) for path in narrow)
+    with pytest.raises(RecipeError, match="there is no such form; there are eight_bits, pair, pivot, got 'pears'"):
+        slimrank.Recipe.make({"form": "pears"})
+
+
 def test_a_budget_in_a_plan_of_such_a_form_is_kept(tmp_path):
     plan = planned(tiny_model(), outside.FORM)
     over = plan.model_copy(update={"budget": plan.budget - 1})

@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import slimrank
 from helpers import byte_tokenizer, save_tiny, text, tiny_model
+from slimrank.cli import main
 from slimrank.evaluate.agreement import agreement
 from slimrank.evaluate.api import evaluate
 from slimrank.evaluate.metric import METRICS, ModelMetric, Subject, Text, TextMetric, metric, metrics
@@ -139,15 +141,37 @@ def test_a_metric_from_outside_is_told_before_and_after_and_in_files(outside, tm
     assert found["modules"]["title"] == "modules"
 
 
-def test_the_original_is_measured_again_when_there_is_another_metric(outside, monkeypatch, tmp_path):
+def test_a_run_that_was_measured_before_a_metric_was_registered_is_measured_again(tmp_path, request):
     (tmp_path / "text.txt").write_text(text())
-    folder, asked = save_tiny(tmp_path / "tiny"), {"keep_ratio": 0.6, "method": "svd", "windows": 2, "seq_len": 24}
-    asked |= {"evaluation": str(tmp_path / "text.txt"), "run_dir": tmp_path / "run"}
-    both = dict(METRICS.entries)
-    monkeypatch.setattr(METRICS, "entries", {id: found for id, found in both.items() if id not in ("hits", "modules")})
-    assert "hits" not in slimrank.compress(folder, **asked).report["before"]
-    monkeypatch.setattr(METRICS, "entries", both)
-    assert "hits" in slimrank.compress(folder, **asked).report["before"]
+    folder, source = save_tiny(tmp_path / "tiny"), str(tmp_path / "text.txt")
+    options = {"keep_ratio": 0.6, "method": "svd", "evaluation": source, "windows": 2, "seq_len": 24}
+    first = slimrank.compress(folder, run_dir=tmp_path / "run", **options).report
+    request.getfixturevalue("outside")
+    again = slimrank.compress(folder, run_dir=tmp_path / "run", **options).report
+    assert "hits" not in first["before"]
+    for side in ("before", "after"):
+        assert again[side]["hits"]["title"] == "tokens put first"
+        assert again[side]["perplexity"] == first[side]["perplexity"]
+
+
+def test_a_record_that_no_report_can_show_is_refused_before_the_work(outside, tmp_path, text_file, monkeypatch):
+    monkeypatch.setattr("slimrank.pipeline.stages.calibrate.Calibrate.run", lambda *_: pytest.fail("work was done"))
+    metric(type("Bare", (Hits,), {"id": "bare", "measure": lambda self, model, on: {"value": 1.0}}))
+    options = {"method": "svd_llm", "keep_ratio": 0.6, "windows": 2, "seq_len": 24, "samples": 2}
+    with pytest.raises(ValidationError, match=r"bare\.title"):
+        slimrank.compress(
+            save_tiny(tmp_path / "tiny"), calibration=str(text_file), evaluation=str(text_file), **options
+        )
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_metric_from_outside_is_shown_in_the_terminal(outside, beside, tiny_folder, text_file, capsys):
+    asked = ["evaluate", str(tiny_folder), "--text", str(text_file), "--windows", "2", "--seq-len", "24"]
+    with pytest.raises(SystemExit):
+        main([*asked, *(["--against", str(tiny_folder)] if beside else [])])
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("tokens put first", "modules", "higher"))
+    assert ("its value" in shown and "+0" in shown) == beside
 
 
 def test_mistakes_of_metrics_are_named(outside, monkeypatch):

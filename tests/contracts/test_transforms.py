@@ -150,6 +150,9 @@ def test_a_transform_from_outside_goes_through_compress_and_loads_without_slimra
     about = json.loads((tmp_path / "out" / "config.json").read_text())["slimrank"]
     assert about["transforms"] == [{"kind": "factors"}, {"kind": outside.TRANSFORM, "paths": ["model.norm"]}]
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == result.report
+    (section,) = result.report["sections"]
+    assert section["rows"] == [[outside.TRANSFORM, '{"paths": ["model.norm"]}']]
+    assert outside.TRANSFORM in (tmp_path / "out" / "report.html").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(result.model))
     torch.save(logits(loaded), tmp_path / "expected.pt")

@@ -78,7 +78,7 @@ def test_the_command_of_lm_eval_measures_a_compressed_model(folder, tmp_path):
     """In a process that knows nothing of slimrank; its figures are ours of the same folder."""
     out = tmp_path / "out"
     tiny, small = save_tiny(tmp_path / "tiny"), {"samples": 4, "seq_len": 32, "evaluation": None}
-    slimrank.compress(tiny, out=out, keep_ratio=0.6, method="svd_llm", factor_form="pivot", **small)
+    slimrank.compress(tiny, out=out, keep_ratio=0.6, method="svd_llm", form="pivot", **small)
     start = "import sys; sys.modules['slimrank'] = None; from lm_eval.__main__ import *; cli_evaluate()"
     command = [
         sys.executable, "-c", start, "--model", "hf", "--model_args", f"pretrained={out},trust_remote_code=True",

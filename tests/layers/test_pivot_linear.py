@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from slimrank.layers import LowRankLinear, PivotLinear
-from slimrank.layers.convert import give_b, pair_of, pivot_layer, stored_layer
-from slimrank.layers.forms import PAIR, PIVOT
+from slimrank.layers.forms import PAIR, PIVOT, layer_form, pivot_layer
 from slimrank.linalg.regression import Regression, best_b
 
 SHAPES = [(10, 14, 4), (14, 10, 4), (9, 9, 1), (8, 12, 8), (12, 8, 8)]
@@ -111,26 +110,26 @@ def test_compiles_whole(side):
 def test_the_pair_of_a_layer_is_its_product(m, n, r, side):
     a, b, _ = factors(m, n, r)
     layer = pivot_layer(a, b, None, side, dtype=torch.float32)
-    a2, b2 = pair_of(layer)
+    a2, b2 = layer.factors()
     assert a2.dtype == b2.dtype == torch.float64
     assert not a2.requires_grad
     assert (a2.shape, b2.shape) == ((r, n), (m, r))
     torch.testing.assert_close(b2 @ a2, layer.weight.double(), rtol=1e-5, atol=1e-5)
     exact = pivot_layer(a, b, None, side, dtype=torch.float64)
-    a3, b3 = pair_of(exact)
+    a3, b3 = exact.factors()
     torch.testing.assert_close(b3 @ a3, exact.weight, rtol=1e-13, atol=1e-13)
 
 
 def test_the_pair_of_a_pair():
     a, b, bias = factors(6, 5, 3, dtype=torch.bfloat16)
-    a2, b2 = pair_of(LowRankLinear.from_factors(a, b, bias))
+    a2, b2 = LowRankLinear.from_factors(a, b, bias).factors()
     assert torch.equal(a2, a.double())
     assert torch.equal(b2, b.double())
 
 
 def test_stored_forms():
     a, b, bias = factors(10, 14, 4)
-    pair, pivot = (stored_layer(form, a, b, bias, dtype=torch.float32) for form in ("pair", "pivot"))
+    pair, pivot = (layer_form(form).build(a, b, bias, dtype=torch.float32) for form in ("pair", "pivot"))
     assert isinstance(pair, LowRankLinear)
     assert isinstance(pivot, PivotLinear)
     for layer, cost in ((pair, PAIR.parameters), (pivot, PIVOT.parameters)):
@@ -155,12 +154,14 @@ def test_b_given_again_makes_up_for_what_casting_leaves_of_a(form):
     x = inputs(14).reshape(-1, 14).repeat(3, 1) @ torch.diag(torch.arange(1.0, 15).double())
     problem = Regression.of(x + 0.3 * inputs(14).reshape(-1, 14).flip(0).repeat(3, 1), x @ (b @ a).t())
     kind = torch.bfloat16
-    layer = stored_layer("pair", a, b, dtype=kind) if form == "pair" else pivot_layer(a, b, side=form, dtype=kind)
-    cast, old = pair_of(layer)
+    layer = (
+        layer_form("pair").build(a, b, None, dtype=kind) if form == "pair" else pivot_layer(a, b, side=form, dtype=kind)
+    )
+    cast, old = layer.factors()
     before = problem.loss(old @ cast)
     best = best_b(problem, cast)
-    give_b(layer, best)
-    same, new = pair_of(layer)
+    layer.set_b(best)
+    same, new = layer.factors()
     assert torch.equal(same, cast)
     assert problem.loss(new @ cast) < before
     kept = torch.zeros(10, dtype=torch.bool)

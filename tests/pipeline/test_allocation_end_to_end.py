@@ -259,7 +259,7 @@ def test_plans_that_were_measured_before_an_interruption_are_not_again(id, optio
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_gradients_through_weights_that_are_only_there_for_the_forward_pass(id, name):
     """On a CPU 16-bit weights are cast for a while, as on an accelerator they are brought there for a while."""
-    settings = {"evaluation": None, "factor_form": "pivot"}
+    settings = {"evaluation": None, "form": "pivot"}
     streamed, resident = (
         allocated(id, tiny_model(name).bfloat16(), resident=resident, **settings) for resident in (False, True)
     )
@@ -286,7 +286,7 @@ def test_an_allocation_that_was_found_is_not_sought_again(id, tmp_path, monkeypa
         {"allocation": "dobi", "allocation_options": {"steps": 2}},
         {"ranks": {"q_proj": "3..5"}},
         {"rank_multiple": 2},
-        {"factor_form": "pivot"},
+        {"form": "pivot"},
         {"search_samples": SEARCH - 1},
         {"method": "asvd"},
     ],

@@ -15,7 +15,7 @@ from architectures import ARCHITECTURES, random_model
 from helpers import byte_tokenizer, text
 from slimrank.errors import ModelError, RecipeError
 from slimrank.evaluate.api import evaluate
-from slimrank.layers.convert import compressed_layers
+from slimrank.layers.base import compressed_layers
 from slimrank.layers.experts import Experts, experts_of, fuse, unfuse
 from slimrank.models.structure import experts_by_kind, find_blocks
 from slimrank.models.targets import find_targets

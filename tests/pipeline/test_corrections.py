@@ -10,7 +10,7 @@ from torch.nn.functional import log_softmax
 import slimrank
 from helpers import CONFIGS, byte_tokenizer, save_tiny, text, tiny_model
 from slimrank.errors import RecipeError
-from slimrank.layers.convert import compressed_layers
+from slimrank.layers.base import compressed_layers
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.divergence import divergence_gradients
 from slimrank.models.gradients import step_back
@@ -22,7 +22,7 @@ from slimrank.statistics.collector import Collector
 from slimrank.text.texts import read_texts
 
 SMALL = {"method": "svd_llm", "samples": 4, "search_samples": 4, "seq_len": 24, "batch_size": 2, "evaluation": None}
-FORMS = [{}, {"factor_form": "pivot"}]
+FORMS = [{}, {"form": "pivot"}]
 
 
 @pytest.fixture(scope="module")

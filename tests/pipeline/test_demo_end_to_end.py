@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimrank import compress
 from slimrank.evaluate.perplexity import perplexity
-from slimrank.layers.convert import compressed_layers, pair_of, stored_layer
+from slimrank.layers.base import compressed_layers
+from slimrank.layers.forms import layer_form
 from slimrank.text.sources import read_source
 from slimrank.text.tokens import tokenise
 from slimrank.text.windows import leading_windows
@@ -73,9 +74,9 @@ def test_pivot_layers_of_all_its_pairs_lose_nothing(run):
     before, expected, saved = sum(p.numel() for p in model.parameters()), logits(model.double(), ids), 0
     of_pairs = logits(model.float(), ids)
     for path, layer in compressed_layers(model).items():
-        a, b = pair_of(layer)
-        pivot = stored_layer("pivot", a, b, layer.bias, dtype=torch.float32)
-        new_a, new_b = pair_of(pivot)
+        a, b = layer.factors()
+        pivot = layer_form("pivot").build(a, b, layer.bias, dtype=torch.float32)
+        new_a, new_b = pivot.factors()
         assert float((new_b @ new_a - b @ a).norm() / (b @ a).norm()) < 100 * torch.finfo(torch.float32).eps
         model.set_submodule(path, pivot)
         saved += layer.rank**2

@@ -6,7 +6,7 @@ import torch
 import slimrank
 from architectures import random_model
 from helpers import byte_tokenizer, text
-from slimrank.layers.convert import compressed_layers, pair_of
+from slimrank.layers.base import compressed_layers
 from slimrank.pipeline.stages.statistics_cache import StatisticsCache
 from slimrank.progress import Progress
 from slimrank.statistics.catalogue import Gathering
@@ -29,7 +29,7 @@ def forbid_passes(monkeypatch):
 
 
 def products(result):
-    return {path: b @ a for path, layer in compressed_layers(result.model).items() for a, b in [pair_of(layer)]}
+    return {path: b @ a for path, layer in compressed_layers(result.model).items() for a, b in [layer.factors()]}
 
 
 def assert_like(found, expected, **tolerance):

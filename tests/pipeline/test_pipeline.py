@@ -306,7 +306,7 @@ def test_a_kept_run_directory_serves_another_budget(tmp_path, text_file, monkeyp
 def test_a_run_directory_made_by_other_inputs_is_refused(tmp_path, text_file):
     folder = save_tiny(tmp_path / "model")
     slimrank.compress(folder, run_dir=tmp_path / "run", **options(text_file))
-    with pytest.raises(RunError, match=r"made by other inputs \(calibration: "):
+    with pytest.raises(RunError, match=r"belongs to a different run \(calibration: "):
         slimrank.compress(folder, run_dir=tmp_path / "run", **options(text_file, seed=1))
     other = save_tiny(tmp_path / "other", seed=1)
     with pytest.raises(RunError, match=r"\(model: "):
@@ -370,7 +370,7 @@ def test_a_run_directory_may_be_in_the_home_folder(tiny_folder, tmp_path, monkey
         ({"device": "quantum"}, RecipeError, "not a device"),
         ({"evaluation": "self"}, DataError, "sampled itself"),
         ({"ignore": ["q_porj"]}, RecipeError, "matches no linear"),
-        ({"ignore": ["re:("]}, RecipeError, "no regular expression"),
+        ({"ignore": ["re:("]}, RecipeError, "not a regular expression"),
         ({"keep_ratio": None, "max_bytes": 20_000}, BudgetError, "already take"),
         ({"plan": "none.json", "keep_ratio": None}, PlanError, "cannot be read"),
         ({"plan": "none.json", "keep_ratio": None, "rank_multiple": 8}, RecipeError, "ranks of a plan are fixed"),

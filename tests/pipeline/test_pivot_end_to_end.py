@@ -26,7 +26,7 @@ from method_runs import (
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import BudgetError, PlanError, RecipeError
 from slimrank.layers import LowRankLinear, PivotLinear
-from slimrank.layers.convert import compressed_layers
+from slimrank.layers.base import compressed_layers
 from slimrank.layers.forms import PAIR, PIVOT
 from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.methods.refiner import REFINERS
@@ -34,7 +34,7 @@ from slimrank.recipe import Recipe
 from test_allocation_end_to_end import IDS as ALLOCATIONS
 from test_allocation_end_to_end import allocated
 
-FORMS = {"primary": {"factor_form": "pivot"}, "secondary": {"secondary": "pivot"}}
+FORMS = {"primary": {"form": "pivot"}, "secondary": {"store_form": "pivot"}}
 METHODS = [id for id, method in DECOMPOSERS.all().items() if method.groups is None]
 BUDGETS = [{"keep_ratio": 0.58}, {"keep_total": 0.8}, {"max_bytes": 100_000}]
 
@@ -123,7 +123,7 @@ def test_factors_are_cast_once(dtype, form):
 
 
 def test_the_same_size_holds_higher_ranks_and_less_error():
-    pair, pivot = compress(method="svd"), compress(method="svd", factor_form="pivot")
+    pair, pivot = compress(method="svd"), compress(method="svd", form="pivot")
     for path, layer in pivot.plan.targets.items():
         m, n = layer.shape
         assert layer.rank > pair.plan.targets[path].rank
@@ -133,7 +133,7 @@ def test_the_same_size_holds_higher_ranks_and_less_error():
 
 
 def test_the_same_ranks_take_less():
-    pair, pivot = compress(method="svd"), compress(method="svd", secondary="pivot")
+    pair, pivot = compress(method="svd"), compress(method="svd", store_form="pivot")
     assert pair.plan.targets == pivot.plan.targets
     assert pair.plan.parameters == pivot.plan.parameters == pair.plan.stored_parameters
     saved = sum(t.rank**2 for t in pivot.plan.targets.values())
@@ -143,7 +143,7 @@ def test_the_same_ranks_take_less():
 
 def test_every_rank_below_the_full_one_is_worth_storing():
     """Pairs are dense from a third of the full rank on; here 1 off the full rank is still smaller than dense."""
-    result = compress(method="svd", keep_ratio=0.97, factor_form="pivot")
+    result = compress(method="svd", keep_ratio=0.97, form="pivot")
     ranks = {path: t for path, t in result.plan.targets.items() if t.rank != "dense"}
     assert any(t.rank > PAIR.largest_rank(*t.shape) for t in ranks.values())
     assert result.plan.keep_ratio <= 0.97
@@ -151,7 +151,7 @@ def test_every_rank_below_the_full_one_is_worth_storing():
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_every_allocation(allocation):
-    result = allocated(allocation, factor_form="pivot")
+    result = allocated(allocation, form="pivot")
     assert result.plan.cost_model == "pivot"
     assert result.plan.parameters <= result.plan.budget
     assert result.report["size"]["keep_ratio"] > 0.5
@@ -167,7 +167,7 @@ def test_budgets_are_kept_on_disk(budget, dtype, form, tmp_path):
     name, limit = next(iter(budget.items()))
     reached = {"max_bytes": written, **size}[name]
     assert reached <= limit
-    assert reached > (0.85 if "factor_form" in form else 0.75) * limit  # of a tiny file, much is header
+    assert reached > (0.85 if "form" in form else 0.75) * limit  # of a tiny file, much is header
     assert size["bytes_after"] == written
     foretold = slimrank.preview(tmp_path / "model", method="svd_llm", dtype=dtype, **budget, **form)
     assert 0 <= written - foretold["size"]["bytes_after"] < 16384  # the header of a safetensors file
@@ -203,12 +203,12 @@ def test_a_dense_rank_stays_dense(form):
 
 
 def test_bounds_of_ranks_reach_beyond_those_of_pairs():
-    result = compress(keep_ratio=0.9, factor_form="pivot", ranks={"*.0.self_attn.q_proj": 30})
+    result = compress(keep_ratio=0.9, form="pivot", ranks={"*.0.self_attn.q_proj": 30})
     assert result.plan.targets["model.layers.0.self_attn.q_proj"].rank == 30 > PAIR.largest_rank(32, 32)
     with pytest.raises(PlanError, match="no multiple of"):
         compress(keep_ratio=0.9, ranks={"*.0.self_attn.q_proj": 30})
     with pytest.raises(BudgetError):
-        compress(keep_ratio=0.3, factor_form="pivot", ranks={"*": "30.."})
+        compress(keep_ratio=0.3, form="pivot", ranks={"*": "30.."})
 
 
 def test_weights_too_small_for_pairs():
@@ -223,7 +223,7 @@ def test_weights_too_small_for_pairs():
 
 def test_the_full_rank_by_hand(tmp_path):
     """No budget asks for it, a plan may: then there is nothing to interpolate, and the layer is the weight."""
-    plan = compress(tiny_model().double(), factor_form="pivot").plan
+    plan = compress(tiny_model().double(), form="pivot").plan
     whole = {path: t.model_copy(update={"rank": min(t.shape)}) for path, t in plan.targets.items()}
     plan = plan.model_copy(update={"targets": whole, "budget": None})
     result = compress(tiny_model().double(), keep_ratio=None, plan=plan)
@@ -247,36 +247,36 @@ def test_plans_carry_the_form(form, tmp_path):
 
 def test_a_plan_for_pairs_may_be_stored_as_pivot_layers():
     pair = compress()
-    stored = compress(keep_ratio=None, plan=pair.plan, secondary="pivot")
+    stored = compress(keep_ratio=None, plan=pair.plan, store_form="pivot")
     assert stored.plan == pair.plan.model_copy(update={"secondary": "pivot"})
-    assert_same(stored, compress(secondary="pivot"))
+    assert_same(stored, compress(store_form="pivot"))
 
 
 def test_forms_that_contradict_a_plan_are_refused(tmp_path):
-    pair, pivot = compress().plan, compress(factor_form="pivot").plan
+    pair, pivot = compress().plan, compress(form="pivot").plan
     with pytest.raises(RecipeError, match="chosen for pairs"):
-        compress(keep_ratio=None, plan=pair, factor_form="pivot")
+        compress(keep_ratio=None, plan=pair, form="pivot")
     with pytest.raises(RecipeError, match="chosen for pivot layers already"):
-        compress(keep_ratio=None, plan=pivot, secondary="pivot")
+        compress(keep_ratio=None, plan=pivot, store_form="pivot")
     save_tiny(tmp_path / "model")
     with pytest.raises(RecipeError, match="chosen for pairs"):
-        slimrank.preview(tmp_path / "model", plan=pair, factor_form="pivot")
+        slimrank.preview(tmp_path / "model", plan=pair, form="pivot")
 
 
 @pytest.mark.parametrize("form, other", [("pair", "pivot"), ("pivot", "pair")])
 def test_ranks_of_a_file_that_were_chosen_for_the_other_form_are_refused(form, other, tmp_path):
     """Also where each would fit: as pairs they store more than they were chosen for."""
     file = tmp_path / "plan.json"
-    plan = compress(factor_form=form, keep_ratio=0.4).plan
+    plan = compress(form=form, keep_ratio=0.4).plan
     plan.model_copy(update={"budget": None}).save(file)
     options = {"allocation": "from_plan", "allocation_options": {"file": str(file)}, "keep_ratio": 0.9}
-    with pytest.raises(PlanError, match=f"chosen for factor form {form}, not {other}") as raised:
-        compress(factor_form=other, **options)
-    assert raised.value.hint == f"--factor-form {form}; or --plan {file}, which follows the form"
-    assert compress(factor_form=form, **options).plan.targets == plan.targets
+    with pytest.raises(PlanError, match=f"chosen for form {form}, not {other}") as raised:
+        compress(form=other, **options)
+    assert raised.value.hint == f"--form {form}; or --plan {file}, which follows the form"
+    assert compress(form=form, **options).plan.targets == plan.targets
 
 
-@pytest.mark.parametrize("change", [{"cost_model": "other"}, {"cost_model": "pivot", "secondary": "pivot"}])
+@pytest.mark.parametrize("change", [{"cost_model": "other"}, {"cost_model": "pivot", "store_form": "pivot"}])
 def test_plan_files_that_make_no_sense(change, tmp_path):
     content = {**compress().plan.model_dump(), **change}
     (tmp_path / "plan.json").write_text(json.dumps(content))
@@ -286,7 +286,7 @@ def test_plan_files_that_make_no_sense(change, tmp_path):
 
 def test_a_budget_in_a_plan_is_one_of_its_cost_model():
     """Ranks chosen for pivot layers would be over the budget as pairs."""
-    plan = compress(factor_form="pivot").plan
+    plan = compress(form="pivot").plan
     pairs = sum(PAIR.parameters(*t.shape, t.rank) for t in plan.targets.values())
     assert plan.parameters <= plan.budget < pairs
     with pytest.raises(PlanError, match="over its budget"):
@@ -307,9 +307,9 @@ def test_shared_factors_are_refused(form, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"factor_form": "pivot", "secondary": "pivot"}, "factor_form pivot stores pivot layers by itself"),
-        ({"factor_form": "pifa"}, "factor_form"),
-        ({"secondary": "pair"}, "secondary"),
+        ({"form": "pivot", "store_form": "pivot"}, "form pivot stores pivot layers by itself"),
+        ({"form": "pifa"}, "form"),
+        ({"store_form": "pairs"}, "pairs"),
     ],
 )
 def test_recipes_that_make_no_sense(options, message):
@@ -324,7 +324,7 @@ def test_recipes_that_make_no_sense(options, message):
 @pytest.mark.parametrize("refiner", REFINERS.all())
 def test_refined_products_are_those_of_pairs(refiner, bias):
     options = {"refine": refiner, "refine_options": {"bias": bias, "ridge": 1e-3}}
-    pair, pivot = (compress(tiny_model("qwen2").double(), **options, secondary=s) for s in (None, "pivot"))
+    pair, pivot = (compress(tiny_model("qwen2").double(), **options, store_form=s) for s in (None, "pivot"))
     assert {type(layer) for layer in compressed_layers(pivot.model).values()} == {PivotLinear}
     torch.testing.assert_close(logits(pivot.model), logits(pair.model), rtol=1e-5, atol=1e-5)
     for row, other in zip(pivot.report["targets"], pair.report["targets"], strict=True):
@@ -344,8 +344,8 @@ def test_resuming_a_refinement_gives_the_same_bits(after, bias, form, tmp_path):
 def test_pairs_and_pivot_layers_do_not_resume_each_other(tmp_path):
     options = {"refine": "update", "run_dir": tmp_path}
     compress(**options)
-    pivot = compress(secondary="pivot", **options)
-    assert_same(pivot, compress(secondary="pivot", refine="update"))
+    pivot = compress(store_form="pivot", **options)
+    assert_same(pivot, compress(store_form="pivot", refine="update"))
 
 
 @pytest.mark.parametrize("refine", [None, "regress"])
@@ -368,8 +368,8 @@ def test_weights_tied_between_layers_stay_tied(refine, form, tmp_path):
 
 def test_spectra_of_a_run_serve_both_forms(tmp_path):
     compress(method="svd_llm", run_dir=tmp_path)
-    again = compress(method="svd_llm", run_dir=tmp_path, factor_form="pivot")
-    assert_same(again, compress(method="svd_llm", factor_form="pivot"))
+    again = compress(method="svd_llm", run_dir=tmp_path, form="pivot")
+    assert_same(again, compress(method="svd_llm", form="pivot"))
 
 
 # command line --------------------------------------------------------------------------------------------------
@@ -378,10 +378,10 @@ def test_spectra_of_a_run_serve_both_forms(tmp_path):
 def test_flags(capsys, tmp_path):
     save_tiny(tmp_path / "model")
     shared = [tmp_path / "model", "--keep", KEEP, "--method", "svd", "--no-eval"]
-    shown = json.loads(run(capsys, "plan", *shared, "--factor-form", "pivot", "--json")[1])
+    shown = json.loads(run(capsys, "plan", *shared, "--form", "pivot", "--json")[1])
     assert shown["size"]["stored_as"] == shown["plan"]["cost_model"] == "pivot"
     code, out, error = run(
-        capsys, "compress", *shared, "--secondary", "pivot", "--seq-len", 16, "--out", tmp_path / "out", "--json"
+        capsys, "compress", *shared, "--store-form", "pivot", "--seq-len", 16, "--out", tmp_path / "out", "--json"
     )
     assert code == 0, error
     size = json.loads(out)["size"]
@@ -391,6 +391,6 @@ def test_flags(capsys, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {type(layer) for layer in compressed_layers(model).values()} == {PivotLinear}
     assert model.generate(torch.arange(5)[None], max_new_tokens=3, do_sample=False).shape == (1, 8)
-    code, _, error = run(capsys, "plan", *shared, "--factor-form", "pivto")
+    code, _, error = run(capsys, "plan", *shared, "--form", "pivto")
     assert code != 0
-    assert "'pair' or 'pivot'" in error
+    assert "there are pair, pivot" in error

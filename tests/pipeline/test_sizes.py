@@ -39,7 +39,7 @@ def test_mixed_dtypes_stay_under_max_bytes(tmp_path, linears, others, form):
         byte_tokenizer(),
         max_bytes=limit,
         out=tmp_path / "out",
-        factor_form=form,
+        form=form,
         **CHEAP,
     ).report
     assert report["size"]["bytes_before"] == whole
@@ -83,7 +83,7 @@ def test_plan_tells_the_same_as_compress(tmp_path, form):
     byte_tokenizer().save_pretrained(tmp_path / "m")
     loaded = load(tmp_path / "m")[0]
     assert len({t.dtype for t in saved_tensors(loaded).values()}) > 1
-    wanted = {**CHEAP, "max_bytes": int(0.85 * saved_bytes(loaded)) + 30_000, "factor_form": form}
+    wanted = {**CHEAP, "max_bytes": int(0.85 * saved_bytes(loaded)) + 30_000, "form": form}
     foretold = slimrank.preview(tmp_path / "m", **wanted)
     done = slimrank.compress(tmp_path / "m", **wanted).report
     saved = slimrank.compress(tmp_path / "m", **wanted, out=tmp_path / "out").report

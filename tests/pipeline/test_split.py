@@ -15,7 +15,7 @@ from architectures import random_model
 from helpers import byte_tokenizer, text
 from slimrank.cli.app import main
 from slimrank.errors import ModelError, RecipeError
-from slimrank.layers.convert import compressed_layers
+from slimrank.layers.base import compressed_layers
 from slimrank.layers.dense import weight_of
 from slimrank.layers.split import join_linears, split_linears, splits_of
 from slimrank.models.fused_layers import sizes_of_parts

@@ -49,21 +49,21 @@ def test_leading_windows():
 def test_windows_spread_evenly(count):
     """One in each of equal parts of the text; as many as it is long leave little of it out."""
     tokens = torch.arange(3000)
-    windows = draw_spread(tokens, count, [], 0, 30, seed=1)
+    windows = draw_spread(tokens, count, ([], 0), 30, seed=1)
     assert windows.shape == (count, 30)
     places = 3000 - 30 + 1
     edges = torch.arange(count + 1) * places / count
     assert ((windows[:, 0] >= edges[:-1].long()) & (windows[:, 0] <= edges[1:])).all()
     assert torch.equal(windows, windows[:, :1] + torch.arange(30))
-    assert torch.equal(windows, draw_spread(tokens, count, [], 0, 30, seed=1))
+    assert torch.equal(windows, draw_spread(tokens, count, ([], 0), 30, seed=1))
 
 
 def test_spread_windows_keep_off_those_of_other_uses():
     tokens = torch.arange(3000)
     others, _ = draw_apart(tokens, [5, 3], 4, 30, seed=1)
-    windows = draw_spread(tokens, 80, [5, 3], 4, 30, seed=1)
+    windows = draw_spread(tokens, 80, ([5, 3], 4), 30, seed=1)
     assert not set(windows.flatten().tolist()) & {t for some in others for t in some.flatten().tolist()}
-    assert draw_spread(torch.arange(40), 9, [5, 3], 4, 30, seed=1, bos=7).shape == (0, 30)
+    assert draw_spread(torch.arange(40), 9, ([5, 3], 4), 30, seed=1, bos=7).shape == (0, 30)
 
 
 def test_no_more_spread_windows_than_fit():
@@ -76,8 +76,8 @@ def test_no_more_spread_windows_than_fit():
         while start <= 2970:
             room = bool(free[start : start + 30].all())
             fit, start = fit + room, start + (30 if room else 1)
-        assert len(draw_spread(torch.arange(3000), 500, counts, 4, 30, seed)) == fit
-    assert len(draw_spread(torch.arange(3000), 500, [], 0, 30, seed=1).unique()) > 0.6 * 3000
+        assert len(draw_spread(torch.arange(3000), 500, (counts, 4), 30, seed)) == fit
+    assert len(draw_spread(torch.arange(3000), 500, ([], 0), 30, seed=1).unique()) > 0.6 * 3000
 
 
 def test_bos_stands_before_every_window():

@@ -5,15 +5,31 @@ from __future__ import annotations
 import io
 import json
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from slimrank._version import __version__
 from slimrank.cli import benchmark, compare, compress, demo, doctor, evaluate, methods, plan
+from slimrank.cli.lazy import LazyGroup
 from slimrank.errors import SlimrankError
 
+
+class _Group(LazyGroup):
+    functions: ClassVar[list[Any]] = [
+        compress.compress,
+        plan.plan,
+        evaluate.evaluate,
+        benchmark.benchmark,
+        compare.compare,
+        methods.methods,
+        doctor.doctor,
+        demo.demo,
+    ]
+
+
 app = typer.Typer(
+    cls=_Group,
     name="slimrank",
     help="""Make large language models smaller and faster by low-rank factorisation.
 
@@ -26,17 +42,6 @@ MODEL is a hub id, a local folder, a GGUF file, or the word demo.""",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
-    compress.compress,
-    plan.plan,
-    evaluate.evaluate,
-    benchmark.benchmark,
-    compare.compare,
-    methods.methods,
-    doctor.doctor,
-    demo.demo,
-):
-    app.command()(command)
 
 
 def _version(wanted: bool) -> None:

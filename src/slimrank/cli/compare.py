@@ -15,8 +15,10 @@ _GRID, _MEASURE = "What to compare", "Measured on"
 _SPARE = ("seconds", "decode", "95 %", "KL", "kept")
 
 
+@o.takes_recipe("calibration", "samples")
 def compare(
     model: o.Model,
+    chosen: dict[str, Any],
     out: Annotated[Path, typer.Option("--out", help="Folder for the results; the same again resumes.")],
     recipes: Annotated[
         list[Path] | None, typer.Argument(help="Recipe files (YAML), each at its own budget or at every --keep.")
@@ -33,8 +35,6 @@ def compare(
         list[str] | None,
         typer.Option("--set", help="NAME=VALUE of a recipe, for all of them; repeatable.", rich_help_panel=_GRID),
     ] = None,
-    calibration: o.Calibration = None,
-    samples: o.Samples = None,
     text: Annotated[
         list[str] | None,
         typer.Option(help="Text to measure on; repeatable.  \\[default: demo]", rich_help_panel=_MEASURE),
@@ -61,8 +61,8 @@ def compare(
     from slimrank import comparison
 
     keeps = _numbers(keep)
-    given = {"calibration": calibration, "samples": samples, "seq_len": seq_len}
-    shared = {name: value for name, value in given.items() if value is not None} | (o.pairs(option) or {})
+    length = {} if seq_len is None else {"seq_len": seq_len}
+    shared = {**chosen, **length, **(o.pairs(option) or {})}
     cells = [
         *comparison.from_files(recipes or [], keeps, shared),
         *comparison.grid(_names(methods), _names(allocations), _names(presets), keeps, shared),

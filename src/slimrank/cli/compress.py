@@ -11,7 +11,7 @@ from slimrank.cli import options as o
 from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
 
 
-@o.takes_recipe
+@o.takes_recipe()
 def compress(
     model: o.Model,
     chosen: dict[str, Any],

@@ -80,10 +80,10 @@ def requested_tasks(tasks: str | None, tasks_dir: Path | None, shots: int | None
 
 def _show(record: dict[str, Any]) -> None:
     _show_texts(record)
-    _show_metrics(record)
     _show_tasks(record)
     if record["against"] is not None:
         _show_differences(record["against"])
+    _show_metrics(record)
     speed = record["speed"]
     print_text(
         f"speed: prefill {speed['prefill']:.0f} tokens/s, decode {speed['decode']:.1f} tokens/s "
@@ -100,19 +100,6 @@ def _show_texts(record: dict[str, Any]) -> None:
     ]
     if rows:
         print_table("", ("text", "perplexity", "windows", "seq-len", "predictions"), rows)
-
-
-def _show_metrics(record: dict[str, Any]) -> None:
-    """Show what metrics from outside slimrank measured: they describe themselves."""
-    whole = {"": record, **record["texts"]}
-    rows = [
-        (found["title"], text, f"{found['value']:,.4g}", found["unit"], found["better"])
-        for text, measured in whole.items()
-        for found in measured.values()
-        if isinstance(found, dict) and "better" in found
-    ]
-    if rows:
-        print_table("", ("metric", "text", "value", "unit", "better"), rows)
 
 
 def _show_tasks(record: dict[str, Any]) -> None:
@@ -158,6 +145,37 @@ def _show_differences(against: dict[str, Any]) -> None:
         print_table(f"against {against['model']}", shown, tasks)
     for task, metrics in against["too_few"].items():
         print_text(f"{task} ({', '.join(metrics)}) is not compared: it has fewer than two questions")
+
+
+def _show_metrics(record: dict[str, Any]) -> None:
+    """Show metrics from outside slimrank."""
+    against = record["against"] or {"texts": {}}
+    rows = [
+        row
+        for text, found in record["texts"].items()
+        for row in _metric_rows(text, found, against["texts"].get(text, {}))
+    ]
+    rows += _metric_rows("", record, against)
+    if rows:
+        columns = ("text", "metric", "value", "better", "its value", "difference")
+        shown = len(columns) if record["against"] is not None else 4
+        print_table("", columns[:shown], [row[:shown] for row in rows])
+
+
+def _metric_rows(text: str, record: dict[str, Any], against: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return a row for each field that describes itself, as those of metrics from outside slimrank do."""
+    return [
+        (
+            text,
+            found["title"],
+            f"{found['value']:,.4g} {found['unit']}".strip(),
+            found["better"],
+            _number(against.get(name, {}).get("value"), ",.4g"),
+            _number(against.get(name, {}).get("difference"), "+,.4g"),
+        )
+        for name, found in record.items()
+        if isinstance(found, dict) and {"value", "title", "unit", "better"} <= found.keys()
+    ]
 
 
 def _number(value: float | None, form: str = ",") -> str:

@@ -12,7 +12,7 @@ from slimrank.cli.console import ConsoleProgress, duration, print_json, print_ta
 from slimrank.cli.heatmap import show_plan, show_trade_off
 
 
-@o.takes_recipe
+@o.takes_recipe()
 def plan(
     model: o.Model,
     chosen: dict[str, Any],
@@ -43,7 +43,7 @@ def plan(
     say_quietly()
     with ConsoleProgress() as progress:
         wanted = run_dir is not None or save is not None
-        found, allocation = _computed(model, chosen, run_dir, progress) if wanted else _foretold(chosen)
+        found, allocation = _computed(model, chosen, run_dir, progress) if wanted else _expected(chosen)
         record = preview(model, progress=progress, **found)
     made = record.pop("plan")
     record["allocation"] = allocation
@@ -60,30 +60,25 @@ def plan(
         show_trade_off(allocation, made.keep_ratio)
 
 
-def _foretold(chosen: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe, and whether uniform ranks will stand for those of its allocation."""
+def _expected(chosen: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the recipe, and whether uniform ranks will stand for those of its allocation."""
+    from slimrank.pipeline.prepare import Choices
     from slimrank.recipe import Recipe
 
     recipe = Recipe.make(chosen)
-    return chosen, {"id": recipe.allocation, "provisional": _computes(recipe)}
-
-
-def _computes(recipe: Any) -> bool:
-    """Whether ranks are not known without spectra or measurements."""
-    from slimrank.methods.allocator import ALLOCATORS
-
-    return recipe.plan is None and bool(ALLOCATORS.get(recipe.allocation).needs)
+    return chosen, {"id": recipe.allocation, "provisional": Choices.of(recipe).computes_ranks}
 
 
 def _computed(
     model: str, chosen: dict[str, Any], run_dir: Path | None, progress: ConsoleProgress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe with a plan in the place of its budget, where the allocation has to be computed."""
+    """Return the recipe with a plan instead of its budget, where the allocation has to be computed."""
     from slimrank.pipeline import find_plan
+    from slimrank.pipeline.prepare import Choices
     from slimrank.recipe import BUDGETS, Recipe
 
     recipe = Recipe.make(chosen)
-    if not _computes(recipe):
+    if not Choices.of(recipe).computes_ranks:
         return chosen, {"id": recipe.allocation}
     plan, about = find_plan(model, recipe=recipe, run_dir=run_dir, progress=progress)
     return {**{k: v for k, v in chosen.items() if k not in BUDGETS}, "plan": plan}, about

@@ -21,7 +21,8 @@ class PivotLinear(CompressedLinear):
     `order` puts both in their places. side "in": `order` parts the inputs into r and n - r, `interpolation`
     (n - r -> r) adds the latter to the former, and `skeleton` (r -> m) gives the outputs.
 
-    Both parts are ordinary `nn.Linear` modules without bias; the bias of the original layer is the layer's own.
+    Both parts are ordinary `nn.Linear` modules without bias; the bias of the original layer is the layer's own. `place`
+    is their `device` and `dtype`.
     """
 
     kind: ClassVar[str] = "pivot"
@@ -35,8 +36,7 @@ class PivotLinear(CompressedLinear):
         rank: int,
         bias: bool = False,
         side: Literal["out", "in"] = "out",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **place: Any,
     ) -> None:
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(f"rank must be 1 to {min(in_features, out_features)}, got {rank}")
@@ -47,10 +47,10 @@ class PivotLinear(CompressedLinear):
             if side == "out"
             else (in_features, (rank, out_features), (in_features - rank, rank))
         )
-        self.skeleton = nn.Linear(*ends, bias=False, device=device, dtype=dtype)
-        self.interpolation = nn.Linear(*middle, bias=False, device=device, dtype=dtype)
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("order", torch.arange(whole, dtype=torch.int32, device=device))
+        self.skeleton = nn.Linear(*ends, bias=False, **place)
+        self.interpolation = nn.Linear(*middle, bias=False, **place)
+        self.bias = nn.Parameter(torch.zeros(out_features, **place)) if bias else None
+        self.register_buffer("order", torch.arange(whole, dtype=torch.int32, device=place.get("device")))
 
     @classmethod
     def from_parts(
@@ -123,7 +123,8 @@ class PivotLinear(CompressedLinear):
         cls, entry: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
     ) -> PivotLinear:
         """See `CompressedLinear.from_entry`."""
-        return cls(entry["in"], entry["out"], entry["rank"], entry["bias"], entry["side"], device, dtype)
+        shape = entry["in"], entry["out"], entry["rank"], entry["bias"]
+        return cls(*shape, entry["side"], device=device, dtype=dtype)
 
     def tied_names(self) -> tuple[str, ...]:
         """Return the names of both parts; each layer has an order of its own."""

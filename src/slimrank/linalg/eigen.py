@@ -1,4 +1,4 @@
-"""Eigen-decompositions of symmetric matrices, with a ladder for failures."""
+"""Eigen-decompositions of symmetric matrices, with fallbacks for failures."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def descending_eigen(matrix: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Eigenvalues (largest first), eigenvectors as columns, and notes on anything unusual.
+    """Return eigenvalues (largest first), eigenvectors as columns, and notes on anything unusual.
 
     A solver that does not converge is tried again on the CPU, then with a relative jitter of 1e-12; both are
-    noted, never silent.
+    noted.
 
     Raises:
-        torch.linalg.LinAlgError: when the last rung fails too.
+        torch.linalg.LinAlgError: the last attempt fails, too.
     """
     with suppress(torch.linalg.LinAlgError):
         return *_flip(*torch.linalg.eigh(matrix)), ()
@@ -35,7 +35,7 @@ def _flip(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def leading_eigen(matrix: Tensor, count: int, iterations: int = 6) -> tuple[Tensor, Tensor]:
-    """The largest `count` eigenvalues of a positive semidefinite matrix and their vectors, by randomised iteration.
+    """Return the `count` largest eigenvalues of a positive semidefinite matrix, and their vectors, by random iteration.
 
     Subspace iteration with Rayleigh-Ritz from a fixed Gaussian start (Halko et al., arXiv 0909.4061), oversampled by
     max(20, count / 2). With eigenvalues that fall as slowly as i^(-1/2) the energy missed is 0.07 % more than it must
@@ -53,6 +53,6 @@ def leading_eigen(matrix: Tensor, count: int, iterations: int = 6) -> tuple[Tens
 
 
 def canonical_signs(u: Tensor) -> Tensor:
-    """+1 or -1 per column of u, so that u times it has a positive entry of largest magnitude in each column."""
+    """Return +1 or -1 per column of u, so that the largest entry of each column of u times it is positive."""
     largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))
     return torch.where(largest < 0, -1.0, 1.0).to(u.dtype).squeeze(0)

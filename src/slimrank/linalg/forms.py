@@ -1,4 +1,4 @@
-"""Positive semidefinite forms: what the error of a weight is measured in, on either of its sides.
+"""Positive semidefinite forms, in which the error of a weight is measured on either side.
 
 A `Metric` is a pair of them. The error of W' is || L^T (W - W') R ||_F with G = L L^T on the rows of W (its
 outputs) and C = R R^T on the columns (its inputs).
@@ -20,15 +20,15 @@ Towards = Literal["diagonal", "identity"]
 
 @dataclass(frozen=True)
 class Form:
-    """A positive semidefinite form on R^n, or as much of it as one weight can see.
+    """A positive semidefinite form on R^n, or the part of it that one weight sees.
 
     Attributes:
         data: the form itself (n x n), its diagonal (n), or None for the identity. When `seen` it is w C w^T (m x m)
-            instead, for the one m x n matrix w that the form will be asked about: the small side of a big form.
+            instead, for the only m x n matrix w that the form is applied to: the small side of a big form.
         seen: see above.
-        diagonal: the diagonal of C (n), the unit of damping; must be given to damp a seen form.
+        diagonal: the diagonal of C (n), the unit of damping; damping a seen form needs it.
         keep: factor on `data`.
-        ridge: diagonal matrix that is added: its diagonal (n), or one number for all of it.
+        ridge: the diagonal (n) of a matrix to add, or one number for all of it.
     """
 
     data: Tensor | None = None
@@ -39,17 +39,17 @@ class Form:
 
     @property
     def is_identity(self) -> bool:
-        """Whether it is (a multiple of) the identity."""
+        """Tell whether it is (a multiple of) the identity."""
         return self.data is None
 
     @property
     def is_zero(self) -> bool:
-        """Whether it is zero: no tokens, or dead channels only."""
+        """Tell whether it is zero: no tokens, or dead channels only."""
         return self.data is not None and not self.is_damped and float(self.data.abs().amax()) == 0
 
     @property
     def is_damped(self) -> bool:
-        """Whether a ridge is added."""
+        """Tell whether a ridge is added."""
         return bool((self.ridge > 0).any()) if isinstance(self.ridge, Tensor) else self.ridge > 0
 
     @property
@@ -88,11 +88,11 @@ class Form:
         return replace(self, keep=self.keep * (1 - alpha), ridge=self.ridge * (1 - alpha) + alpha * target)
 
     def with_ridge(self, alpha: float) -> Form:
-        """C + alpha tr(C)/n I."""
+        """Return C + alpha tr(C)/n I."""
         return replace(self, ridge=self.ridge + alpha * self.average)
 
     def to(self, other: Tensor) -> Form:
-        """The form in dtype and on the device of `other`."""
+        """Return the form in dtype and on the device of `other`."""
         if self.data is None:
             return self
         diagonal = None if self.diagonal is None else self.diagonal.to(other)
@@ -100,7 +100,7 @@ class Form:
         return replace(self, data=self.data.to(other), diagonal=diagonal, ridge=ridge)
 
     def matrix(self) -> Tensor | None:
-        """keep data + ridge I (n x n, or n where it is diagonal); None for the identity."""
+        """Return keep data + ridge I (n x n, or n if it is diagonal); None for the identity."""
         if self.data is None:
             return None
         if self.data.dim() == 1:
@@ -112,7 +112,7 @@ class Form:
         return full
 
     def through(self, w: Tensor) -> Tensor:
-        """w C w^T (m x m) for w (m x n)."""
+        """Return w C w^T (m x m) for w (m x n)."""
         if self.data is None:
             return gram(w.t())
         if self.seen:
@@ -127,14 +127,14 @@ class Form:
         return self.ridge * gram(w.t())
 
     def after(self, change: Tensor) -> Form:
-        """The same form, to be asked about W M instead of W (M n x n): of a row form seen as W^T G W, M^T W^T G W M.
+        """Return the same form for W M instead of W (M n x n); of a row form seen as W^T G W, M^T W^T G W M.
 
-        A form that is not merely seen stays as it is.
+        A form that is whole does not change.
         """
         return replace(self, data=congruence(change.t(), self.data)) if self.seen and self.data is not None else self
 
     def root(self, kind: RootKind) -> Root:
-        """A square root of the form.
+        """Return a square root of the form.
 
         Raises:
             ValueError: of a form that is only seen through a weight.
@@ -158,15 +158,15 @@ class Metric:
 
     @classmethod
     def of(cls, row: Tensor | None = None, column: Tensor | None = None) -> Metric:
-        """A metric out of matrices (or their diagonals); None is the identity."""
+        """Make a metric of matrices (or their diagonals); None is the identity."""
         return cls(Form(row), Form(column))
 
     def to(self, other: Tensor) -> Metric:
-        """The metric in dtype and on the device of `other`."""
+        """Return the metric in dtype and on the device of `other`."""
         return Metric(self.row.to(other), self.column.to(other))
 
     def squared(self, error: Tensor) -> float:
-        """tr(E^T G E C) of an error E (m x n), by the definition; for checks, not for speed.
+        """Return tr(E^T G E C) of an error E (m x n), by the definition; for checks, not for speed.
 
         Raises:
             ValueError: a form is only seen through a weight.

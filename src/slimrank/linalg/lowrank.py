@@ -33,17 +33,17 @@ RANDOMISED_BELOW = 8  # randomised where rank <= min(m, n) / this: elsewhere the
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular values of a weight in its metric, and the bases to cut factors from at any rank.
+    """The singular values of a weight in its metric, and the bases from which factors of any rank are taken.
 
     Attributes:
         values: k singular values of L^T W R, float64, largest first; k = min(m, n) unless solved for a rank.
         basis: P (m x k) when side is "out", (n x k) when it is "in".
-        side: on which side of the weight the projector stands.
+        side: the side of the weight on which the projector is.
         dual: D, of the shape of P, where the projector is oblique; None where B is to be orthonormal.
         beyond: energy (sum of squared singular values) beyond the k values.
-        stand_in: a form of the metric was zero and the identity has stood in for it: values are in another unit.
+        stand_in: a form of the metric was zero and the identity replaced it: values are in another unit.
         plain_rows: G is the identity.
-        notes: anything unusual met on the way, for the report.
+        notes: anything unusual, for the report.
     """
 
     values: Tensor
@@ -57,26 +57,26 @@ class Spectrum:
 
     @property
     def full_rank(self) -> int:
-        """Largest rank that factors can be cut at."""
+        """Return the largest rank that factors can have."""
         return len(self.values)
 
     def tail(self, rank: int) -> float:
-        """Squared error in the metric that is left at `rank`: sum of values[i]^2 over i >= rank."""
+        """Return the squared error in the metric that is left at `rank`: sum of values[i]^2 over i >= rank."""
         return float(self.values[rank:].square().sum()) + self.beyond
 
     def relative_error(self, rank: int) -> float:
-        """|| L^T (W - W') R ||_F / || L^T W R ||_F at `rank` (0 for a weight without energy)."""
+        """Return || L^T (W - W') R ||_F / || L^T W R ||_F at `rank` (0 for a weight without energy)."""
         total = self.tail(0)
         return (self.tail(rank) / total) ** 0.5 if total > 0 else 0.0
 
     def row(self) -> Form:
-        """The form G on the outputs that this was solved in, damping included, up to its scale.
+        """Return the form G on the outputs that this was solved in, damping included, up to its scale.
 
         Out-side D = L U, so that G = D D^T; in-side R^T (W^T G W) R = V S^2 V^T and D = R^-T V, so that D S^2 D^T is
         W^T G W: the form as seen through W.
 
         Raises:
-            ValueError: of a spectrum that holds only its leading components.
+            ValueError: the spectrum holds only its leading components.
         """
         if self.plain_rows or self.dual is None:
             return Form()
@@ -89,17 +89,17 @@ class Spectrum:
         return Form(scaled @ scaled.t(), seen=True)
 
     def scaled(self, factor: float) -> Spectrum:
-        """Squared errors times a factor: the metric in another unit, which changes no factors of the weight."""
+        """Multiply squared errors by a factor: the metric in another unit, which changes no factors of the weight."""
         return replace(self, values=self.values * factor**0.5, beyond=self.beyond * factor)
 
     def factors(self, weight: Tensor, rank: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """A (rank x n) and B (m x rank) with W' = B A; the columns of B have unit norm and canonical signs.
+        """Return A (rank x n) and B (m x rank) with W' = B A; columns of B have unit norm and canonical signs.
 
         Args:
             weight: the W (m x n) that was solved.
             rank: 1 .. full_rank.
-            dtype: what to compute in. float32 costs an error of some 1e-6 of the weight, which is nothing where the
-                factors are stored in float32 or less; see benchmarks/methods_cost.py.
+            dtype: what to compute in. float32 costs an error of some 1e-6 of the weight, which is negligible for
+                factors stored in float32 or less; see benchmarks/methods_cost.py.
 
         Raises:
             ValueError: rank outside that range.
@@ -127,15 +127,15 @@ def solve(
     side: Side | None = None,
     root: RootKind = "cholesky",
 ) -> Spectrum:
-    """Spectrum of `weight` in a metric, in float64, on the device of `weight`.
+    """Return the spectrum of `weight` in a metric, in float64, on the device of `weight`.
 
     Args:
         weight: W, m x n, any float dtype.
-        metric: G and C, whose scales do not matter; None is the identity on both sides. A form that is zero is taken
-            for the identity, which the notes say.
-        rank: no more than so many components are wanted. Up to min(m, n) / 8 they come from a randomised solver,
-            which the notes say; beyond that the exact one is faster and used.
-        side: solve on this side and not on the smaller one.
+        metric: G and C, whose scales do not matter; None is the identity on both sides. A form that is zero counts
+            as the identity; the notes say so.
+        rank: number of components that are needed. Up to min(m, n) / 8 they come from a randomised solver, and
+            the notes say so; beyond that the exact one is faster.
+        side: solve on this side instead of the smaller one.
         root: which square root to take of the form on that side; the result does not depend on it, except that
             "pseudo" leaves W' zero on inputs that the metric does not see.
 
@@ -143,7 +143,7 @@ def solve(
         A `Spectrum` whose error at rank r is the least any rank-r matrix can have in this metric.
 
     Raises:
-        ValueError: a form is only seen through the weight, and the side asked for would need it whole.
+        ValueError: a form is only seen through the weight, and the requested side needs it whole.
     """
     w = weight.to(torch.float64)
     chosen, notes = _without_zeros((metric or Metric()).to(w))
@@ -178,7 +178,7 @@ def _dual(root: Root, vectors: Tensor, side: Side) -> Tensor:
 
 
 def _without_zeros(metric: Metric) -> tuple[Metric, tuple[str, ...]]:
-    """The metric with zero forms replaced by the identity, and notes that say so."""
+    """Replace zero forms of a metric by the identity; return it and notes that say so."""
     notes: tuple[str, ...] = ()
     if metric.column.is_zero:
         metric = replace(metric, column=Form())

@@ -1,8 +1,8 @@
-"""Whether a sum of float32 products still holds its small spectrum.
+"""Test whether a sum of float32 products still holds its small spectrum.
 
-A product of float32 numbers errs by some 1e-7 of its largest terms. One direction thousands of times the others then
-hides them: its rounding is as large as they are. A large channel does not, since rounding follows each entry; so the
-test is made on the correlation matrix, in which all channels count alike.
+A product of float32 numbers errs by some 1e-7 of its largest terms. A direction thousands of times larger than the
+others hides them: its rounding is as large as they are. A large channel does not, since rounding follows each entry.
+So the test uses the correlation matrix, in which all channels count alike.
 """
 
 from __future__ import annotations

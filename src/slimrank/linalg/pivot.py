@@ -1,10 +1,10 @@
-"""A low-rank product B A written in some of its own rows or columns: r (m + n) - r^2 numbers, and nothing is lost.
+"""A low-rank product B A written in some of its own rows or columns: r (m + n) - r^2 numbers, without loss.
 
-    out:  W' = P [S; T S]    S = r rows of W' (r x n),      T ((m - r) x r): the other rows in them
-    in:   W' = [S, S T] P    S = r columns of W' (m x r),   T (r x (n - r)): the other columns in them
+    out:  W' = P [S; T S]    S = r rows of W' (r x n),      T ((m - r) x r): the other rows as combinations of them
+    in:   W' = [S, S T] P    S = r columns of W' (m x r),   T (r x (n - r)): the other columns as combinations of them
 
-An interpolative decomposition, with P a permutation: PiFa (arXiv 2501.19090), PivGa (arXiv 2512.03062). Which rows is
-free, and decides how well it rounds: they are chosen so that no entry of T is large, as in strong rank-revealing
+An interpolative decomposition, with P a permutation: PiFa (arXiv 2501.19090), PivGa (arXiv 2512.03062). The choice of
+rows is free and decides how well it rounds. They are chosen so that no entry of T is large, as in strong rank-revealing
 factorisations (Gu and Eisenstat, 1996; "maxvol", Goreinov et al., 2010).
 """
 
@@ -26,7 +26,7 @@ class Pivoted:
     Attributes:
         side: "out" for rows, "in" for columns.
         skeleton: S, those rows (r x n) or columns (m x r), float64.
-        interpolation: T, the others in them, (m - r) x r or r x (n - r), float64.
+        interpolation: T, the others as combinations of them, (m - r) x r or r x (n - r), float64.
         order: int32. "out": [pivots, rest] indexed by it is in natural order; "in": natural order indexed by it is
             [pivots, rest]. Pivots and rest are each ascending.
     """
@@ -38,9 +38,9 @@ class Pivoted:
 
 
 def pivoted(A: Tensor, B: Tensor, side: Literal["out", "in"] | None = None) -> Pivoted:
-    """The product B A in r of its own rows or columns, computed in float64 on the device of A.
+    """Express the product B A in r of its own rows or columns, computed in float64 on the device of A.
 
-    A and B may be scaled badly or lack rank: pivots are chosen in an orthonormal basis of what B (or A) spans.
+    A and B may be scaled badly or lack rank: pivots are chosen in an orthonormal basis of the span of B (or A).
 
     Args:
         A: rank x n.
@@ -63,7 +63,7 @@ def pivoted(A: Tensor, B: Tensor, side: Literal["out", "in"] | None = None) -> P
 
 
 def _interpolation(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pivot rows of a matrix (m x r), the other rows, and T ((m - r) x r) with tall[rest] = T tall[pivots]."""
+    """Return pivot rows of a matrix (m x r), the other rows, and T ((m - r) x r) with tall[rest] = T tall[pivots]."""
     q = torch.linalg.qr(tall).Q
     pivots, rest = (rows.sort().values for rows in _exchanged(*_leading_rows(q)))
     # Once more from q: the updates on the way have piled up rounding errors.
@@ -71,7 +71,7 @@ def _interpolation(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _leading_rows(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that elimination with row exchanges pivots on, the other rows, and the latter in the former."""
+    """Return the pivot rows of elimination with row exchanges, the others, and the others in terms of the pivots."""
     m, r = q.shape
     lu, exchanges = torch.linalg.lu_factor(q)
     rows = list(range(m))
@@ -83,7 +83,7 @@ def _leading_rows(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _exchanged(pivots: Tensor, rest: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Pivots and rest after exchanging the worst pair again and again, until no entry of T is above `LARGEST`."""
+    """Exchange the worst pair of pivot and other row until no entry of T is above `LARGEST`; return both lists."""
     while t.numel():
         i, j = divmod(int(t.abs().argmax()), t.shape[1])
         entry = t[i, j].clone()

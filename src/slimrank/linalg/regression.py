@@ -3,7 +3,7 @@
     min over W' of || T - W' X ||_F ,   given only  gram = X X^T (n x n),  cross = T X^T (m x n),  energy = || T ||_F^2
 
 With a rank bound this is reduced-rank regression. Its loss is that of the unbounded solution W_ls plus
-|| (W_ls - W') R ||_F^2, gram = R R^T: the weighted low-rank problem of `linalg.lowrank` with W_ls in the place of W.
+|| (W_ls - W') R ||_F^2, gram = R R^T: the weighted low-rank problem of `linalg.lowrank` with W_ls instead of W.
 Where T = W Z comes from a weight, W_ls = W M with M = Z X^T gram^-1, and a form on the outputs that is only seen
 through W (W^T G W) is seen through W_ls as well: M^T W^T G W M.
 """
@@ -31,7 +31,7 @@ class Regression:
         cross: sum of t x^T (m x n).
         energy: sum of |t|^2.
         mixed: where t = W z for a weight W and some z, the sum of z x^T (n x n).
-        row: G on the outputs: || L^T (T - W' X) ||_F, G = L L^T, is to be small. It may be one that is only seen
+        row: G on the outputs: || L^T (T - W' X) ||_F, G = L L^T, is minimised. It may be a form that is only seen
             through that W. Least squares without a rank bound does not depend on it.
     """
 
@@ -43,12 +43,12 @@ class Regression:
 
     @classmethod
     def of(cls, inputs: Tensor, targets: Tensor) -> Regression:
-        """The problem of tokens as rows: inputs (N x n), targets (N x m)."""
+        """Make the problem of tokens as rows: inputs (N x n), targets (N x m)."""
         x, t = inputs.to(torch.float64), targets.to(torch.float64)
         return cls(x.t() @ x, t.t() @ x, float(t.square().sum()))
 
     def loss(self, weight: Tensor) -> float:
-        """|| T - W' X ||_F^2 of a weight W' (m x n)."""
+        """Return || T - W' X ||_F^2 of a weight W' (m x n)."""
         w = weight.to(self.gram)
         return self.energy - 2 * float((self.cross * w).sum()) + float((w @ self.gram * w).sum())
 
@@ -71,13 +71,13 @@ class Regression:
         return replace(self, gram=self.gram + ridge.diag(), cross=self.cross + w * ridge, energy=energy, mixed=mixed)
 
     def shrunk(self, weight: Tensor, alpha: float, unit: Towards = "diagonal") -> Regression:
-        """The problem that the solution of `towards` solves without damping: its metric stays that of the inputs."""
+        """Return the undamped problem that has the solution of `towards`; its metric remains that of the inputs."""
         damped = self.towards(weight, alpha, unit)
         mixed = None if damped.mixed is None else spd_solve(damped.gram, damped.mixed.t()).t() @ self.gram
         return replace(self, cross=damped.solution() @ self.gram, mixed=mixed)
 
     def lacking(self, other: Regression, weight: Tensor) -> Tensor:
-        """C^T G C' (n x n), C = (T - W X) X^T of this problem and C' of another with the same form G."""
+        """Return C^T G C' (n x n), C = (T - W X) X^T of this problem and C' of another with the same form G."""
         if self.row.seen:
             if self.mixed is None or other.mixed is None:
                 raise ValueError("the form is seen through a weight, and the targets do not come from one")
@@ -91,11 +91,11 @@ class Regression:
         return mine.t() @ (form[:, None] * others if form.dim() == 1 else form @ others)
 
     def solution(self) -> Tensor:
-        """W_ls (m x n) of least norm."""
+        """Return W_ls (m x n) of least norm."""
         return spd_solve(self.gram, self.cross.t()).t()
 
     def metric(self) -> Metric:
-        """What the error of a low-rank W' is measured in, against W_ls.
+        """Return the metric in which the error of a low-rank W' is measured, against W_ls.
 
         Raises:
             ValueError: a row form that is seen through a weight, and targets that do not come from that weight.
@@ -108,29 +108,29 @@ class Regression:
 
 
 def reduced_rank(problem: Regression) -> tuple[Spectrum, Tensor]:
-    """Reduced-rank regression at every rank: a spectrum, and the weight W_ls to cut its factors from."""
+    """Solve reduced-rank regression at every rank: return a spectrum, and the weight W_ls to take its factors from."""
     best = problem.solution()
     return solve(best, problem.metric()), best
 
 
 def best_b(problem: Regression, A: Tensor) -> Tensor:
-    """B (m x rank) that minimises || T - B A X ||_F for a given A (rank x n): least squares on the features A X.
+    """Return B (m x rank) that minimises || T - B A X ||_F for a given A (rank x n): least squares on A X.
 
-    This is the update of SVD-LLM (arXiv 2403.07378) and AdaSVD (arXiv 2502.01403) from sums instead of tokens. With A
-    as it was cast for storage, it makes up for part of the rounding.
+    This is the update of SVD-LLM (arXiv 2403.07378) and AdaSVD (arXiv 2502.01403) from sums instead of tokens. With the
+    cast A it compensates part of the rounding.
     """
     a = A.to(problem.gram)
     return spd_solve(a @ problem.gram @ a.t(), a @ problem.cross.t()).t()
 
 
 def best_a(B: Tensor, best: Tensor) -> Tensor:
-    """A (rank x n) that minimises || T - B A X ||_F for a given B (m x rank), from W_ls: the inputs cancel out."""
+    """Return A (rank x n) that minimises || T - B A X ||_F for a given B (m x rank), from W_ls; inputs cancel out."""
     b = B.to(best)
     return spd_solve(b.t() @ b, b.t() @ best)
 
 
 def alternate(problem: Regression, A: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """`iterations` rounds of B, then A, each exact for the other as it is: AdaSVD's adaComp, arXiv 2502.01403.
+    """Run `iterations` rounds of B, then A, each exact for the other: AdaSVD's adaComp, arXiv 2502.01403.
 
     One round is one step of subspace iteration towards `reduced_rank`, of rate (sigma_{r+1} / sigma_r)^2, and never
     raises the loss.
@@ -146,8 +146,8 @@ def alternate(problem: Regression, A: Tensor, iterations: int) -> tuple[Tensor, 
 def spd_solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Return matrix^+ right for a positive semidefinite matrix: by Cholesky, or by eigenvalues where it is singular.
 
-    Singular means that a pivot, which is what a channel adds to those before it, is next to nothing of the channel's
-    own energy. So the scale of a channel does not matter.
+    A matrix is singular if a pivot, which is what a channel adds to those before it, is a negligible part of the
+    channel's energy. So the scale of a channel does not matter.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0 and bool((factor.diagonal().square() > PINV_TOLERANCE * matrix.diagonal()).all()):

@@ -1,8 +1,8 @@
 """How far to trust a least-squares correction of a weight: the ridge by cross-validation, from sums over tokens.
 
 Inputs are first divided by the root of the unit of ridges, so that this unit is the identity.
-Least squares corrects W by D = C (X X^T + lambda I)^-1, C = (T - W X) X^T: what W X lacks, regressed on X. Fitted on
-one half of the tokens (a) and tested on the other (b), it changes the squared error there by
+Least squares corrects W by D = C (X X^T + lambda I)^-1, C = (T - W X) X^T: the residual of W X, regressed on X. Fitted
+on one half of the tokens (a) and tested on the other (b), it changes the squared error there by
 
     tr(D^T G D X_b X_b^T) - 2 tr(D^T G C_b)
 

@@ -1,4 +1,4 @@
-"""Square roots of positive semidefinite matrices: any root serves, none is ever inverted as a matrix."""
+"""Square roots of positive semidefinite matrices: any root works, and none is inverted as a matrix."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Root:
     Attributes:
         left: lower triangular R, or the eigenvectors Q of R = Q diag(scale); None for a diagonal R.
         scale: square roots of the eigenvalues, or the diagonal of a diagonal R; None for a triangular one.
-        inverse_scale: 1 / scale, 0 where a pseudo-inverse is meant.
-        notes: anything unusual met on the way.
+        inverse_scale: 1 / scale, 0 for a pseudo-inverse.
+        notes: anything unusual.
     """
 
     left: Tensor | None = None
@@ -34,19 +34,19 @@ class Root:
     notes: tuple[str, ...] = ()
 
     def times(self, v: Tensor) -> Tensor:
-        """R v."""
+        """Return R v."""
         scaled = v if self.scale is None else self.scale[:, None] * v
         return scaled if self.left is None else self.left @ scaled
 
     def inverse_transpose_times(self, v: Tensor) -> Tensor:
-        """R^-T v."""
+        """Return R^-T v."""
         if self.left is not None and self.scale is None:
             return torch.linalg.solve_triangular(self.left.t(), v, upper=True)
         scaled = v if self.inverse_scale is None else self.inverse_scale[:, None] * v
         return scaled if self.left is None else self.left @ scaled
 
     def congruence(self, k: Tensor) -> Tensor:
-        """R^T k R for a symmetric k."""
+        """Return R^T k R for a symmetric k."""
         if self.left is None:
             return k if self.scale is None else self.scale[:, None] * k * self.scale
         if self.scale is None:
@@ -55,7 +55,7 @@ class Root:
 
 
 def make_root(c: Tensor | None, kind: RootKind) -> Root:
-    """A root of c (n x n), of its diagonal (n), or of the identity (None), float64.
+    """Return a root of c (n x n), of its diagonal (n), or of the identity (None), in float64.
 
     Args:
         c: positive semidefinite.
@@ -96,7 +96,7 @@ def _diagonal_pseudo_root(c: Tensor) -> Root:
 
 
 def _pseudo_root(c: Tensor) -> Root:
-    """The span of c is told by its correlation matrix: a channel thousands of times the others hides none of them."""
+    """Return a root on the span of c. The correlation matrix defines the span, so a large channel hides no other."""
     deviation = c.diagonal().clamp(min=0).sqrt()
     inverse = _reciprocal(deviation)
     values, vectors, _ = descending_eigen(inverse[:, None] * c * inverse)

@@ -1,4 +1,4 @@
-"""Symmetric matrices without doing the work twice.
+"""Products of symmetric matrices without duplicate work.
 
 torch has no public SYRK; splitting the columns into panels and multiplying only the upper block triangle
 does (p + 1) / 2p of the work of a full product.
@@ -39,13 +39,13 @@ def mirror_upper(matrix: Tensor) -> Tensor:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """rows^T rows (n x n, from tokens x n), exactly symmetric."""
+    """Return rows^T rows (n x n, from tokens x n), exactly symmetric."""
     n = rows.shape[1]
     return mirror_upper(upper_gram(rows, rows.new_empty(n, n)))
 
 
 def congruence(w: Tensor, c: Tensor) -> Tensor:
-    """w c w^T (m x m) for w (m x n) and a symmetric c (n x n), exactly symmetric.
+    """Return w c w^T (m x m) for w (m x n) and a symmetric c (n x n), exactly symmetric.
 
     With c = t + t^T, t upper triangular: w c w^T = p + p^T, p = (w t) w^T; w t skips the zero panels of t.
     """

@@ -34,7 +34,7 @@ class Step:
 
 
 def tangent_step(A: Tensor, B: Tensor, slope: Tensor, form: Tensor) -> Step:
-    """The step of B A against a gradient, float64. It depends on the product only, not on how it is parted.
+    """Return the step of B A against a gradient, in float64. It depends on the product only, not on its factors.
 
     Args:
         A: r x n.

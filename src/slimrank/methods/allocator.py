@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel
+from typing_extensions import Unpack
 
 from slimrank.budget.curves import DENSE
 from slimrank.budget.problem import Allocation, Problem
@@ -34,6 +35,14 @@ COSTS: dict[Need, str] = {
 }
 
 
+class Traits(TypedDict, total=False):
+    """What `allocator` takes besides: see `Allocator`."""
+
+    passes: Passes
+    check: Check
+    gradient_passes: float
+
+
 @dataclass(frozen=True)
 class Allocator:
     """A rank allocator.
@@ -41,13 +50,13 @@ class Allocator:
     Attributes:
         id: its name in recipes.
         title: one line for people.
-        paper: where it comes from.
+        paper: its source.
         needs: what it asks for; see `NEEDS`. Without any, a plan can be made before anything is computed.
         allocate: (Problem, **options) -> Allocation.
-        passes: (options, layers, batches of search text) -> forward passes over the search text, about.
+        passes: (options, layers, batches of search text) -> estimated forward passes over the search text.
         options: their names, types, ranges and defaults.
-        check: (Problem without spectra, options) -> None; raises where they do not go together.
-        gradient_passes: forward passes over as much text that a loss and its gradient take, about.
+        check: (Problem without spectra, options) -> None; raises if they do not go together.
+        gradient_passes: estimated forward passes over as much text that a loss and its gradient take.
     """
 
     id: str
@@ -55,19 +64,19 @@ class Allocator:
     paper: str
     needs: frozenset[Need]
     allocate: Allocate
-    passes: Passes
     options: type[BaseModel]
-    check: Check
-    gradient_passes: float
+    passes: Passes = lambda options, layers, batches: 0.0
+    check: Check = lambda problem, options: None
+    gradient_passes: float = 7.0
 
     @property
     def cost(self) -> str:
-        """One line for people."""
+        """Describe its cost in one line for people."""
         measured = sorted(self.needs - {"spectra"})
         return "; ".join(COSTS[need] for need in measured) or "seconds"
 
     def configured(self, given: Mapping[str, Any]) -> ConfiguredAllocator:
-        """The allocator with these options.
+        """Return the allocator with these options.
 
         Raises:
             RecipeError: an unknown option, or a value out of range.
@@ -86,7 +95,7 @@ class ConfiguredAllocator:
     measuring: Measuring
 
     def allocate(self, problem: Problem) -> Allocation:
-        """Ranks within the budget.
+        """Return ranks within the budget.
 
         Raises:
             BudgetError: no choice of ranks meets the budget.
@@ -101,7 +110,7 @@ class ConfiguredAllocator:
         """Refuse what no spectra are needed to refuse.
 
         Raises:
-            BudgetError: the smallest ranks store more than the budget, or a block cannot keep what is asked of it.
+            BudgetError: the smallest ranks store more than the budget, or a block cannot meet its constraints.
             PlanError: limits leave a target no rank.
             RecipeError: options that do not go together.
         """
@@ -113,26 +122,26 @@ class ConfiguredAllocator:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it asks for."""
+        """List what it asks for."""
         return self.allocator.needs
 
     @property
     def measures(self) -> bool:
-        """Whether it needs search tokens."""
+        """Tell whether it needs search tokens."""
         return bool(self.needs - {"spectra"})
 
     @property
     def gradient_passes(self) -> float:
-        """Forward passes over as much text that a loss and its gradient take, about."""
+        """Estimate how many forward passes over as much text a loss and its gradient take."""
         return self.allocator.gradient_passes
 
     def passes(self, layers: int, batches: int) -> float:
-        """About how many forward passes over the search text it takes."""
+        """Estimate how many forward passes over the search text it takes."""
         plans = self.measuring.plans if self.allocator.needs >= {"spectra", "divergence"} else 0
         return self.allocator.passes(self.options, layers, batches) + plans
 
     def described(self) -> dict[str, Any]:
-        """All that a result depends on, for JSON."""
+        """Return all that a result depends on, for JSON."""
         measuring = self.measuring.model_dump(include=set(_measuring(self.needs)))
         return {"id": self.allocator.id, **self.options, **measuring}
 
@@ -146,21 +155,22 @@ def allocator(
     paper: str,
     needs: Iterable[Need] = (),
     solves: bool = False,
-    passes: Passes = lambda options, layers, batches: 0.0,
-    check: Check = lambda problem, options: None,
-    gradient_passes: float = 7.0,
+    **traits: Unpack[Traits],
 ) -> Callable[[Allocate], Allocate]:
     """Register the decorated function as the allocator `id`; its keyword-only parameters are its options.
 
     Args:
         id: its name in recipes.
         title: one line for people.
-        paper: where it comes from.
+        paper: its source.
         needs: what it asks for, see `NEEDS`.
         solves: it takes the options of the budget solver, as `solving`.
-        passes: for the forecast of time, see `Allocator`.
-        check: what it refuses before any work, see `Allocator`.
-        gradient_passes: for the time left, see `Allocator`.
+        traits: `passes` and `gradient_passes` for the estimate of time, and `check` for what it refuses before any
+            work: see `Allocator`.
+
+    Raises:
+        ValueError: an unknown need.
+        TypeError: an unknown trait, or an option without an annotation or a default.
     """
     asked = frozenset(needs)
     unknown = asked - NEEDS.keys()
@@ -170,21 +180,21 @@ def allocator(
     def register(allocate: Allocate) -> Allocate:
         solving = Solving.model_fields if solves else {}
         options = options_of(allocate, {**solving, **_measuring(asked)})
-        ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, passes, options, check, gradient_passes))
+        ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, options, **traits))
         return allocate
 
     return register
 
 
 def _measuring(needs: frozenset[Need]) -> dict[str, Any]:
-    """The fields of `Measuring` that matter: random plans are compared with what single layers and spectra predict."""
+    """Return the fields of `Measuring` that matter: random plans test predictions of single layers and spectra."""
     if "divergence" not in needs:
         return {}
     return {name: field for name, field in Measuring.model_fields.items() if name != "plans" or "spectra" in needs}
 
 
 def _check(problem: Problem, found: Allocation, id: str) -> None:
-    """Every allocator, others' too, keeps the budget and gives every item one of its candidates."""
+    """Check that any allocator meets the budget and gives every item one of its candidates."""
     wrong = {item.path for item in problem.items} ^ set(found.ranks)
     if wrong:
         raise PlanError(f"the allocation '{id}' left out, or made up, '{min(wrong)}'.", _REPORT)

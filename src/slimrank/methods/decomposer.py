@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from pydantic import BaseModel
+from typing_extensions import Unpack
 
 from slimrank.linalg.lowrank import Spectrum
 from slimrank.options import options_of, validated
@@ -28,6 +29,14 @@ Solves = Literal["once", "twice", "per batch"]
 Grouping = Callable[..., Sequence[Sequence[str]]]
 
 
+class Traits(TypedDict, total=False):
+    """What `decomposer` takes besides: see `Decomposer`."""
+
+    cost: str
+    solves: Solves
+    groups: Grouping | None
+
+
 @dataclass(frozen=True)
 class Decomposer:
     """A decomposition method.
@@ -35,33 +44,33 @@ class Decomposer:
     Attributes:
         id: its name in recipes.
         title: one line for people.
-        paper: where it comes from.
+        paper: its source.
         cost: one line for people, besides the pass that its needs take.
         needs: the statistics it asks for.
         solve: (weight m x n, LayerStatistics, **options) -> Spectrum. Pure; any device.
         solves: how often it solves for a weight, for the forecast of time.
-        groups: (members, **options) -> paths that share one factor A, for methods that do that; None for the others.
+        groups: (members, **options) -> paths that share one factor A, for methods whose targets share it; else None.
         options: their names, types, ranges and defaults, gathering settings included.
     """
 
     id: str
     title: str
     paper: str
-    cost: str
     needs: frozenset[Need]
     solve: Solve
-    solves: Solves
-    groups: Grouping | None
     options: type[BaseModel]
+    cost: str = "one eigen-decomposition per weight, on its smaller side"
+    solves: Solves = "once"
+    groups: Grouping | None = None
 
     @property
     def takes(self) -> Pass:
-        """The most expensive pass over the calibration text that its needs take."""
+        """Return the most expensive pass over the calibration text that its needs take."""
         passes = {NEEDS[need].takes for need in self.needs}
         return "backward" if "backward" in passes else "forward" if "forward" in passes else "none"
 
     def configured(self, given: Mapping[str, Any]) -> Configured:
-        """The method with these options.
+        """Return the method with these options.
 
         Raises:
             RecipeError: an unknown option, or a value out of range.
@@ -80,18 +89,18 @@ class Configured:
     gathering: Gathering
 
     def solve(self, weight: Any, statistics: Any) -> Spectrum:
-        """The spectrum of a weight, given its statistics."""
+        """Return the spectrum of a weight, given its statistics."""
         return self.method.solve(weight, statistics, **self.options)
 
     def groups(self, members: Iterable[Member]) -> list[list[str]]:
-        """Targets that share a factor; each by itself, for most methods."""
+        """Group targets that share a factor; for most methods each one is alone."""
         members = list(members)
         if self.method.groups is None:
             return [[member.path] for member in members]
         return [list(group) for group in self.method.groups(members, **self.options)]
 
     def described(self) -> dict[str, Any]:
-        """All that a result depends on, for JSON."""
+        """Return all that a result depends on, for JSON."""
         gathering = self.gathering.model_dump(mode="json")
         return {"id": self.method.id, "options": dict(self.options), **gathering, "needs": sorted(gathering["needs"])}
 
@@ -104,26 +113,25 @@ def decomposer(
     title: str,
     paper: str,
     needs: Iterable[Need] = (),
-    cost: str = "one eigen-decomposition per weight, on its smaller side",
-    solves: Solves = "once",
-    groups: Grouping | None = None,
+    **traits: Unpack[Traits],
 ) -> Callable[[Solve], Solve]:
     """Register the decorated function as the decomposer `id`.
 
-    The function is called with the weight (m x n) and its `LayerStatistics`. Its keyword-only parameters are the
+    The function takes the weight (m x n) and its `LayerStatistics`. Its keyword-only parameters are the
     options of the method: annotate them (`Annotated[float, Field(ge=0, le=1)]` for a range) and give them defaults.
 
     Args:
         id: its name in recipes.
         title: one line for people.
-        paper: where it comes from.
+        paper: its source.
         needs: the statistics it asks for, see `slimrank.statistics.catalogue.NEEDS`.
-        cost: one line for people, besides the pass that the needs take.
-        solves: once for each weight, twice, or once for each batch as well.
-        groups: for a method whose targets share a factor: which of them do.
+        traits: `cost` (one line for people, besides the pass that the needs take), `solves` (once for each weight,
+            twice, or once for each batch as well) and `groups` (for a method whose targets share a factor: which of
+            them do).
 
     Raises:
         ValueError: an unknown need.
+        TypeError: an unknown trait, or an option without an annotation or a default.
     """
     asked = frozenset(needs)
     unknown = asked - NEEDS.keys()
@@ -132,12 +140,12 @@ def decomposer(
 
     def register(solve: Solve) -> Solve:
         options = options_of(solve, {name: Gathering.model_fields[name] for name in _settings(asked)})
-        DECOMPOSERS.add(Decomposer(id, title, paper, cost, asked, solve, solves, groups, options))
+        DECOMPOSERS.add(Decomposer(id, title, paper, asked, solve, options, **traits))
         return solve
 
     return register
 
 
 def _settings(needs: Iterable[Need]) -> list[str]:
-    """Names of the gathering settings that steer these needs."""
+    """Return the names of the gathering settings that these needs have."""
     return [name for need in sorted(needs) for name in NEEDS[need].settings]

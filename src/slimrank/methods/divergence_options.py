@@ -1,4 +1,4 @@
-"""How divergence is measured: options of every allocator that does."""
+"""Options of every allocator that measures divergence."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Measuring(BaseModel):
         int,
         Field(
             ge=0,
-            description="Random plans measured to tell, in the report, whether errors of layers add up; up to 1: none.",
+            description="Random plans measured to check, in the report, that errors of layers add up; up to 1: none.",
         ),
     ] = 20
 
     def positions(self, seq_len: int) -> int:
-        """Leading positions to drop of windows of this length; at least two are left."""
+        """Return the leading positions to drop of windows of this length; at least two are left."""
         wanted = min(DROPPED, seq_len // 2) if self.dropped is None else self.dropped
         return min(wanted, seq_len - 2)

@@ -17,7 +17,7 @@ Refine = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Following(BaseModel):
-    """How the pass that refines goes about it: options of every refiner."""
+    """Options of the pass that refines: every refiner has them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,8 +28,8 @@ class Following(BaseModel):
     ] = 0.5  # fmt: skip
     ridge: Annotated[
         Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"],
-        Field(description="Pull towards the original weight, in units of the input energy; auto: for each layer that "
-              "which serves one half of the text best when fitted on the other."),
+        Field(description="Pull towards the original weight, in units of the input energy; auto: cross-validated for "
+              "each layer on halves of the text."),
     ] = 1e-3  # fmt: skip
     ridge_unit: Annotated[
         Literal["diagonal", "identity"],
@@ -37,26 +37,24 @@ class Following(BaseModel):
     ] = "diagonal"
     bias: Annotated[
         Literal["none", "existing", "all"],
-        Field(description="Let biases make up for the mean error: those that exist, or new ones as well."),
+        Field(description="Compensate the mean error by biases: those that exist, or new ones as well."),
     ] = "none"
     true_sequential: Annotated[
         bool,
-        Field(description="Solve for the layers of a block in the order in which they read, each with what the refined "
-              "ones before it give it; false: all at once, with what the factors as they were cut give."),
+        Field(description="Solve for the layers of a block in the order in which they run, each on the outputs of the "
+              "refined ones before it; false: all at once, on the outputs of unrefined factors."),
     ] = True  # fmt: skip
     held_out: Annotated[
         int,
         Field(
             ge=0,
-            description="Search windows on which a refined block must not be farther from the original than the block "
-            "as it was cut, else it is undone; 0: no check.",
+            description="Search windows on which a refined block must not be farther from the original than the "
+            "unrefined one, else it is undone; 0: no check.",
         ),
     ] = 4
     residual: Annotated[
         bool,
-        Field(
-            description="Layers that add to the residual stream also make up for what it lacks there (by the anchor)."
-        ),
+        Field(description="Layers that add to the residual stream also compensate its error there (by the anchor)."),
     ] = True
     metric: Annotated[
         Literal["method", "outputs"],
@@ -66,8 +64,8 @@ class Following(BaseModel):
         int,
         Field(
             ge=1,
-            description="Windows to read, in multiples of those that calibrate; above 1 they are others, spread evenly "
-            "over the text.",
+            description="Windows to read, in multiples of those that calibrate; above 1 these are others, spread "
+            "evenly over the text.",
         ),
     ] = 1
     stack_of_batch: Annotated[
@@ -85,7 +83,7 @@ class Refiner:
     Attributes:
         id: its name in recipes.
         title: one line for people.
-        paper: where it comes from.
+        paper: its source.
         changes_a: whether A changes, too; if so it does not go with methods whose targets share A.
         refine: (problem, weight m x n, A, B, **options) -> A, B. B is solved for again after A is cast.
         options: their names, types, ranges and defaults, those of `Following` included.
@@ -99,7 +97,7 @@ class Refiner:
     options: type[BaseModel]
 
     def configured(self, given: Mapping[str, Any]) -> ConfiguredRefiner:
-        """The refiner with these options.
+        """Return the refiner with these options.
 
         Raises:
             RecipeError: an unknown option, or a value out of range.
@@ -119,15 +117,15 @@ class ConfiguredRefiner:
 
     @property
     def in_metric(self) -> bool:
-        """Whether the method's form on the outputs counts."""
+        """Tell whether the method's form on the outputs counts."""
         return "metric" in self.refiner.options.model_fields and self.following.metric == "method"
 
     def refine(self, problem: Regression, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """New factors."""
+        """Return new factors."""
         return self.refiner.refine(problem, weight, A, B, **self.options)
 
     def described(self) -> dict[str, Any]:
-        """All that a result depends on, for JSON."""
+        """Return all that a result depends on, for JSON."""
         return {"id": self.refiner.id, **self.options, **self.following.model_dump()}
 
 
@@ -140,9 +138,9 @@ def refiner(
     """Register the decorated function as the refiner `id`; its keyword-only parameters are its options.
 
     Args:
-        id: the name it is chosen by.
+        id: its name in recipes.
         title: one line for people.
-        paper: where it comes from.
+        paper: its source.
         changes_a: it changes A, which layers may share, and not only B.
         settings: options of following the compressed model (`Following`) that it takes besides its own.
 

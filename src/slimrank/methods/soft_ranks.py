@@ -17,18 +17,18 @@ from slimrank.errors import NonFiniteError
 
 
 def stored(problem: Problem, ranks: Tensor) -> Tensor:
-    """Bits of all items at real-valued ranks, differentiable; none stores more than its dense weight."""
+    """Return the bits of all items at real-valued ranks, differentiable; none exceeds its dense weight."""
     costs: list[Any] = [problem.bits(item, rank) for item, rank in zip(problem.items, cast(Any, ranks), strict=True)]
     return torch.minimum(torch.stack(costs), torch.from_numpy(problem.sizes))
 
 
 def full_ranks(problem: Problem) -> Tensor:
-    """min(m, n) of every item, float64."""
+    """Return min(m, n) of every item, float64."""
     return torch.tensor([min(item.shape) for item in problem.items], dtype=torch.float64)
 
 
 def ranks_of_fractions(problem: Problem, fractions: Floats) -> Tensor:
-    """Real-valued ranks at which items store these fractions of their parameters, by bisection."""
+    """Find the real-valued ranks at which items store these fractions of their parameters, by bisection."""
     top = full_ranks(problem)
     low, high = torch.ones_like(top), top.clone()
     wanted = torch.from_numpy(fractions * problem.sizes)
@@ -40,15 +40,13 @@ def ranks_of_fractions(problem: Problem, fractions: Floats) -> Tensor:
 
 
 def kept_fractions(problem: Problem, ranks: Floats) -> Floats:
-    """What items store at real-valued ranks, as fractions of their parameters; 1 and more, the nearer to the full rank
-    the more, where that is as much as the dense weight.
-    """
+    """Return the fractions of parameters that items store at real-valued ranks; above 1 they grow with the rank."""
     kept = stored(problem, torch.from_numpy(ranks)).numpy() / problem.sizes
     return np.where(kept < 1, kept, 1 + ranks / full_ranks(problem).numpy())
 
 
 def best_of(problem: Problem, plans: Mapping[str, Mapping[str, Rank]]) -> Allocation:
-    """The plan of least measured divergence; the first of equal ones. A note tells the divergences of all."""
+    """Return the plan of least measured divergence, the first of equal ones, with a note of all divergences."""
     effects = {name: effect_of(problem, ranks).kl for name, ranks in plans.items()}
     best = min(effects, key=lambda name: effects[name])
     measured = ", ".join(f"{name} {effect:.4g}" for name, effect in effects.items())
@@ -56,7 +54,7 @@ def best_of(problem: Problem, plans: Mapping[str, Mapping[str, Rank]]) -> Alloca
 
 
 def finite(loss: Tensor, where: str) -> Tensor:
-    """A loss that is a number.
+    """Return a loss that is a finite number.
 
     Raises:
         NonFiniteError: it is NaN or infinite.
@@ -73,17 +71,17 @@ def descend(
     rate: float,
     objective: Callable[[Tensor, int], Tensor],
 ) -> Floats:
-    """Adam on ranks as fractions of the full ones, clamped to [1, full rank]; the mean of the last quarter of steps.
+    """Run Adam on ranks as fractions of the full ones, clamped to [1, full rank]; return the mean of the last quarter.
 
     Args:
         start: ranks to begin with.
         top: full ranks.
-        steps: how many.
+        steps: number of steps.
         rate: step size, as a fraction of the full rank.
-        objective: (ranks, step) -> what is to be minimised.
+        objective: (ranks, step) -> the value to minimise.
 
     Raises:
-        NonFiniteError: what is to be minimised is NaN or infinite.
+        NonFiniteError: the objective is NaN or infinite.
     """
     fractions = (start / top).clone().requires_grad_()
     optimiser = torch.optim.Adam([fractions], lr=rate)

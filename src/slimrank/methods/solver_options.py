@@ -1,4 +1,4 @@
-"""How curves become ranks: options of every allocator that minimises a sum of errors."""
+"""Options of every allocator that minimises a sum of errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Solving(BaseModel):
 
     solver: Annotated[
         Literal["lagrange", "exact"],
-        Field(description="lagrange: fast, and says how far it may be from the best; exact: HiGHS, to the best."),
+        Field(
+            description="lagrange: fast, with a bound on its distance from the optimum; exact: HiGHS, to the optimum."
+        ),
     ] = "lagrange"
     monotone: Annotated[bool, Field(description="No block keeps a larger fraction than the one before it.")] = False
     block_floor: Annotated[float, Field(ge=0, le=1, description="Least fraction that a block keeps.")] = 0.0
@@ -33,7 +35,7 @@ class Solving(BaseModel):
 
 
 def least_error(problem: Problem, curves: Sequence[Curve], options: Mapping[str, Any]) -> Allocation:
-    """The allocation of least total error, by the options of `Solving`.
+    """Return the allocation of least total error, by the options of `Solving`.
 
     Raises:
         BudgetError: no choice of ranks meets the budget and the constraints.
@@ -60,7 +62,7 @@ def check_constraints(problem: Problem, options: Mapping[str, Any]) -> None:
 
 
 def constraints_of(problem: Problem, options: Mapping[str, Any]) -> Constraints:
-    """The side constraints among the options of `Solving`."""
+    """Return the side constraints among the options of `Solving`."""
     return Constraints(
         {item.path: item.block for item in problem.items},
         {item.path: item.bits // problem.unit for item in problem.items},

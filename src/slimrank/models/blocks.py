@@ -1,8 +1,8 @@
 """Run a decoder block by block, with no forward code of any particular model.
 
 The model's own forward runs once per batch with every block replaced by a recorder that notes the arguments
-it was called with (attention mask, position embeddings, caches off ...) and hands its hidden states on. After
-that each block can be called alone with just those arguments.
+it was called with (attention mask, position embeddings, caches off ...) and passes its hidden states on. After
+that each block can run alone with these arguments.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BlockRunner:
         resident: keep the whole model on the device (inside `self.session()`), instead of one block at a time.
             The results are the same.
 
-    `states[b]` is what enters the next block, for batch b: hidden states, and what earlier blocks hand on besides them.
+    `states[b]` is what enters the next block, for batch b: hidden states, and whatever else earlier blocks pass on.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, upcast: bool, resident: bool) -> None:
@@ -50,16 +50,16 @@ class BlockRunner:
 
     @property
     def hidden(self) -> list[Tensor]:
-        """The hidden states that enter the next block, of each batch."""
+        """Return the hidden states that enter the next block, of each batch."""
         return [state.hidden for state in self.states]
 
     def experts(self, index: int, paths: Iterable[str]) -> list[list[str]]:
-        """Those of a block's layers that are experts, by their kind: see `experts_by_kind`."""
+        """Return the layers of a block that are experts, by their kind: see `experts_by_kind`."""
         return experts_by_kind(self.blocks[index], f"{self.path}.{index}.", paths)
 
     @contextmanager
     def session(self) -> Iterator[BlockRunner]:
-        """Evaluation mode, no gradients and, when resident, the whole model on the device."""
+        """Set evaluation mode without gradients; when resident, place the whole model on the device."""
         with evaluating(self.model), placed([self.model] if self.resident else [], self.device, self.upcast):
             yield self
 
@@ -84,7 +84,7 @@ class BlockRunner:
         """Run block `index` over all batches; its outputs become the states.
 
         Args:
-            index: which block.
+            index: of the block.
             before: called with each batch before the block runs on it.
 
         Raises:
@@ -97,7 +97,7 @@ class BlockRunner:
                 self.states[b] = self.kept(self.run(index, b, self.states[b]))
 
     def run(self, index: int, b: int, state: State) -> State:
-        """The state after block `index`, which is placed already, for batch b and the state that enters it.
+        """Return the state after block `index`, which is placed already, for batch b and the state that enters it.
 
         Raises:
             NonFiniteError: NaN or infinity in it.
@@ -111,7 +111,7 @@ class BlockRunner:
         return after
 
     def through(self, states: Sequence[State], first: int, last: int) -> list[State]:
-        """States of all batches after blocks first .. last - 1; those that are passed in stay as they are.
+        """Return states of all batches after blocks first .. last - 1; the input states do not change.
 
         Raises:
             NonFiniteError: NaN or infinity in a block's output.
@@ -123,18 +123,18 @@ class BlockRunner:
         return found
 
     def finals(self, states: Sequence[State], first: int) -> list[Tensor]:
-        """Output of the last block, of each batch, from the states that enter block `first`."""
+        """Return the output of the last block, of each batch, from the states that enter block `first`."""
         return [state.hidden for state in self.through(states, first, len(self))]
 
     def kept(self, state: State) -> State:
-        """A state where it is kept between blocks."""
+        """Move a state to where states are stored between blocks."""
         return state if self.resident else state.to(torch.device("cpu"))
 
     def windows(self, hidden: Tensor, rows: slice, first: int = 0) -> Tensor:
-        """Some windows of hidden states, from position `first` on.
+        """Return some windows of hidden states, from position `first` on.
 
         Raises:
-            ModelError: where hidden states count windows and tokens is not known, and not all of them are wanted.
+            ModelError: the dimensions of windows and tokens are unknown, and not all windows are wanted.
         """
         axis = self._handover.axis
         if axis is None:
@@ -148,7 +148,7 @@ class BlockRunner:
 
         Args:
             ids: some windows.
-            apart: whether windows and tokens of hidden states must be told apart, as divergences need it.
+            apart: whether windows and tokens of hidden states must be known, as for divergences.
 
         Raises:
             ModelError: they cannot.
@@ -165,22 +165,22 @@ class BlockRunner:
         )
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Hidden states of some windows each, as of all of them."""
+        """Join hidden states of some windows each into those of all windows."""
         return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=self._handover.axis or 0)
 
     @contextmanager
     def placed_block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index`, its weights on the compute device."""
+        """Yield block `index` with its weights on the compute device."""
         with self.placed(self.blocks[index]):
             yield self.blocks[index]
 
     def placed(self, *parts: nn.Module | Tensor) -> Any:
-        """Context in which these weights, or those of these modules, are on the compute device."""
+        """Place these weights, or those of these modules, on the compute device inside the context."""
         return placed(() if self.resident else parts, self.device, self.upcast)
 
 
 def parts_outside(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module | Tensor]:
-    """The smallest modules, and weights of the modules around the blocks, that are all but blocks and output head."""
+    """Return the smallest modules and weights that cover the model except its blocks and its output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     holders = {id(m) for m in model.modules() if any(child is blocks for child in m.modules())}
     outside: list[nn.Module | Tensor] = []

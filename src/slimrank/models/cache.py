@@ -1,4 +1,4 @@
-"""What a model reads next: the last token and its cache, under the name that its `forward` knows it by."""
+"""The next inputs of a model: the last token and its cache, under the name that its `forward` uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model otherwise than it is, for the time of a context: in evaluation mode, or with other modules in it."""
+"""Change a model inside a context: evaluation mode, or other modules in it."""
 
 from __future__ import annotations
 

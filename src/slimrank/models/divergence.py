@@ -29,8 +29,8 @@ NEAR = 1e-2  # nats: rounding of float32 is a hundred thousandth of it
 class Scorer:
     """Compares final hidden states with those of the original model, through the output head.
 
-    Both run in the same precision. Logits are made for a few windows at a time, the original's once for all that is
-    compared with them, and never kept.
+    Both run in the same precision. Logits are computed for a few windows at a time, the original's once for all
+    comparisons, and never stored.
 
     Args:
         runner: has embedded the windows to compare on.
@@ -43,11 +43,11 @@ class Scorer:
         self.original: list[Tensor] = []
 
     def kept(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """What must be kept of final hidden states: the positions that count."""
+        """Return the part of final hidden states that must be stored: the positions that count."""
         return [self.runner.windows(h, slice(None), self.dropped).contiguous() for h in hidden]
 
     def score(self, finals: Sequence[Sequence[Tensor]]) -> list[tuple[float, float]]:
-        """Divergence from the original and negative log-likelihood of the text, in nats a token, of each of `finals`.
+        """Return the divergence from the original and the negative log-likelihood, in nats a token, of each final.
 
         KL(original || changed) of the next-token distributions, over the positions that count. NaN or infinity is
         passed on.
@@ -65,7 +65,7 @@ class Scorer:
         return [(float(kl), float(nll)) for kl, nll in sums / counts]
 
     def _parts(self, finals: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Token ids and hidden states, the original's first, of some windows at a time."""
+        """Yield token ids and hidden states, the original's first, of some windows at a time."""
         for b, batch in enumerate(self.runner.batches):
             ids = batch.input_ids[:, self.dropped :]
             for part in rows_of(Batch(ids), self.runner.model):
@@ -77,11 +77,11 @@ class Scorer:
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> float:
-    """KL(p || q), summed over all distributions (..., vocabulary); both in float32.
+    """Return KL(p || q), summed over all distributions (..., vocabulary); both in float32.
 
-    With d = log q - log p it is -sum p d, in which errors of rounding in d count as they are. Where that is small it is
-    sum p (e^d - 1 - d): no term is negative, and those errors count by their squares. What p all but rules out adds q
-    to that sum, and e^d might be too large for float32.
+    With d = log q - log p it is -sum p d, where rounding errors of d count in full. If it is small, use
+    sum p (e^d - 1 - d): no term is negative, and those errors count by their squares. Where p is almost 0, q is added
+    instead, since e^d might be too large for float32.
     """
     p = log_p.exp()
     never = p < torch.finfo(p.dtype).tiny
@@ -97,20 +97,20 @@ def divergence(log_p: Tensor, log_q: Tensor) -> float:
 
 
 def _divergence(expected: Tensor, logits: Tensor, temperature: float) -> float:
-    """KL of softmax(logits / temperature) from the distributions whose logarithms are `expected`, a few at a time."""
+    """Return KL of softmax(logits / temperature) from distributions with the logarithms `expected`, a few at a time."""
     parts = zip(positions(expected), positions(logits), strict=True)
     return sum(divergence(log_p, log_softmax(z / temperature, dim=-1)) for log_p, z in parts)
 
 
 def _likelihood(logits: Tensor, ids: Tensor) -> float:
-    """Negative log-likelihood of the tokens after the first, summed."""
+    """Return the negative log-likelihood of the tokens after the first, summed."""
     norms = torch.cat([z.logsumexp(dim=-1) for z in positions(logits)]).view(ids.shape)
     picked = logits[:, :-1].gather(-1, ids[:, 1:, None].to(logits.device))[..., 0]
     return float((norms[:, :-1].cpu().double() - picked.cpu().double()).sum())
 
 
 def positions(x: Tensor) -> Sequence[Tensor]:
-    """All positions (batch x tokens x vocabulary), as many at a time as are quick to compute and take little memory."""
+    """Split all positions (batch x tokens x vocabulary) into parts that are quick to compute and take little memory."""
     flat = x.flatten(0, 1)
     return flat.split(max(1, (CACHED if x.device.type == "cpu" else AT_ONCE) // x.shape[-1]))
 
@@ -118,7 +118,7 @@ def positions(x: Tensor) -> Sequence[Tensor]:
 def divergence_gradients(
     runner: BlockRunner, final: Sequence[Tensor], original: Sequence[Tensor]
 ) -> tuple[list[State], float]:
-    """KL(original || changed) of the next-token distributions, summed over all positions, and its gradients.
+    """Return KL(original || changed) of the next-token distributions, summed over all positions, and its gradients.
 
     Args:
         runner: has embedded its batches, which are not padded.

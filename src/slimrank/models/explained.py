@@ -1,4 +1,4 @@
-"""Errors of other libraries while a model is loaded, as errors of ours that name the cause."""
+"""Turn errors of other libraries during loading into slimrank's own, which name the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fused weights of a model as layers of their own, and back: experts, and what a recipe's patterns split."""
+"""Split fused weights of a model into layers, and back: experts, and what a recipe's patterns split."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def put_together(model: nn.Module) -> None:
 
 
 def sizes_of_parts(model: nn.Module, wanted: Mapping[str, Parts]) -> dict[str, list[int]]:
-    """For every linear layer in the blocks that is to be split, the outputs of its parts.
+    """Return, for every linear layer in the blocks that is to be split, the outputs of its parts.
 
     Args:
         model: a decoder; its weights may be on the meta device.
@@ -48,8 +48,8 @@ def sizes_of_parts(model: nn.Module, wanted: Mapping[str, Parts]) -> dict[str, l
             keys and values as the configuration counts them. Of several patterns that match, the last counts.
 
     Raises:
-        RecipeError: a pattern that matches no linear layer, parts that do not make up a layer, or a layer whose weight
-            stands in several places.
+        RecipeError: a pattern that matches no linear layer, parts that do not add up to a layer, or a layer whose
+            weight is tied.
     """
     root, blocks = find_blocks(model)
     layers = {f"{root}.{name}": m for name, m in blocks.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
@@ -84,7 +84,7 @@ def _sizes(path: str, outputs: int, parts: Parts, model: Any) -> list[int]:
 
 
 def _heads(config: Any) -> list[int]:
-    """Outputs of queries, keys and values."""
+    """Return the outputs of queries, keys and values."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     pairs = getattr(config, "num_key_value_heads", None) or heads

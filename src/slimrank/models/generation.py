@@ -1,4 +1,4 @@
-"""The generation configuration of a model: for a damaged one transformers takes its defaults, without a word."""
+"""The generation configuration of a model: transformers silently replaces a damaged one by its defaults."""
 
 from __future__ import annotations
 

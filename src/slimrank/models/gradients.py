@@ -26,7 +26,7 @@ LOGITS_AT_ONCE = 2**25  # elements
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside the context."""
+    """Freeze all parameters inside the context."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     for p in wanted:
         p.requires_grad_(False)
@@ -48,7 +48,7 @@ def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 class Bypass(Patched):
-    """No block computes anything; the last gives back the hidden states that are set here."""
+    """Skips all blocks; the last one returns the hidden states that are set here."""
 
     final: Tensor
 
@@ -67,7 +67,7 @@ class Bypass(Patched):
 
 
 def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[State]:
-    """Gradients of the next-token loss by the state after the last block, one for each batch.
+    """Return gradients of the next-token loss by the state after the last block, one for each batch.
 
     Args:
         runner: has embedded its batches.
@@ -93,7 +93,7 @@ def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[State]:
 
 @contextmanager
 def through_head(runner: BlockRunner) -> Iterator[Bypass]:
-    """A model that answers with the logits of the final hidden states that are set: nothing but its head computes."""
+    """Yield a model whose output is the logits of given final hidden states: only its head computes."""
     assert runner.answer is not None
     head = runner.model.get_output_embeddings()  # type: ignore[operator]
     outside = [*parts_outside(runner.model, runner.blocks), *([head] if head is not None else [])]
@@ -102,7 +102,7 @@ def through_head(runner: BlockRunner) -> Iterator[Bypass]:
 
 
 def gradient_of(loss: Tensor, final: Tensor, model: nn.Module, b: int) -> Tensor:
-    """The gradient of a loss of batch b by final hidden states.
+    """Return the gradient of a loss of batch b by final hidden states.
 
     Raises:
         NonFiniteError, ModelError: see `check_loss`.
@@ -130,13 +130,13 @@ def check_loss(loss: Tensor, model: nn.Module, b: int) -> None:
 
 
 def logits_of(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Logits of a batch, computed on the device that the model is on."""
+    """Return the logits of a batch, computed on the device that the model is on."""
     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
     return model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
 
 
 def rows_of(batch: Batch, model: nn.Module) -> Iterator[slice]:
-    """Parts of a batch whose logits are not too many."""
+    """Split a batch into parts whose logits are not too many."""
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
     size = max(1, LOGITS_AT_ONCE // (batch.input_ids.shape[1] * vocabulary))
     if size >= len(batch.input_ids):
@@ -147,7 +147,7 @@ def rows_of(batch: Batch, model: nn.Module) -> Iterator[slice]:
 
 
 def part_of(batch: Batch, rows: slice) -> Batch:
-    """Some windows of a batch."""
+    """Return some windows of a batch."""
     return Batch(batch.input_ids[rows], None if batch.attention_mask is None else batch.attention_mask[rows])
 
 
@@ -209,7 +209,7 @@ def check_differentiable(model: nn.Module) -> None:
 
 @contextmanager
 def _differentiable_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The embeddings require a gradient inside the context; those of the last pass are the last of the list."""
+    """Make embeddings require a gradient inside the context; yield a list whose last entry is that of the last pass."""
     embedded: list[Tensor] = []
 
     def differentiable(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ def whole_model_gradients(runner: BlockRunner, before: Callable[[Batch], None]) 
     """Run the model forwards and backwards, nothing computed twice: for a model that is resident.
 
     Batches go through in parts whose logits are not too many; memory is that of the activations of one part in all
-    blocks. Hooks see what they would in `step_back`. Yields after every batch.
+    blocks. Hooks see the same as in `step_back`. Yields after every batch.
 
     Args:
         runner: in a resident session; need not have embedded anything.

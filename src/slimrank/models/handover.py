@@ -1,4 +1,4 @@
-"""What blocks hand to later blocks besides hidden states, and how one pass of the model shows it.
+"""What blocks pass to later blocks besides hidden states; one pass of the model shows it.
 
 Two ways are known. Blocks write to a mapping that later ones read (shared keys and values). Or a block returns tensors
 beside its hidden states, and the next one is called with them (chosen tokens, states of routers). Both become named
@@ -34,7 +34,7 @@ class Handover:
     """How the blocks of a model depend on earlier ones.
 
     Attributes:
-        blocks: how many there are.
+        blocks: their number.
         axis: the dimension of hidden states that counts windows, the next counting tokens; None if there is none.
         taken: block -> place among its arguments -> place in what the block before returns.
         values: number of a mapping and key -> what blocks write there, without its tensors.
@@ -47,12 +47,12 @@ class Handover:
     learning: bool = False
 
     def run(self, index: int, forward: Callable[..., Any], call: Call, state: State) -> State:
-        """The state after block `index`.
+        """Return the state after block `index`.
 
         Args:
             index: which block.
             forward: calls it.
-            call: its arguments as they were recorded; they stay as they are.
+            call: its recorded arguments; they do not change.
             state: what enters it, on the device of the block.
         """
         copies: dict[int, MutableMapping[Any, Any]] = {}
@@ -66,7 +66,7 @@ class Handover:
     def _copy(
         self, container: Container, state: State, copies: dict[int, MutableMapping[Any, Any]]
     ) -> MutableMapping[Any, Any]:
-        """The mapping that a block gets, with what earlier blocks have written to it."""
+        """Copy the mapping that a block takes, with what earlier blocks have written to it."""
         number = container.number
         if number not in copies:
             copies[number] = copy(container.held)
@@ -84,7 +84,7 @@ class Handover:
         before: Mapping[int, Mapping[Any, Any]],
         after: Mapping[int, Mapping[Any, Any]],
     ) -> dict[str, Tensor]:
-        """What the state holds after the block besides hidden states."""
+        """Return what the state holds after the block besides hidden states."""
         if index == self.blocks - 1:
             return {}
         handed = {name: t for name, t in state.handed.items() if not name.startswith("output.")}
@@ -120,11 +120,11 @@ def _name(number: int, key: Any) -> str:
 
 
 def handover_of(model: nn.Module, path: str, blocks: nn.ModuleList, ids: Tensor) -> Handover:
-    """How the blocks of a model depend on each other, from a few tokens; found out once.
+    """Find out how the blocks of a model depend on each other, from a few tokens, once.
 
     Raises:
-        ModelError: the model does not run its blocks once each, in order, with nothing in between, or a block does
-            something else when it is run alone.
+        ModelError: the model does not run its blocks once each, in order, with nothing in between, or a block computes
+            something else when it runs alone.
     """
     if blocks not in _KNOWN:
         _KNOWN[blocks] = _Lesson(model, path, blocks).learn(Batch(ids[:1, :PROBE_TOKENS]))
@@ -133,7 +133,7 @@ def handover_of(model: nn.Module, path: str, blocks: nn.ModuleList, ids: Tensor)
 
 
 class _Lesson:
-    """Watches one pass of the model, and runs every block alone beside it."""
+    """Watches one pass of the model, and also runs every block alone."""
 
     def __init__(self, model: nn.Module, path: str, blocks: nn.ModuleList) -> None:
         self.model, self.path, self.blocks = model, path, blocks
@@ -145,7 +145,7 @@ class _Lesson:
         self._before: dict[str, tuple[int, int]] = {}
 
     def learn(self, batch: Batch) -> Handover:
-        """What blocks hand to each other. See `handover_of`."""
+        """Find out what blocks pass to each other. See `handover_of`."""
         if len({id(block) for block in self.blocks}) < len(self.blocks):
             raise self._refusal()
         self.calls, failure = self._recorded(batch)
@@ -169,7 +169,7 @@ class _Lesson:
         )
 
     def _recorded(self, batch: Batch) -> tuple[list[Call], ModelError | None]:
-        """What blocks are called with; an error waits until the order of the blocks is known."""
+        """Record the arguments of the blocks; delay an error until the order of the blocks is known."""
         try:
             with torch.no_grad(), Recorder(self.blocks) as recorder:
                 return recorder.record(self.model, batch, self._device())[1], None
@@ -228,7 +228,7 @@ class _Lesson:
 
 
 def _versions(tree: Any, name: str = "", depth: int = 3) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Which tensor is where, and how often it was changed; in objects, too, but not in mappings, which are copied."""
+    """Return each tensor's memory and version count; looks into objects, but not into mappings, which are copied."""
     if isinstance(tree, Tensor):
         yield name, (id(tree), tree._version)
     elif isinstance(tree, (tuple, list)):
@@ -240,6 +240,6 @@ def _versions(tree: Any, name: str = "", depth: int = 3) -> Iterator[tuple[str, 
 
 
 def _axis(hidden: Tensor, ids: Tensor) -> int | None:
-    """Where windows and tokens are counted in hidden states."""
+    """Return the dimensions of hidden states that count windows and tokens."""
     found = [k for k in range(hidden.dim() - 2) if hidden.shape[k : k + 2] == ids.shape]
     return found[0] if len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""What a model is, by its configuration: refused unless it is a decoder language model of transformers itself."""
+"""Read from its configuration what a model is; refuse all but decoder language models of transformers itself."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _COMPUTED = {"attention": (None, "eager", "sdpa"), "experts": (None, "eager", "g
 
 @dataclass
 class Kind:
-    """What a configuration says of a model.
+    """What a configuration says about a model.
 
     Attributes:
         config: of the class that is built; that of the text part, where it is a class for text alone.
         model_class: the class of transformers; for a model that slimrank saved, what loads it.
         widened: the quantisation that loading turns into dense weights, if any.
-        notes: what is done otherwise than the configuration says.
+        notes: deviations from the configuration.
     """
 
     config: Any
@@ -176,7 +176,7 @@ def _refuse_other_tasks(what: str, config: Any, named: list[str]) -> None:
 
 
 def _take_text_part(kind: Kind) -> None:
-    """Hand a class for text alone the text part of a configuration, as the auto classes of transformers do."""
+    """Give a class for text alone the text part of a configuration, as the auto classes of transformers do."""
     text = getattr(type(kind.config), "sub_configs", {}).get("text_config")
     if text is not None and getattr(kind.model_class, "config_class", None) is text:
         about = getattr(kind.config, "quantization_config", None)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and the model does not take: harmless leftovers by name, everything else an error."""
+"""Weights of a checkpoint that the model does not take: harmless ones are named, all others are an error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DRAFT_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_l
 def telling_class(model_class: Any) -> Any:
     """Make a subclass for loading, whose objects remember in `untaken` all weights that were not taken.
 
-    transformers itself tells less: it strikes out what a class declares as negligible.
+    transformers itself reports less: it omits what a class declares as negligible.
     """
 
     def adjust(self: Any, *told: Any) -> Any:
@@ -41,7 +41,7 @@ def check_taken(spec: str | Path, model: Any, info: Mapping[str, Any], untaken: 
     Args:
         spec: the model, as the user named it.
         model: as loaded.
-        info: what transformers tells of the loading.
+        info: what transformers reports about loading.
         untaken: names of all weights in the files that the model has no place for.
 
     Returns:
@@ -79,7 +79,7 @@ def correct_ties(model: Any) -> list[str]:
     """Let a configuration that ties the output head say that it is not tied, where the files hold another head.
 
     Returns:
-        A note, where that is so.
+        A note, if that is so.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     weights = [getattr(module, "weight", None) for module in (head, embedding)]
@@ -96,7 +96,7 @@ def _shape(weight: Any) -> Any:
 
 
 def _reason(name: str, config: Any, declared: bool) -> str:
-    """Why a weight may be left out; empty where it may not.
+    """Return why a weight may be left out; empty if it may not.
 
     Args:
         name: of the weight.
@@ -113,7 +113,7 @@ def _reason(name: str, config: Any, declared: bool) -> str:
 
 
 def _beyond(name: str, config: Any) -> bool:
-    """Whether a weight belongs to a layer that the configuration does not count."""
+    """Tell whether a weight belongs to a layer that the configuration does not count."""
     found, count = _LAYER.search(name), _layers(config)
     return found is not None and count is not None and int(found[1]) >= count
 

@@ -36,7 +36,7 @@ class Loaded:
     Attributes:
         model: with dense weights, on the CPU; without weights (meta device) where only the configuration was read.
         tokenizer: the model's own; None without weights.
-        notes: what was left out, or done otherwise than the files say.
+        notes: what was left out, and deviations from the files.
         file_bytes: size of the weight files, where they hold less than the model does (quantised ones, widened).
     """
 
@@ -58,7 +58,7 @@ def load_model(spec: str | Path, dtype: str = "auto", progress: Progress | None 
     Args:
         spec: hub id, local folder, .gguf file, or "demo".
         dtype: "auto" (as in the checkpoint), "float32", "bfloat16" or "float16".
-        progress: told the notes, and when the demo model is fetched.
+        progress: receives the notes, and when the demo model is fetched.
 
     Raises:
         ModelError: unknown model, not a dense decoder language model, missing or damaged files, weights that the
@@ -90,7 +90,7 @@ def skeleton(spec: str | Path, dtype: str = "auto", progress: Progress | None = 
 
 @dataclass(frozen=True)
 class _Source:
-    """A model of which nothing but the configuration was read.
+    """A model of which only the configuration was read.
 
     Attributes:
         spec: as the user named it.
@@ -110,7 +110,7 @@ class _Source:
 
     @functools.cached_property
     def files(self) -> list[Path]:
-        """Weight files that are here; none where some are missing."""
+        """List the weight files that are here; none if some are missing."""
         if self.gguf:
             return [self.place["pretrained_model_name_or_path"] / self.place["gguf_file"]]
         config = find_file(str(self.place["pretrained_model_name_or_path"]), "config.json")
@@ -130,14 +130,14 @@ class _Source:
             check_stored(self.spec, stored_tensors(self.files))
 
     def dtype(self, asked: str) -> torch.dtype:
-        """The dtype that weights are loaded in."""
+        """Return the dtype that weights are loaded in."""
         if asked != "auto":
             return getattr(torch, asked)
         stated = None if self.gguf else getattr(self.kind.config, "dtype", None)
         return stated or written_dtype(stored_tensors(self.files).values()) or torch.float32
 
     def file_bytes(self) -> int | None:
-        """Size of the files, where loading widens what they hold."""
+        """Return the size of the files, if loading widens their tensors."""
         return (total_bytes(self.files) or None) if self.kind.widened else None
 
     def notes(self) -> list[str]:
@@ -201,7 +201,7 @@ def _empty(kind: Kind, dtype: torch.dtype) -> Any:
 
 
 def resolve(spec: str | Path, progress: Progress | None = None) -> str:
-    """A local path or hub id that transformers understands.
+    """Return a local path or hub id that transformers understands.
 
     Raises:
         ModelError: a path that does not exist or holds no model.
@@ -225,7 +225,7 @@ def resolve(spec: str | Path, progress: Progress | None = None) -> str:
 
 
 def digest(model: Any) -> str:
-    """sha256 over the configuration and the names, dtypes, shapes and bytes of all weights; checks them on the way.
+    """Return sha256 over the configuration and the names, dtypes, shapes and bytes of all weights, and check them.
 
     Raises:
         NonFiniteError: NaN or infinity in a parameter.
@@ -243,7 +243,7 @@ def digest(model: Any) -> str:
 
 
 def _configuration(model: Any) -> str:
-    """What the configuration says about the computation, whoever saved it and wherever."""
+    """Return the part of the configuration that affects the computation, whoever saved it and wherever."""
     config = getattr(model, "config", None)
     if config is None:
         return ""

@@ -1,8 +1,8 @@
-"""Give back the memory of weights that are mapped from a file.
+"""Release the memory of weights that are mapped from a file.
 
-transformers maps safetensors files into memory, so a weight takes none until it is touched. After a block is done
-its pages are offered back to the kernel; they come back from the file should they be touched again. Nothing is
-lost by it (MADV_PAGEOUT, Linux 5.4), and where it is not to be had, nothing happens.
+transformers maps safetensors files into memory, so a weight takes none until it is used. After a block is done its
+pages are offered to the kernel. If they are used again, they come back from the file (MADV_PAGEOUT, Linux 5.4). Other
+systems keep the pages.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def page_out(module: nn.Module) -> None:
 
 
 def _weight_files() -> list[tuple[int, int]]:
-    """Address ranges that are mapped from safetensors files."""
+    """List the address ranges that are mapped from safetensors files."""
     ranges = []
     for line in _MAPS.read_text().splitlines():
         if line.endswith(".safetensors"):

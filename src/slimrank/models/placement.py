@@ -1,4 +1,4 @@
-"""Bring a part of a model to the compute device for a while, and put it back untouched."""
+"""Move a part of a model to the compute device inside a context, and restore it unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slimrank.errors import RecipeError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the accelerator where there is one, else the CPU.
+    """Return the device of that name; "auto" is the accelerator if there is one, else the CPU.
 
     Raises:
         RecipeError: an unknown or absent device.
@@ -34,7 +34,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def solving_device(device: torch.device) -> torch.device:
-    """Where float64 work is done: the device itself, or the CPU where it has no float64 (mps)."""
+    """Return the device of float64 work: the device itself, or the CPU if it has no float64 (mps)."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -44,7 +44,7 @@ def _tensors(part: nn.Module | torch.Tensor) -> Iterable[torch.Tensor]:
 
 @contextmanager
 def placed(parts: Iterable[nn.Module | torch.Tensor], device: torch.device, upcast: bool) -> Iterator[None]:
-    """Parameters and buffers on `device` inside the context, their own storage again after it.
+    """Place parameters and buffers on `device` inside the context, and restore their own storage after it.
 
     Args:
         parts: modules, all of whose parameters and buffers count, or single ones; tied parameters are moved once.

@@ -15,7 +15,7 @@ _LICENCE = ("license", "license_name", "license_link")
 
 
 def origin_of(model: Any) -> dict[str, Any]:
-    """What a report says of the original.
+    """Return what a report says about the original.
 
     Args:
         model: what `compress` was given: the name of a model that can be loaded, or a loaded model.
@@ -31,12 +31,12 @@ def origin_of(model: Any) -> dict[str, Any]:
 
 
 def _hub_id(name: str) -> str | None:
-    """The name of a model that can be loaded, unless it is of something local."""
+    """Return the hub name of a model, unless it names something local."""
     return name if resolve(name) == name and not Path(name).expanduser().exists() else None
 
 
 def _cached_id(name: str) -> str | None:
-    """The name that a loaded model goes by, if files of the hub's model of that name are here."""
+    """Return the name of a loaded model, if files of the hub's model of that name are here."""
     if not name or Path(name).expanduser().exists():
         return None
     try:

@@ -17,7 +17,7 @@ class _AllRead(Exception):  # noqa: N818 (control flow, never seen by users)
 
 
 def reading_order(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> list[list[str]]:
-    """Layers in stages, so that a layer comes after all those whose answers its own input is made from.
+    """Sort layers into stages, so that a layer follows all those whose outputs its own input depends on.
 
     Layers that read the same tensor are in one stage; so are layers whose paths differ by a number only (experts).
     Those that `run` does not reach come last.
@@ -63,7 +63,7 @@ def run_until_read(layers: Iterable[nn.Module], run: Callable[[], object]) -> No
 
 
 def calls_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> Counter[str]:
-    """How often `run` calls each of these layers (module path -> module); once at least, for those that it may miss."""
+    """Count how often `run` calls each of these layers (module path -> module); at least once."""
     found: Counter[str] = Counter()
     _run_heard(layers, run, lambda path, x: found.update([path]))
     return Counter({path: max(1, found[path]) for path in layers})

@@ -1,4 +1,4 @@
-"""Record what a model passes to each of its blocks, while none of them computes anything."""
+"""Record what a model passes to each of its blocks, without running them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Container:
     """A mapping that blocks may write to. Every run of a block gets a copy of its own.
 
     Attributes:
-        number: equal for all blocks that are handed the same object.
+        number: equal for all blocks that take the same object.
         held: the mapping as it was before any block wrote to it.
     """
 
@@ -38,7 +38,7 @@ class Container:
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with besides its hidden states; mappings are `Container`s."""
+    """The arguments of a block besides its hidden states; mappings are `Container`s."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -52,7 +52,7 @@ class _LastBlockReached(Exception):  # noqa: N818 (control flow, never seen by u
 
 
 class Patched(ABC):
-    """Another forward in every block, for the time of its context; a subclass says which in `stand_in`."""
+    """Another forward in every block inside its context; a subclass makes it in `stand_in`."""
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
@@ -72,18 +72,18 @@ class Patched(ABC):
 
     @abstractmethod
     def stand_in(self, index: int) -> Callable[..., Any]:
-        """What block `index` does instead of its own forward."""
+        """Replace the forward of block `index`."""
 
 
 class Recorder(Patched):
-    """Notes what every block is called with, and hands the hidden states on."""
+    """Notes the arguments of every block, and passes the hidden states on."""
 
     calls: list[Call | None]
     hidden: Tensor | None = None
     answer: Answer | None = None
 
     def record(self, model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, list[Call]]:
-        """The hidden states that enter the first block, and what each block was called with."""
+        """Record the hidden states that enter the first block, and the arguments of each block."""
         self.calls, self.hidden = [None] * len(self.blocks), None
         self._containers: list[tuple[Any, Container]] = []
         mask = batch.attention_mask
@@ -122,12 +122,12 @@ class Recorder(Patched):
         return forward
 
     def _first(self, hidden: Tensor, call: Call) -> Any:
-        """What the first block gives back; it writes to copies of what the model hands to all."""
+        """Run the first block; it writes to copies of what the model gives to all blocks."""
         args, kwargs = opened(call, lambda container: copy(container.held))
         return self.probe(hidden, *args, **kwargs)
 
     def _marked(self, value: Any) -> Any:
-        """The value with a `Container` instead of every mapping in it."""
+        """Return the value with a `Container` instead of every mapping in it."""
         if not isinstance(value, MutableMapping):
             return mapped(value, self._marked)
         known = next((container for held, container in self._containers if held is value), None)
@@ -138,7 +138,7 @@ class Recorder(Patched):
 
 
 def opened(call: Call, mapping: Callable[[Container], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, with a mapping for every container in them."""
+    """Return the arguments of a call, with a mapping instead of every container."""
 
     def open_(value: Any) -> Any:
         return mapping(value) if isinstance(value, Container) else mapped(value, open_)
@@ -147,24 +147,24 @@ def opened(call: Call, mapping: Callable[[Container], Any]) -> tuple[tuple[Any, 
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A tuple or list with every item changed; any other value as it is."""
+    """Return a tuple or list with every item changed; any other value unchanged."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(change, value))
     return type(value)(map(change, value)) if isinstance(value, (tuple, list)) else value
 
 
 def first_of(output: Any) -> Tensor:
-    """The hidden states in what a block gives back."""
+    """Return the hidden states in the output of a block."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def extras_of(output: Any) -> tuple[Any, ...]:
-    """What a block gives back besides hidden states."""
+    """Return the output of a block without its hidden states."""
     return tuple(output[1:]) if isinstance(output, (tuple, list)) else ()
 
 
 def _answer_like(output: Any) -> Answer:
-    """How the blocks of a model give back hidden states, learnt from one of their outputs."""
+    """Learn from one output how the blocks of a model return hidden states."""
     if not isinstance(output, (tuple, list)):
         return lambda hidden: hidden
     extra = extras_of(output)
@@ -172,7 +172,7 @@ def _answer_like(output: Any) -> Answer:
 
 
 def share(calls: list[Call], previous: Sequence[Call] | None) -> list[Call]:
-    """The same calls, with tensors replaced by equal ones already held, so that they are stored once."""
+    """Return the same calls, with equal tensors replaced by one stored tensor."""
     pool = [t for call in previous or () for t in _tensors((call.args, *call.kwargs.values()))]
 
     def pooled(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which layers of a block add what they answer to the residual stream, found by trying."""
+"""Find by trying which layers of a block add their output to the residual stream."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TOLERANCE = 8  # times the rounding error of the largest number
 def residual_places(
     block: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Tensor], entry: Tensor
 ) -> dict[str, Place]:
-    """Where layers add to the residual stream: to what enters the block, or to what leaves it.
+    """Find where layers add to the residual stream: to the input of the block, or to its output.
 
-    "entry" is a layer whose answer is added to the block's input, and the sum read by a norm (o_proj); "exit" one whose
-    answer is a term of the block's output (down_proj). Layers with a norm or a factor in between are neither.
+    "entry" is a layer whose output is added to the block's input before a norm reads the sum (o_proj). "exit" is one
+    whose output is a term of the block's output (down_proj). Layers with a norm or a factor in between are neither.
 
     Args:
         block: a decoder block.
@@ -43,7 +43,7 @@ def residual_places(
 
 @contextmanager
 def answers_of(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """What each of these layers (module path -> module) has answered last, for the time of the context."""
+    """Yield the last output of each of these layers (module path -> module) during the context."""
     found: dict[str, Tensor] = {}
 
     def hook(path: str) -> Any:
@@ -58,7 +58,7 @@ def answers_of(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 def _heard(block: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The block's output, and what the modules inside read."""
+    """Return the block's output and the inputs of the modules inside."""
     read: list[Tensor] = []
 
     def reads(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -77,7 +77,7 @@ def _is_read(expected: Tensor, read: list[Tensor]) -> bool:
 
 
 def _read_with(block: nn.Module, layer: nn.Module, more: Tensor, run: Callable[[], Tensor]) -> list[Tensor]:
-    """What the modules inside read when a layer answers so much more: its own answer may be lost beside outliers."""
+    """Return the inputs of the modules inside when a layer's output changes by so much."""
     read: list[Tensor] = []
 
     def heard() -> Tensor:
@@ -90,7 +90,7 @@ def _read_with(block: nn.Module, layer: nn.Module, more: Tensor, run: Callable[[
 
 
 def _run_with(layer: nn.Module, more: Tensor, run: Callable[[], Tensor]) -> Tensor:
-    """The block's output when a layer answers so much more."""
+    """Return the block's output when a layer's output changes by so much."""
     handle = layer.register_forward_hook(lambda module, args, output: output + more.view_as(output))
     try:
         return run()
@@ -99,7 +99,7 @@ def _run_with(layer: nn.Module, more: Tensor, run: Callable[[], Tensor]) -> Tens
 
 
 def _wave(output: Tensor) -> Tensor:
-    """A change of the output's size, with both signs, that nothing but an addition hands on as it is."""
+    """Make a change of the output's size, with both signs, that only an addition passes on unchanged."""
     wave = torch.linspace(-3, 5, output.numel(), dtype=torch.float32, device=output.device).sin()
     return (wave.view_as(output) * output.abs().max()).to(output)
 

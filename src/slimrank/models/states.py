@@ -1,4 +1,4 @@
-"""What enters a block: hidden states, and whatever earlier blocks hand to later ones besides them."""
+"""What enters a block: hidden states, and whatever else earlier blocks pass to later ones."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class State:
 
     Attributes:
         hidden: the hidden states.
-        handed: tensors that earlier blocks hand to later ones (shared keys and values), by name; see `Handover`.
+        handed: tensors that earlier blocks pass to later ones (shared keys and values), by name; see `Handover`.
     """
 
     hidden: Tensor
     handed: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> State:
-        """The same on a device, contiguous."""
+        """Return the same on a device, contiguous."""
         return State(self.hidden.to(device), {name: t.to(device).contiguous() for name, t in self.handed.items()})
 
     def leaves(self, device: torch.device) -> State:
-        """The same on a device, as tensors to differentiate by."""
+        """Return the same on a device, as tensors to differentiate by."""
         handed = {name: t.to(device).detach() for name, t in self.handed.items()}
         for tensor in handed.values():
             tensor.requires_grad_(tensor.is_floating_point())
@@ -35,12 +35,12 @@ class State:
 
 
 def pulled_back(before: State, after: State, gradient: State) -> State:
-    """Gradients by the state before a block, from those by the state after it.
+    """Compute gradients by the state before a block from those by the state after it.
 
     Args:
         before: leaves.
-        after: what the block made of them.
-        gradient: by `after`; what it lacks is zero.
+        after: the output of the block for them.
+        gradient: by `after`; missing tensors are zero.
     """
     ends = [(after.hidden, gradient.hidden)]
     ends += [(after.handed[name], g) for name, g in gradient.handed.items() if after.handed[name].requires_grad]
@@ -52,13 +52,13 @@ def pulled_back(before: State, after: State, gradient: State) -> State:
 
 
 def named(prefix: str, states: list[State]) -> dict[str, Tensor]:
-    """States of each batch under the names that `states_named` reads; no two share memory."""
+    """Return states of each batch under the names that `states_named` reads; no two share memory."""
     found = {f"{prefix}{b}": state.hidden for b, state in enumerate(states)}
     return found | {f"{prefix}{b}/{n}": t.clone() for b, state in enumerate(states) for n, t in state.handed.items()}
 
 
 def states_named(tensors: Mapping[str, Tensor], prefix: str, count: int) -> list[State]:
-    """The stored states of each batch."""
+    """Return the stored states of each batch."""
     return [State(tensors[f"{prefix}{b}"], _under(f"{prefix}{b}/", tensors)) for b in range(count)]
 
 
@@ -67,7 +67,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tensors_in(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """All tensors in nested tuples, lists and mappings, with names that say where."""
+    """Yield all tensors in nested tuples, lists and mappings, with names that give their place."""
     if isinstance(tree, Tensor):
         yield name, tree
     for key, value in _parts(tree):
@@ -75,7 +75,7 @@ def tensors_in(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def with_tensors(tree: Any, name: str, tensors: Mapping[str, Tensor | None]) -> Any:
-    """The same tree with other values at some of the names that `tensors_in` gives."""
+    """Return the same tree with other values at some of the names that `tensors_in` yields."""
     if name in tensors:
         return tensors[name]
     values = {key: with_tensors(value, f"{name}.{key}", tensors) for key, value in _parts(tree)}
@@ -87,7 +87,7 @@ def with_tensors(tree: Any, name: str, tensors: Mapping[str, Tensor | None]) -> 
 
 
 def only_none(tree: Any) -> bool:
-    """Whether nothing but None is in nested tuples, lists and mappings."""
+    """Tell whether nested tuples, lists and mappings hold nothing but None."""
     return all(only_none(value) for _, value in _parts(tree)) if _is_tree(tree) else tree is None
 
 

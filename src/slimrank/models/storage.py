@@ -1,4 +1,4 @@
-"""What a model takes in its files: every parameter and saved buffer once, in its own dtype."""
+"""The size of a model in its files: every parameter and saved buffer once, in its own dtype."""
 
 from __future__ import annotations
 

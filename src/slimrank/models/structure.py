@@ -1,4 +1,4 @@
-"""Where the decoder blocks of a model are, found by structure and not by the model's name."""
+"""Find the decoder blocks of a model by structure, not by the model's name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from slimrank.layers.experts import Experts
 
 
 def parameters_of(module: nn.Module) -> int:
-    """Parameters of a module, tied ones once."""
+    """Count the parameters of a module, tied ones once."""
     return sum(p.numel() for p in module.parameters())
 
 
 def context_of(model: Any) -> int | None:
-    """Tokens that a model was made to see at once, where its configuration says so."""
+    """Return the context length in tokens, if the configuration states it."""
     config = model.config.get_text_config()
     for name in ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length"):
         context = getattr(config, name, None)
@@ -27,13 +27,13 @@ def context_of(model: Any) -> int | None:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and `nn.ModuleList` of the decoder blocks.
+    """Find the path and the `nn.ModuleList` of the decoder blocks.
 
     They are the outermost ModuleList with the most parameters, looked for in `model.get_decoder()` first, so
     that the vision tower of a vision-language model is not taken for its decoder.
 
     Raises:
-        ModelError: when there is none.
+        ModelError: there are none.
     """
     names = {id(module): name for name, module in model.named_modules()}
     for root in (_decoder(model), model):
@@ -67,9 +67,9 @@ def _outermost_lists(root: nn.Module) -> list[nn.ModuleList]:
 
 
 def experts_by_kind(block: nn.Module, inside: str, paths: Iterable[str]) -> list[list[str]]:
-    """Layers of experts, to which go the tokens that a router chooses; those of one role together.
+    """Group layers of experts, which get the tokens that a router chooses, by their role.
 
-    Experts stand in a list beside a router, a module that scores as many as there are.
+    Experts are in a list beside a router, a module that scores as many as there are.
 
     Args:
         block: a decoder block.
@@ -93,18 +93,18 @@ def _expert_lists(block: nn.Module) -> Iterator[str]:
 
 
 def _has_router(parent: nn.Module, count: int) -> bool:
-    """Whether a module, or one directly inside it, has a matrix of so many rows."""
+    """Tell whether a module, or one directly inside it, has a matrix of so many rows."""
     matrices = (p for m in parent.children() for p in m.parameters(recurse=False) if p.dim() == 2)
     return count > 1 and any(len(matrix) == count for matrix in matrices)
 
 
 def without_numbers(path: str) -> str:
-    """A module path with "*" for every number in it: equal for layers that do the same elsewhere (blocks, experts)."""
+    """Replace every number of a module path by "*": equal for layers with the same role (blocks, experts)."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
 def short_names(roles: Sequence[str]) -> dict[str, str]:
-    """As few of the last words of each dotted name as tell it from the others."""
+    """Shorten each dotted name to as few of its last words as make it unique."""
     return {role: next(name for name in _suffixes(role) if _only(name, role, roles)) for role in roles}
 
 

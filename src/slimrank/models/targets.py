@@ -1,7 +1,7 @@
-"""The compressible weights of a model, and an honest account of all the others.
+"""The compressible weights of a model, and a count of all the others.
 
-Found by structure: every `nn.Linear` and `Conv1D` inside the decoder blocks, tied weights once, routers
-left alone. What is not covered is counted by reason in `Coverage`, never silent.
+Found by structure: every `nn.Linear` and `Conv1D` inside the decoder blocks, tied weights once, no
+routers. `Coverage` counts what is not covered, by reason.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Target:
         path: dotted module path in the model.
         kind: "linear" (stored out x in) or "conv1d" (stored in x out).
         shape: (m, n) = (out, in).
-        block: index of the decoder block it lives in.
+        block: index of its decoder block.
         bias: whether the layer has a bias.
         ties: other module paths that hold the very same weight tensor.
     """
@@ -49,13 +49,13 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        """m n."""
+        """Return m n."""
         return self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Parameters of a model by what becomes of them; the values add up to `total`.
+    """Parameters of a model, compressed and left out; they add up to `total`.
 
     Attributes:
         total: parameters of the whole model, tied ones once.
@@ -71,7 +71,7 @@ class Coverage:
 
     @property
     def of_matrices(self) -> float:
-        """Fraction of the decoder's weight matrices that is covered."""
+        """Return the fraction of the decoder's weight matrices that is covered."""
         return self.targets / self.matrices if self.matrices else 0.0
 
 
@@ -90,14 +90,14 @@ class TargetSet:
         return len(self.targets)
 
     def in_block(self, block: int) -> list[Target]:
-        """The targets of one decoder block."""
+        """Return the targets of one decoder block."""
         return [t for t in self.targets if t.block == block]
 
 
 def find_targets(
     model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = (), form: LayerForm = PAIR
 ) -> TargetSet:
-    """Every compressible weight of a model.
+    """Find every compressible weight of a model.
 
     Args:
         model: any decoder; its weights may be on the meta device.
@@ -152,12 +152,12 @@ def check_uncompressed(model: nn.Module) -> None:
 
 
 def role_of(target: Target, blocks_path: str) -> str:
-    """The place of a target in its block, other numbers left out: equal for layers that do the same."""
+    """Return the place of a target in its block, without other numbers: equal for layers with the same role."""
     return without_numbers(target.path.removeprefix(f"{blocks_path}.{target.block}."))
 
 
 def matches(path: str, patterns: Sequence[str]) -> bool:
-    """Whether a module path matches one of the patterns (see `find_targets`)."""
+    """Tell whether a module path matches one of the patterns (see `find_targets`)."""
     return any(_matches(path, pattern) for pattern in patterns)
 
 
@@ -179,7 +179,7 @@ def _check_patterns(patterns: Sequence[str], paths: list[str]) -> None:
 
 
 def _linear_layers(blocks: nn.ModuleList, root: str) -> Iterator[tuple[int, str, nn.Module, list[nn.Module]]]:
-    """Block index, path, layer, and the modules around it up to the block."""
+    """Yield block index, path, layer, and the modules around it up to the block."""
     for index, block in enumerate(blocks):
         modules = dict(block.named_modules())
         for name, module in modules.items():
@@ -190,7 +190,7 @@ def _linear_layers(blocks: nn.ModuleList, root: str) -> Iterator[tuple[int, str,
 
 
 def _odd_classes(layers: Sequence[nn.Module]) -> set[type]:
-    """Classes of linear layers that do not answer W x + b; each is tried on its smallest layer."""
+    """Find classes of linear layers whose output is not W x + b; each is tried on its smallest layer."""
     smallest = {type(m): m for m in sorted(layers, key=lambda m: -m.weight.numel())}  # type: ignore[operator]
     return {kind for kind, layer in smallest.items() if not answers_linearly(layer)}
 
@@ -224,7 +224,7 @@ def _reason_to_leave(
 
 
 def _is_router(out_features: int, parents: Sequence[nn.Module]) -> bool:
-    """A linear that scores experts: beside it, or beside a module around it, stand exactly that many experts."""
+    """Tell whether a linear scores experts: exactly that many experts are beside it, or beside a module around it."""
     return out_features > 1 and any(_holds_experts(parent, out_features) for parent in parents)
 
 
@@ -243,7 +243,7 @@ def _own_banks(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _is_bank(p: nn.Parameter) -> bool:
-    """A 3-D stack of matrices (a convolution over channels and a time-mix vector have a dimension of 1)."""
+    """Tell whether a tensor is a 3-D stack of matrices (a convolution over channels and a time-mix vector are not)."""
     return p.dim() == 3 and min(p.shape) > 1
 
 

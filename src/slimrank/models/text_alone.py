@@ -1,4 +1,4 @@
-"""Whether a model that reads images computes text without any: tried before its weights are read."""
+"""Test whether a model that reads images computes text without any, before its weights are read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_text_alone(model_class: Any, config: Any) -> None:
 
     Args:
         model_class: one that reads images.
-        config: stays as it is.
+        config: does not change.
 
     Raises:
         ModelError: it refuses text alone.

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: read without code of its own, and looked at beside the model."""
+"""Read the tokenizer of a model without code of its own, and check that both fit."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from slimrank.pipeline.rank_problem import (
     make_problem,
     plan_of,
 )
-from slimrank.pipeline.stage import STAGES, Stage
+from slimrank.pipeline.stage import Stage, stage_of
 from slimrank.pipeline.stages import built_in, in_order
 from slimrank.pipeline.units import Unit, units_of
 from slimrank.recipe import Recipe
@@ -77,7 +77,7 @@ class Choices:
         Raises:
             RecipeError: an unknown stage or option.
         """
-        own = [STAGES.get(name)(options) for name, options in self.recipe.stages.items()]
+        own = [stage_of(name)(options) for name, options in self.recipe.stages.items()]
         for stage in own:
             stage.check(self)
         return [stage for stage in in_order(own) if stage.wanted(self)]
@@ -146,7 +146,7 @@ class Prepared:
         """
         unfused = bool(take_apart(model, choices.recipe.split))
         recipe = choices.recipe.model_copy(update={"seq_len": window_length(model, choices.recipe.seq_len)})
-        targets = find_targets(model, recipe.targets, recipe.ignore, layer_form(recipe.factor_form))
+        targets = find_targets(model, recipe.targets, recipe.ignore, layer_form(recipe.form))
         check_loadable(model)
         size = ModelBytes.of(model, targets)
         units = units_of(choices.method, targets, recipe.stored_as)

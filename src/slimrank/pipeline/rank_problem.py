@@ -22,9 +22,11 @@ from slimrank.pipeline.model_bytes import ModelBytes, new_biases
 from slimrank.pipeline.units import Unit, shares_of
 from slimrank.recipe import Recipe
 
+_SMALLER = "--store-form pivot"
+
 
 def adopt_plan_form(recipe: Recipe) -> Recipe:
-    """The recipe with the factor form of the plan that it names, if it names one.
+    """Return the recipe with the form of the plan that it names, if it names one.
 
     Raises:
         PlanError: the plan cannot be read.
@@ -33,12 +35,12 @@ def adopt_plan_form(recipe: Recipe) -> Recipe:
     plan = _named_plan(recipe)
     if plan is None:
         return recipe
-    if recipe.factor_form == "pivot" and plan.cost_model == "pair":
-        raise RecipeError("factor_form is pivot, and the plan's ranks were chosen for pairs.", "--secondary pivot")
-    if recipe.secondary and plan.cost_model == "pivot":
-        raise RecipeError("the plan's ranks were chosen for pivot layers already.", "leave out --secondary")
+    if recipe.form != "pair" and plan.cost_model != recipe.form:
+        raise RecipeError(f"form is {recipe.form}, and the plan's ranks were chosen for {plan.cost_model}s.", _SMALLER)
+    if recipe.store_form and plan.cost_model != "pair":
+        raise RecipeError(f"the plan's ranks were chosen for {plan.cost_model} layers already.", "no --store-form")
     return recipe.model_copy(
-        update={"factor_form": plan.cost_model, "secondary": recipe.secondary or plan.secondary},
+        update={"form": plan.cost_model, "store_form": recipe.store_form or plan.secondary},
     )
 
 
@@ -56,7 +58,7 @@ def given_plan(recipe: Recipe, targets: TargetSet, units: list[Unit]) -> RankPla
     if plan is None:
         return None
     plan.check({t.path: t.shape for t in targets}, shares_of(units))
-    return plan.model_copy(update={"secondary": recipe.secondary})
+    return plan.model_copy(update={"secondary": recipe.store_form})
 
 
 def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: list[Unit], size: ModelBytes) -> Problem:
@@ -70,7 +72,7 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: list[Uni
     limits = _limits(recipe, [t.path for t in targets])
     widths = size.widths(stated.option)
     items = tuple(_item(unit, limits, targets.blocks_path, widths) for unit in units)
-    return Problem(items, stated.bits, recipe.rank_multiple, layer_form(recipe.factor_form), stated=stated)
+    return Problem(items, stated.bits, recipe.rank_multiple, layer_form(recipe.form), stated=stated)
 
 
 def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str, widths: Mapping[str, int]) -> Item:
@@ -118,8 +120,8 @@ def plan_of(
         recipe.allocation,
         problem.budget,
         shares=shares_of(units),
-        cost_model=recipe.factor_form,
-        secondary=recipe.secondary,
+        cost_model=recipe.form,
+        secondary=recipe.store_form,
         widths={path: item.width for item in problem.items for path in item.targets},
     )
 

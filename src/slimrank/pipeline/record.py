@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from slimrank.layers.transforms import found_transforms
 from slimrank.models.storage import saved_bytes
 from slimrank.pipeline.state import State
 from slimrank.report.build import Facts, build_record
+from slimrank.report.section import Section
 
 
 def record_of(state: State) -> dict[str, Any]:
@@ -26,5 +29,12 @@ def _facts(state: State) -> Facts:
         bytes_before=inputs.file_bytes or prepared.size.total, bytes_after=saved_bytes(state.model),
         dtype=str(prepared.dtype).removeprefix("torch."), device=str(prepared.device),
         method=prepared.choices.method.described(), allocation=results.allocation, corrections=results.corrections,
-        overlap=inputs.texts.overlap, sections=results.sections,
+        overlap=inputs.texts.overlap, sections=[*results.sections, *_transforms(state.model)],
     )  # fmt: skip
+
+
+def _transforms(model: Any) -> list[Section]:
+    """Return a section about the model transforms that slimrank does not bring itself, if there are any."""
+    rows = [(found.kind, json.dumps(entry)) for found, entry in found_transforms(model) if found.key is None]
+    about = {"stage": "save", "title": "Model transforms", "columns": ("kind", "entry")}
+    return [Section.model_validate({**about, "rows": rows})] if rows else []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from slimrank.errors import RecipeError
 from slimrank.options import validated
 from slimrank.registry import Registry
 from slimrank.report.section import Section
@@ -93,3 +94,15 @@ class Stage:
 
 
 STAGES: Registry[Any] = Registry("slimrank.pipeline.stages", "stage")  # of subclasses of Stage
+
+
+def stage_of(name: str) -> type[Stage]:
+    """Return the registered stage class of a name.
+
+    Raises:
+        RecipeError: there is none; the nearest names are in the hint.
+    """
+    if not STAGES.all():
+        raise RecipeError(f"there is no stage '{name}'.", "import the module that registers it")
+    found: type[Stage] = STAGES.get(name)
+    return found

@@ -46,9 +46,12 @@ def made_by(record: Record) -> str:
         parts.append(f"refined by {recipe['refine']}")
     if rounds:
         parts.append(f"corrected {len(rounds)} times" if len(rounds) > 1 else "corrected once")
-    return ", ".join(
-        [*parts, f"stored as {'pivot layers' if record['size']['stored_as'] == 'pivot' else 'two factors'}"]
-    )
+    return ", ".join([*parts, f"stored as {_stored_as(record['size']['stored_as'])}"])
+
+
+def _stored_as(form: str) -> str:
+    """Name a form of layers for people."""
+    return {"pair": "two factors", "pivot": "pivot layers"}.get(form, f"'{form}' layers")
 
 
 def perplexity(record: Record) -> str:

@@ -31,7 +31,7 @@ class GramSum:
 
     @classmethod
     def empty(cls, n: int, device: torch.device | str = "cpu") -> GramSum:
-        """The sum of no tokens."""
+        """Return the sum of no tokens."""
         zeros = torch.zeros(n, n, dtype=torch.float64, device=device)
         return cls(zeros, torch.zeros(n, dtype=torch.float64, device=device))
 
@@ -64,7 +64,7 @@ class GramSum:
 
 @dataclass
 class ChannelSums:
-    """Sums over tokens for each channel by itself (n, float64)."""
+    """Sums over tokens for each channel (n, float64)."""
 
     absolute: Tensor
     largest: Tensor
@@ -73,7 +73,7 @@ class ChannelSums:
 
     @classmethod
     def empty(cls, n: int, device: torch.device | str = "cpu") -> ChannelSums:
-        """The sums of no tokens."""
+        """Return the sums of no tokens."""
         zeros = torch.zeros(3, n, dtype=torch.float64, device=device)
         return cls(zeros[0], zeros[1], zeros[2])
 
@@ -99,7 +99,7 @@ class ChannelSums:
 
 @dataclass
 class SampleGradients:
-    """Weight gradients of single samples, G_i = g_i^T X_i (m x n), in whichever form is smaller.
+    """Weight gradients of single samples, G_i = g_i^T X_i (m x n), in the smaller form.
 
     Attributes:
         window: how many windows of text one sample sums over.
@@ -159,7 +159,7 @@ class SampleGradients:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n); there must be a sample."""
+        """Return (m, n); there must be a sample."""
         if self.dense:
             return self.dense[0].shape[0], self.dense[0].shape[1]
         return self.tokens[0][0].shape[1], self.tokens[0][1].shape[1]
@@ -176,7 +176,7 @@ def squares_of(rows: Tensor) -> Tensor:
 
 
 def weight_gradient_squares(g: Tensor, x: Tensor) -> Tensor:
-    """Column sums of the squares of g^T x (n, float64), from g (T x m) and x (T x n), by the cheaper of two ways.
+    """Sum the squares of g^T x by column (n, float64), from g (T x m) and x (T x n), in the cheaper of two ways.
 
     Gradients are scaled to 1 before they are squared: those of a long text would underflow in float32.
     """

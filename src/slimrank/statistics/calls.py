@@ -1,4 +1,4 @@
-"""One call of a layer, and which tokens it reads."""
+"""One call of a layer, and the tokens of its input."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ UNPLACED = (
 
 @dataclass
 class LayerCall:
-    """What a layer reads in one call.
+    """The input of a layer in one call.
 
     Attributes:
         path: of the layer.
         x: its input (..., n).
         tokens: those of the batch.
-        numbers: the token of each row of x; None where that cannot be told.
+        numbers: the token of each row of x; None if it is unknown.
         scales: what the gradient of each real row is multiplied with, once that is known.
     """
 
@@ -38,19 +38,19 @@ class LayerCall:
     scales: Tensor | None = None
 
     def real(self, tensor: Tensor) -> Tensor:
-        """The rows (rows x k) of real tokens, of a tensor (..., k) beside x."""
+        """Return the rows (rows x k) of real tokens, of a tensor (..., k) beside x."""
         return self.tokens.real(tensor, self.numbers)
 
     @cached_property
     def places(self) -> Places | None:
-        """Where the real rows stand; None where that cannot be told."""
+        """Return the indices of the real rows; None if they are unknown."""
         return self.tokens.places(self.x, self.numbers)
 
     def by_window(self, rows: Tensor) -> dict[int, Tensor]:
-        """The real rows of each window.
+        """Return the real rows of each window.
 
         Raises:
-            ModelError: there are several windows, and nothing tells which rows belong to which.
+            ModelError: there are several windows, and it is unknown which rows belong to which.
         """
         if self.places is not None:
             return self.places.by_window(rows)
@@ -64,7 +64,7 @@ class LayerCall:
         )
 
     def weigh(self, g: Tensor, gathering: Gathering) -> tuple[Tensor, str]:
-        """`scales` of output gradients (real rows x m), which are remembered, and a note where they are unusual."""
+        """Return the `scales` of output gradients (real rows x m), and a note if they are unusual; remember them."""
         norms, shape, note = token_norms(g), self.tokens.shape_beside(self.x), ""
         if self.places is not None:
             self.scales = token_scales(norms, self.places, gathering.trim, gathering.clip)

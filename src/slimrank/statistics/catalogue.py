@@ -1,4 +1,4 @@
-"""What a method may ask for, what each costs a pass of, and the settings of how it is gathered."""
+"""The statistics that a method may ask for, the pass that each takes, and the settings of gathering them."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class Gathering(BaseModel):
 
     @property
     def backward(self) -> bool:
-        """Whether gradients are needed."""
+        """Tell whether gradients are needed."""
         return any(NEEDS[need].takes == "backward" for need in self.needs)
 
     @property
     def calibrates(self) -> bool:
-        """Whether calibration text is needed at all."""
+        """Tell whether calibration text is needed at all."""
         return any(NEEDS[need].takes != "none" for need in self.needs)

@@ -1,8 +1,8 @@
 """Hooks that gather statistics while a block runs, forwards or backwards.
 
-Keyed by input tensor and not by module: layers that read the same tensor (q, k and v; gate and up) share one gram. The
+Keyed by input tensor instead of module: layers that read the same tensor (q, k and v; gate and up) share one gram. The
 gradients are those of layer outputs and of each layer's own part of the input gradient, taken by hooks on tensors; no
-gradient of a weight is ever asked for.
+gradient of a weight is computed.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Collector:
     Attributes:
         layers: module path -> module.
         gathering: what to gather.
-        device: where sums are kept.
-        alone: layers known to share their input with no other, whose outputs' gram may stand for the inputs'.
-        ranks: planned ranks by path, for what depends on them.
+        device: where sums are stored.
+        alone: layers that share their input with no other; the gram of their outputs may replace that of their inputs.
+        ranks: planned ranks by path, for statistics that depend on them.
         routed: layers (experts) that only some tokens reach.
-        routing: knows which tokens those are, for some of them.
+        routing: knows these tokens for some of the layers.
         leaders: module path -> path of the first layer seen to read the same tensor (itself, if none).
         statistics: module path -> what was gathered; absent for a layer that no token reached.
     """
@@ -85,11 +85,11 @@ class Collector:
         self._seen, self._batch_grams = [], {}
 
     def begin(self, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
-        """A new batch is coming.
+        """Prepare for a new batch.
 
         Args:
             mask: its padding mask (1 = a real token).
-            shape: (windows, tokens), by which tokens are told apart whatever shape a layer reads them in.
+            shape: (windows, tokens), which identifies tokens whatever the shape of a layer's input.
         """
         self._end_batch()
         self._tokens, self._seen, self._batch_grams = Tokens(mask, shape), [], {}
@@ -133,7 +133,7 @@ class Collector:
         return observe
 
     def _numbers(self, path: str, x: Tensor) -> Tensor | None:
-        """The token of each row that a layer reads or gives; None where that cannot be told."""
+        """Return the token of each row of a layer's inputs or outputs; None if it is unknown."""
         return self.routing.numbers(path) if path in self.routed else self._tokens.numbers(x)
 
     def _of(self, path: str, module: nn.Module) -> LayerStatistics:
@@ -200,7 +200,7 @@ class Collector:
         return "row" in self.gathering.needs and mine.shape[0] > mine.shape[1]
 
     def _own_view(self, call: LayerCall, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments with x as a view of its own, so that its gradient is that of this layer alone: W^T g."""
+        """Return the arguments with a separate view of x, so that its gradient is that of this layer alone: W^T g."""
         view = args[0].view_as(args[0])
         view.register_hook(lambda pulled: self._add_pulled(call, pulled))
         return (view, *args[1:])
@@ -264,10 +264,10 @@ class Collector:
 
 
 def _same(known: Tensor, version: int, x: Tensor) -> bool:
-    """Whether x is the same memory as a tensor seen before, with the same content.
+    """Tell whether x is the same memory as an earlier tensor, with the same content.
 
-    The reference held to it rules out that the memory was given to another tensor since, its version that it was
-    changed in place.
+    A reference to the tensor ensures that its memory was not reused, and its version that it was not changed in
+    place.
     """
     return (
         known.data_ptr() == x.data_ptr()

@@ -12,7 +12,7 @@ from slimrank.statistics.layer_statistics import LayerStatistics
 
 
 def truncate_output(mine: LayerStatistics, module: nn.Module, gram: Tensor, output: Tensor) -> Tensor:
-    """The best approximation of a batch's outputs at the planned rank, in the place of the outputs.
+    """Replace a batch's outputs by their best approximation at the planned rank.
 
     Adds the projector on them to the layer's statistics. The leading left singular vectors of Y = W X are those of W in
     the metric X X^T. A batch of T < min(m, n) tokens is truncated at ceil(rank T / min(m, n)).
@@ -43,5 +43,5 @@ def truncate_output(mine: LayerStatistics, module: nn.Module, gram: Tensor, outp
 
 
 def column_basis(weight: Tensor) -> Tensor:
-    """An orthonormal basis (m x n, float64) of the columns of a tall weight (m x n, m > n)."""
+    """Return an orthonormal basis (m x n, float64) of the columns of a tall weight (m x n, m > n)."""
     return torch.linalg.qr(weight.to(torch.float64)).Q

@@ -1,9 +1,9 @@
-"""Statistics of experts that few tokens reach: what is missing comes from the other experts of their kind.
+"""Shrink statistics of rarely used experts towards the pooled statistics of their kind.
 
-A router sends each token to a few experts, so that of some hardly anything is seen. The gram of such an expert's inputs
-is shrunk towards that of all experts of the kind together (for the layers that read the router's input this is the
-router input's gram itself, every token counted once for each expert it is sent to), as far as the noise of so few
-tokens calls for:
+A router sends each token to a few experts, so some experts get hardly any. The gram of such an expert's inputs is
+shrunk towards the pooled gram of all experts of the kind. (For layers that read the router's input this is the gram of
+that input, with every token counted once for each expert that it is sent to.) The noise of so few tokens sets the
+weight:
 
     C_e <- (1 - w) C_e + w P,    w = min(1, ((tr C_e)^2 + tr C_e^2) / (N_e |C_e - P|_F^2))
 
@@ -53,13 +53,13 @@ def lean_on_each_other(
 
 
 def shrunk(own: GramSum, pooled: GramSum) -> GramSum:
-    """The gram of an expert's inputs, shrunk towards that of all; as many tokens as before."""
+    """Shrink the gram of an expert's inputs towards the pooled gram; the number of tokens does not change."""
     weight = trust_in_all(own, pooled)
     return _scaled(own, 1 - weight, own.count) + _scaled(pooled, weight * own.count / pooled.count, 0)
 
 
 def trust_in_all(own: GramSum, pooled: GramSum) -> float:
-    """w of the formula above, between 0 and 1."""
+    """Return w of the formula above, between 0 and 1."""
     mine, mean = own.gram / own.count, pooled.gram / pooled.count
     noise = float(mine.diagonal().sum()) ** 2 + float(mine.square().sum())
     difference = own.count * float((mine - mean).square().sum())

@@ -1,4 +1,4 @@
-"""The statistics of one layer, as a method gets them."""
+"""The statistics of one layer, as a method takes them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from slimrank.statistics.catalogue import Need
 
 @dataclass
 class LayerStatistics:
-    """What was gathered for a layer y = W x + b, W m x n. What nothing asked for is None.
+    """The statistics of a layer y = W x + b, W m x n. Those that nothing asked for are None.
 
     Attributes:
         shape: (m, n).
-        needs: what the method asks for; what of it no token or gradient reached counts as zero.
+        needs: what the method asks for; needs that no token or gradient reached count as zero.
         inputs: sum of x x^T; the same object for layers that read the same tensor.
         outputs: sum of W x (W x)^T, gathered instead of `inputs` where it is smaller.
         input_energies: sum of x_i^2 for each channel (n, float64), gathered with `outputs`.
@@ -31,9 +31,9 @@ class LayerStatistics:
         slope: sum of g x^T (m x n, float64), the gradient of the loss by W.
         projector: sum of U U^T over batches, U (m x k) the leading left singular vectors of a batch's outputs;
             in coordinates of an orthonormal basis of W's columns where m > n.
-        rank: the planned rank; None where the target stays dense or nothing is planned yet.
+        rank: the planned rank; None if the target stays dense or nothing is planned yet.
         tokens: tokens seen.
-        notes: anything unusual met on the way, for the report.
+        notes: anything unusual, for the report.
     """
 
     shape: tuple[int, int]
@@ -55,7 +55,7 @@ class LayerStatistics:
 
     @property
     def gram(self) -> Tensor:
-        """C = sum of x x^T (n x n, float64).
+        """Return C = sum of x x^T (n x n, float64).
 
         Raises:
             ValueError: the method does not list "gram" among its needs.
@@ -65,7 +65,7 @@ class LayerStatistics:
 
     @property
     def column(self) -> Form:
-        """C as a form, whole or as W C W^T.
+        """Return C as a form, whole or as W C W^T.
 
         Raises:
             ValueError: the method lists neither "column" nor "gram".
@@ -78,7 +78,7 @@ class LayerStatistics:
 
     @property
     def row(self) -> Form:
-        """G = sum of g g^T as a form, whole or as W^T G W.
+        """Return G = sum of g g^T as a form, whole or as W^T G W.
 
         Raises:
             ValueError: the method does not list "row".
@@ -95,7 +95,7 @@ class LayerStatistics:
         return nothing
 
     def merged(self, other: LayerStatistics) -> LayerStatistics:
-        """The inputs of both layers together, for a factor that they share; only `inputs` is merged.
+        """Merge the inputs of both layers, for a factor that they share; only `inputs` is merged.
 
         Raises:
             ValueError: the method does not list "gram".

@@ -1,4 +1,4 @@
-"""Statistics of two streams at once: what a layer reads in the compressed model, and what it reads in the original."""
+"""Statistics of two streams at once: the inputs of a layer in the compressed model and in the original."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StreamSums:
     Attributes:
         inputs: sum of x' x'^T.
         wanted: sum of x x^T; the same object as `inputs` where the target is self.
-        cross: sum of x x'^T (n x n, float64); None where it is that of `inputs`.
+        cross: sum of x x'^T (n x n, float64); None if it equals `inputs`.
         exact: whether all products of x' are of float64.
     """
 
@@ -37,7 +37,7 @@ class StreamSums:
 
     @classmethod
     def empty(cls, n: int, device: torch.device, own: bool) -> StreamSums:
-        """Sums of no tokens; `own` where the target is self."""
+        """Return the sums of no tokens; `own` if the target is self."""
         inputs = GramSum.empty(n, device)
         if own:
             return cls(inputs, inputs)
@@ -61,14 +61,14 @@ class StreamSums:
         return StreamSums(inputs, self.wanted + other.wanted, self.cross + other.cross, exact)
 
     def problem(self, weight: Tensor, centred: bool, lack: LackSums | None = None) -> Regression:
-        """The least-squares problem of reproducing W x (+ e) from x'; around the means of all, if `centred`.
+        """Make the least-squares problem of reproducing W x (+ e) from x'; around the means of all, if `centred`.
 
-        Around its mean, a channel that never changes leaves nothing but rounding. It counts as zero there.
+        Around its mean, a channel that never changes leaves only rounding. It counts as zero there.
 
         Args:
             weight: W (m x n).
-            centred: whether a bias makes up for the means.
-            lack: sums of e, what the target is to make up for besides.
+            centred: whether a bias compensates the means.
+            lack: sums of e, which the target also compensates.
         """
         w, gram, wanted = weight.to(self.inputs.upper), self.inputs.gram, self.wanted.gram
         cross = gram if self.cross is None else self.cross
@@ -87,12 +87,12 @@ class StreamSums:
         return Regression(gram, plain.cross + lack.by_inputs, energy)
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Mean of x' and of x."""
+        """Return the means of x' and of x."""
         count = max(1, self.inputs.count)
         return self.inputs.total / count, self.wanted.total / count
 
     def bias_change(self, weight: Tensor, compressed: Tensor, lack: LackSums | None = None) -> Tensor:
-        """What a bias must gain so that the mean output is that of the target: W mean(x) (+ mean(e)) - W' mean(x')."""
+        """Return the bias change that makes the mean output that of the target: W mean(x) (+ mean(e)) - W' mean(x')."""
         mean, aim = self.means()
         change = weight.to(aim) @ aim - compressed.to(mean) @ mean
         return change if lack is None else change + lack.total / max(1, self.inputs.count)
@@ -111,8 +111,8 @@ class LayerSums:
     """All sums that a layer is refined by.
 
     Attributes:
-        streams: of what it reads in both models.
-        lack: of what the residual stream lacks there, where it is to make up for that.
+        streams: of its inputs in both models.
+        lack: of the gap of the residual stream there, if the layer compensates it.
     """
 
     streams: StreamSums
@@ -140,11 +140,11 @@ class StreamCollector:
         compressed: module path -> module of the compressed block.
         anchor: weight of the original stream in the target.
         stack: windows averaged into one.
-        device: where sums are kept.
-        adding: layers that add to the residual stream, and are to make up for what it lacks; see `add_lack`.
+        device: where sums are stored.
+        adding: layers that add to the residual stream and compensate its gap; see `add_lack`.
         routed: layers (experts) that may be sent other tokens in either model: their target is self, whatever `anchor`.
         sums: module path -> sums; one object for layers that read the same tensor.
-        lacks: module path -> sums of what the residual stream lacks there.
+        lacks: module path -> sums of the gap of the residual stream there.
     """
 
     originals: Mapping[str, nn.Module]
@@ -178,7 +178,7 @@ class StreamCollector:
         self._original, self._seen, self._read = {}, [], {}
 
     def begin(self, mask: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
-        """A new batch is coming, with this padding mask and (windows, tokens)."""
+        """Prepare for a new batch, with this padding mask and (windows, tokens)."""
         self._batch, self._seen, self._original, self._read = Tokens(mask, shape), [], {}, {}
 
     def add_lack(self, path: str, lack: Tensor) -> None:
@@ -189,7 +189,7 @@ class StreamCollector:
         self.lacks[path].add(self._rows(path, lack.to(inputs.device)), inputs, wanted)
 
     def of(self, path: str) -> LayerSums | None:
-        """The sums of one layer; None where no token reached it."""
+        """Return the sums of one layer; None if no token reached it."""
         sums = self.sums.get(path)
         return LayerSums(sums, self.lacks.get(path)) if sums is not None and sums.inputs.count else None
 
@@ -229,7 +229,7 @@ class StreamCollector:
         return observe
 
     def _wanted(self, path: str, x: Tensor) -> Tensor:
-        """The mixture of what the layer reads in both models."""
+        """Return the mixture of the layer's inputs in both models."""
         if self._own(path):
             return x
         original = next(iter(self._original.get(path, ())), None)
@@ -245,7 +245,7 @@ class StreamCollector:
         return self.anchor == 0 or path in self.routed
 
     def _rows(self, path: str, x: Tensor) -> Tensor:
-        """Real tokens, or means over `stack` windows, position by position."""
+        """Return real tokens, or means over `stack` windows, position by position."""
         numbers, shape = None if path in self.routed else self._batch.numbers(x), self._batch.shape_beside(x)
         if self.stack == 1 or numbers is None or shape is None:
             return self._batch.real(x, numbers)

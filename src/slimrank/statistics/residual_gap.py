@@ -1,4 +1,4 @@
-"""What the residual stream of a compressed model lacks where a layer adds to it, in sums over tokens."""
+"""The gap of a compressed model's residual stream where a layer adds to it, in sums over tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slimrank.statistics.accumulators import CHUNK
 
 @dataclass
 class LackSums:
-    """Sums over tokens of e, the original's residual stream less the compressed model's, as a layer finds them.
+    """Sums over tokens of e, the original's residual stream less the compressed model's, where a layer adds to them.
 
     Attributes:
         by_inputs: sum of e x'^T (m x n, float64), x' the layer's input in the compressed model.
@@ -28,7 +28,7 @@ class LackSums:
 
     @classmethod
     def empty(cls, m: int, n: int, device: torch.device) -> LackSums:
-        """The sums of no tokens."""
+        """Return the sums of no tokens."""
         zeros = torch.zeros(2, m, n, dtype=torch.float64, device=device)
         return cls(zeros[0], zeros[1], torch.zeros(m, dtype=torch.float64, device=device))
 

@@ -13,7 +13,7 @@ from slimrank.layers.experts import Experts
 
 @dataclass
 class Routing:
-    """Listens to what modules of experts are called with.
+    """Listens to the arguments of modules of experts.
 
     Attributes:
         experts: path of a layer -> the module of experts that it belongs to, and the number of its expert.
@@ -23,7 +23,7 @@ class Routing:
 
     @classmethod
     def among(cls, model: nn.Module, paths: Iterable[str]) -> Routing:
-        """That of the layers among these that belong to an `Experts`."""
+        """Return the routing of those layers that belong to an `Experts`."""
         found = {}
         for path in paths:
             holder, _, number = path.rpartition(".")
@@ -37,12 +37,12 @@ class Routing:
         self._numbers: dict[tuple[int, int], Tensor] = {}
 
     def watch(self) -> list[Any]:
-        """Begin to listen; handles of the hooks that do."""
+        """Register the hooks that listen; return their handles."""
         modules = {id(experts): experts for experts, _ in self.experts.values()}
         return [experts.register_forward_pre_hook(self._hear, with_kwargs=True) for experts in modules.values()]
 
     def numbers(self, path: str) -> Tensor | None:
-        """The tokens that a layer reads, in its order; None where that is not known."""
+        """Return the tokens of a layer's input rows, in order; None if they are unknown."""
         if path not in self.experts:
             return None
         experts, number = self.experts[path]

@@ -1,4 +1,4 @@
-"""Which token gradients count, and how much: what the K-FAC statistics of KFAC-SVD leave out or hold down."""
+"""Weights of token gradients: what the K-FAC statistics of KFAC-SVD trim or clip."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ NEGLIGIBLE = 1e-10  # a gradient of smaller norm is left as it is
 
 
 def token_norms(vectors: Tensor) -> Tensor:
-    """Norms of token vectors (..., n), summed in float32 or better."""
+    """Return norms of token vectors (..., n), summed in float32 or better."""
     return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.promote_types(vectors.dtype, torch.float32))
 
 
 def token_scales(norms: Tensor, places: Places, trim: float, clip: tuple[float, float] | None) -> Tensor:
-    """What to multiply each token's gradient with (rows), 0 for those left out.
+    """Return the factor of each token's gradient (rows), 0 for those left out.
 
     Args:
         norms: norms of the output gradients, a row for each token that reaches the layer.
-        places: where these tokens stand.
+        places: the positions of these tokens.
         trim: part of a window's tokens left out at either end.
-        clip: norms are held between these multiples of the mean norm of their window's rows that are left.
+        clip: norms are clipped to these multiples of the mean norm of their window's remaining rows.
     """
     cut = _left_out(places.lengths, trim)[places.window]
     middle = (places.position >= cut) & (places.position < places.lengths[places.window] - cut)
@@ -38,7 +38,7 @@ def token_scales(norms: Tensor, places: Places, trim: float, clip: tuple[float, 
 
 
 def scales_anywhere(norms: Tensor, lengths: Tensor, trim: float) -> Tensor:
-    """The same for tokens of unknown places in windows of these lengths: as much in all as if they were trimmed."""
+    """Return factors for tokens at unknown positions in windows of these lengths; they sum as if trimmed."""
     kept = lengths - 2 * _left_out(lengths, trim)
     return torch.full_like(norms, (float(kept.sum()) / max(1.0, float(lengths.sum()))) ** 0.5)
 

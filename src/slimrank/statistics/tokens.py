@@ -1,4 +1,4 @@
-"""Which token of a batch each row of a layer's input belongs to, whatever shape the model gives that input."""
+"""Find the token of a batch that each row of a layer's input belongs to, whatever the shape of that input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tokens:
     shape: tuple[int, ...] | None = None
 
     def shape_beside(self, x: Tensor) -> tuple[int, ...] | None:
-        """(windows, tokens) of a tensor (..., n), as far as it is known; it may count other tokens (pooled, learnt)."""
+        """Return (windows, tokens) of a tensor (..., n), as far as known; it may count others (pooled, learnt)."""
         leading = tuple(x.shape[:-1])
         shape = self.shape if self.mask is None else tuple(self.mask.shape)
         if shape is None:
@@ -32,7 +32,7 @@ class Tokens:
         return leading if others else shape
 
     def numbers(self, x: Tensor) -> Tensor | None:
-        """The token of each row of a tensor (..., n), where its shape tells them: see `rows_per_token`."""
+        """Return the token of each row of a tensor (..., n), if its shape tells them: see `rows_per_token`."""
         shape = self.shape_beside(x)
         repeats = None if shape is None else rows_per_token(tuple(x.shape[:-1]), *shape)
         if shape is None or repeats is None:
@@ -41,12 +41,12 @@ class Tokens:
         return tokens if repeats == 1 else tokens.repeat_interleave(repeats)
 
     def real(self, x: Tensor, numbers: Tensor | None) -> Tensor:
-        """The rows (rows x n) of a tensor (..., n) that belong to real tokens; all where that cannot be told."""
+        """Return the rows (rows x n) of a tensor (..., n) that belong to real tokens; all if that is unknown."""
         rows, mask = x.reshape(-1, x.shape[-1]), self._mask_of(x)
         return rows if mask is None or numbers is None else rows[mask.flatten()[numbers]]
 
     def places(self, x: Tensor, numbers: Tensor | None) -> Places | None:
-        """Where the real rows of a tensor stand; None where that cannot be told."""
+        """Return the indices of the real rows of a tensor; None if they are unknown."""
         shape, mask = self.shape_beside(x), self._mask_of(x)
         if shape is None or numbers is None:
             return None
@@ -56,7 +56,7 @@ class Tokens:
         return Places(chosen // shape[1], position, real.sum(dim=1))
 
     def _mask_of(self, x: Tensor) -> Tensor | None:
-        """Which tokens are real; None where all are, or a tensor counts others."""
+        """Return which tokens are real; None if all are, or if a tensor counts others."""
         if self.mask is None or self.shape_beside(x) != tuple(self.mask.shape):
             return None
         return self.mask.to(x.device, torch.bool)
@@ -64,7 +64,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Places:
-    """Where rows stand: in which window, and at which of its real tokens.
+    """Positions of rows: their windows, and their real tokens in them.
 
     Attributes:
         window: of each row, ascending.
@@ -77,16 +77,16 @@ class Places:
     lengths: Tensor
 
     def by_window(self, rows: Tensor) -> dict[int, Tensor]:
-        """The rows of each window that has some."""
+        """Return the rows of each window that has some."""
         windows, counts = torch.unique_consecutive(self.window, return_counts=True)
         return dict(zip(windows.tolist(), rows.split(counts.tolist()), strict=True))
 
 
 def rows_per_token(leading: tuple[int, ...], windows: int, tokens: int) -> int | None:
-    """How many rows each token has in a tensor of these leading dimensions; None where rows do not follow the tokens.
+    """Count the rows of each token in a tensor of these leading dimensions; None if rows do not follow tokens.
 
-    Windows come first, then tokens, either of them in one dimension or several; or both are flattened into one. What
-    comes after belongs to one token (heads). A tensor of tokens x windows, or with anything before windows, is another.
+    Windows come first, then tokens, either of them in one dimension or several; or both are flattened into one. Further
+    dimensions belong to one token (heads). A tensor of tokens x windows, or with anything before windows, does not fit.
     """
     sizes = [size for size in leading if size != 1]
     ends = [1, *accumulate(sizes, mul)]

@@ -1,4 +1,4 @@
-"""Output gradients and inputs of each window of a batch, put together from all calls of a layer."""
+"""Output gradients and inputs of each window of a batch, joined from all calls of a layer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Part = tuple[Tensor, Tensor]  # output gradients and inputs of some rows
 
 @dataclass
 class BatchWindows:
-    """What a layer's calls have seen of a batch. A layer may be called several times in one pass of the model.
+    """Inputs and gradients of a layer's calls on one batch. One pass of the model may call a layer several times.
 
     Attributes:
         expected: path of a layer -> calls whose gradients are still to come.
-        parts: path of a layer -> window -> what its calls have seen of it.
+        parts: path of a layer -> window -> inputs and gradients of its calls.
     """
 
     expected: Counter[str] = field(default_factory=Counter)
@@ -31,11 +31,11 @@ class BatchWindows:
             self.parts[path].setdefault(window, []).append((rows, inputs[window]))
 
     def complete(self, path: str) -> Iterator[Part]:
-        """The windows of a layer, in order, once gradients of all its calls are there; each of them once."""
+        """Return the windows of a layer, in order, once gradients of all its calls are there; each of them once."""
         return self.take(path) if self.expected[path] == 0 else iter(())
 
     def take(self, path: str) -> Iterator[Part]:
-        """The windows of a layer, in order, and forget them."""
+        """Return the windows of a layer, in order, and forget them."""
         for _, parts in sorted(self.parts.pop(path, {}).items(), key=lambda item: item[0]):
             gradients, inputs = zip(*parts, strict=True)
             yield torch.cat(gradients), torch.cat(inputs)

@@ -1,1 +1,1 @@
-"""Calibration: text, token windows, and the statistics a method asks for."""
+"""Text: sources, tokens, and windows of tokens by request."""

@@ -34,7 +34,7 @@ def windows_found(windows: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _parts(tokens: Tensor, run: int) -> Iterator[Tensor]:
-    """Cut a long text into parts that share `run - 1` tokens, so that memory stays small."""
+    """Split a long text into parts that share `run - 1` tokens, so that memory stays small."""
     if tokens.dim() > 1:
         yield from tokens.split(max(1, _AT_ONCE // tokens.shape[1]))
         return

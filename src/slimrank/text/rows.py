@@ -1,4 +1,4 @@
-"""Rows of a source as documents. Rows that hold no text are skipped, broken characters replaced, and both are told."""
+"""Rows of a source as documents. Rows without text are skipped and broken characters replaced; both are reported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def documents(rows: Iterable[Row], tell: Tell) -> list[str]:
     """Check that the value of every row is text.
 
     Args:
-        rows: where each is, and its value.
+        rows: the place of each, and its value.
         tell: called with one sentence for each kind of row that is skipped or changed.
 
     Raises:

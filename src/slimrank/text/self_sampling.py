@@ -19,9 +19,9 @@ AT_ONCE = 64  # windows, whose keys and values are held
 def sample_windows(
     model: Any, tokenizer: Any, samples: int, seq_len: int, seed: int, progress: Progress | None = None
 ) -> Tensor:
-    """Windows sampled from the model at temperature 1 (samples x seq_len), reproducible from the seed.
+    """Sample windows from the model at temperature 1 (samples x seq_len), reproducible from the seed.
 
-    Each begins with the BOS token (the EOS token where there is no BOS). Sampling goes on after an EOS, as in a
+    Each begins with the BOS token (the EOS token if there is no BOS). Sampling continues after an EOS, as in a
     stream of documents.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Text for calibration and evaluation, out of files, a hub data set, a list, or Python's own documentation.
+"""Read text for calibration and evaluation from files, a hub data set, a list, or Python's own documentation.
 
 A source is a local file or folder (.txt, .jsonl, .json, .parquet), `hub:ID[:CONFIG[:SPLIT]]`, `demo`, or a list of
-strings. (`self`, text that the model samples, is in `calibration.sampling`.)
+strings. (`self`, text that the model samples, is in `text.self_sampling`.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def read_source(source: Source, part: Literal["calibration", "evaluation"], tell
     """Read the whole text of a source. Documents are joined by blank lines; a .txt file is taken as it is.
 
     Args:
-        source: see the module's text; a list holds one document per item.
+        source: see the module's docstring; a list holds one document per item.
         part: which of the two disjoint parts of the `demo` text is wanted.
         tell: called with one sentence for each kind of thing that is skipped or changed.
 
@@ -73,7 +73,7 @@ def _local(name: str, tell: Tell) -> Iterator[Row]:
 def _folder(path: Path, tell: Tell) -> Iterator[Row]:
     """Read all files of text in a folder and in the folders inside it, in the order of their names.
 
-    Hidden ones are left out. So is plain .json, which mostly is not text there but describes other files.
+    Hidden files are left out. So is plain .json, which usually describes other files in a folder.
     """
     names = sorted(file.relative_to(path) for file in path.rglob("*") if kind_of(file) and file.is_file())
     shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]

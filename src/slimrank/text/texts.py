@@ -1,4 +1,4 @@
-"""The text windows of a run, by request: read before any long work, tokenised once the model is there."""
+"""The text windows of a run, by request: read before any long work, tokenised after the model is loaded."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class WindowRequest:
     """Windows that a stage asks for.
 
     Attributes:
-        name: what they are for; two requests of one name share their windows.
-        count: how many.
-        source: the text they come from. Windows of the evaluation text are the first of it.
+        name: their use; two requests of one name share their windows.
+        count: their number.
+        source: the text they come from. Those of the evaluation text are its first windows.
         disjoint: they overlap neither the windows that calibrate nor other disjoint ones.
         spread: they are spread evenly over the text, and overlap no disjoint ones. Others are drawn at random.
     """
@@ -62,7 +62,7 @@ class Texts:
         windows: name -> token ids (windows x seq_len), for every request that could be met.
         bos: whether every window begins with a BOS token.
         notes: what reading and drawing skipped or changed.
-        overlap: a sentence where evaluation windows are found in the calibration text; else empty.
+        overlap: a sentence if evaluation windows are found in the calibration text; else empty.
     """
 
     windows: Mapping[str, Tensor] = field(default_factory=dict)
@@ -180,7 +180,7 @@ def _calibrating(found: Mapping[str, Tensor], requests: Sequence[WindowRequest])
 
 
 def _leading(request: WindowRequest, text: str, recipe: Recipe, model: Any, tokenizer: Any, notes: list[str]) -> Tensor:
-    """Cut the first windows of a text; add to the notes where it holds fewer."""
+    """Return the first windows of a text; add to the notes if it holds fewer."""
     wanted, seq_len, bos = request.count, recipe.seq_len or DEFAULT_SEQ_LEN, bos_of(tokenizer)
     tokens = tokenise(text, tokenizer, most=wanted * seq_len)
     check_tokens(tokens, tokenizer, model)
@@ -230,7 +230,7 @@ def window_length(model: Any, wanted: int | None) -> int:
     """Return the tokens per window: what was asked for, else 512 or the model's context, whichever is less.
 
     Raises:
-        RecipeError: more was asked for than the model was made for.
+        RecipeError: a length above the model's context.
     """
     context = context_of(model)
     if wanted is None:

@@ -1,7 +1,7 @@
-"""From text to token ids. A long text is tokenised piece by piece, and gives the ids of the whole.
+"""Tokenise text. A long text is tokenised piece by piece, to the ids of the whole.
 
 Pieces overlap. Two of them are joined at a token in the middle of their overlap, if both agree on the tokens around it.
-If they do not, or the text there only repeats itself, the first is tokenised again at twice its length.
+If they do not, or if the text there only repeats itself, the first is tokenised again at twice its length.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ DIFFERENT_TOKENS = 8  # among them; where one word repeats, tokens may depend on
 
 
 def tokenise(text: str, tokenizer: Any, most: int | None = None) -> Tensor:
-    """Token ids of a text (1-D, int64), without special tokens.
+    """Return token ids of a text (1-D, int64), without special tokens.
 
     Args:
         text: any text.
         tokenizer: of transformers. A few kinds take the whole text at once, see `_works_in_pieces`.
-        most: stop after so many tokens.
+        most: maximum number of tokens.
     """
     parts: list[Tensor] = []
     for part in _parts(text, tokenizer):
@@ -38,7 +38,7 @@ def tokenise(text: str, tokenizer: Any, most: int | None = None) -> Tensor:
 
 
 def bos_of(tokenizer: Any) -> int | None:
-    """The BOS id, where the tokenizer itself begins a text with it."""
+    """Return the BOS id, if the tokenizer itself begins a text with it."""
     bos = getattr(tokenizer, "bos_token_id", None)
     begins = tokenizer("a")["input_ids"][:1]
     return bos if bos is not None and begins == [bos] else None
@@ -112,7 +112,7 @@ def _piece(text: str, tokenizer: Any, begin: int, length: int) -> _Piece:
 
 
 def _joint(piece: _Piece, following: _Piece) -> tuple[int, int] | None:
-    """Where both pieces may be cut: the number of the same token in each; None where they disagree around it."""
+    """Find where two pieces join: the number of the same token in each; None if they differ around it."""
     middle = (following.begin + piece.end) // 2
     i = next((i for i, (_, first, _) in enumerate(piece.tokens) if first >= middle), None)
     if i is None or piece.tokens[i] not in following.tokens:

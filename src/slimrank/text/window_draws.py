@@ -1,4 +1,4 @@
-"""The windows of a run for each of their uses, out of one text or out of the model itself."""
+"""Draw the windows of a run for each use, from one text or from the model itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Draws(ABC):
 
     Attributes:
         samples: windows that calibrate.
-        apart: windows of each use that shares none with those that calibrate, nor with another such use.
+        apart: number of windows of each use that overlap neither those that calibrate nor those of another such use.
         seq_len: tokens of a window.
         seed: the same windows for the same seed.
     """
@@ -31,15 +31,15 @@ class Draws(ABC):
 
     @abstractmethod
     def calibration(self) -> Tensor:
-        """Windows that calibrate (samples x seq_len)."""
+        """Draw windows that calibrate (samples x seq_len)."""
 
     @abstractmethod
     def kept_apart(self) -> tuple[list[Tensor], bool]:
-        """Windows of each use in `apart`, and whether there was room for all."""
+        """Draw windows of each use in `apart`; tell whether there was room for all."""
 
     @abstractmethod
     def refinement(self, count: int) -> Tensor:
-        """Up to so many windows that factors are refined on (... x seq_len); those kept apart are none of them."""
+        """Draw up to so many windows to refine on (... x seq_len), none of them a held-out window."""
 
     @abstractmethod
     def holds(self, windows: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class FromText(Draws):
         return draw_apart(self.tokens, self.apart, self.samples, self.seq_len, self.seed, self.bos)
 
     def refinement(self, count: int) -> Tensor:  # noqa: D102
-        return draw_spread(self.tokens, count, self.apart, self.samples, self.seq_len, self.seed, self.bos)
+        return draw_spread(self.tokens, count, (self.apart, self.samples), self.seq_len, self.seed, self.bos)
 
     def holds(self, windows: Tensor) -> Tensor:  # noqa: D102
         return windows_found(windows, self.tokens)

@@ -1,8 +1,8 @@
-"""From text to windows of tokens.
+"""Make windows of tokens from text.
 
 The text is tokenised whole; calibration windows are drawn uniformly over token positions, further ones to refine on are
 spread evenly over the text, and evaluation takes the first windows from its start. A model whose tokenizer puts a BOS
-in front of a text gets one in front of every window (Gemma's perplexity is half as high again without it).
+in front of a text gets one in front of every window (without it Gemma's perplexity is 1.5 times as high).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slimrank.errors import DataError
 
 
 def draw_windows(tokens: Tensor, samples: int, seq_len: int, seed: int, bos: int | None = None) -> Tensor:
-    """Windows at random positions (samples x seq_len), each start equally likely.
+    """Draw windows at random positions (samples x seq_len), each start equally likely.
 
     Raises:
         DataError: fewer tokens than one window needs.
@@ -29,7 +29,7 @@ def draw_windows(tokens: Tensor, samples: int, seq_len: int, seed: int, bos: int
 def draw_apart(
     tokens: Tensor, counts: Sequence[int], samples: int, seq_len: int, seed: int, bos: int | None = None
 ) -> tuple[list[Tensor], bool]:
-    """So many more windows for each of some uses, and whether there was room for all of them.
+    """Draw more windows for each of some uses; tell whether there was room for all of them.
 
     Windows of a use overlap neither those of an earlier one nor the `samples` that `draw_windows` draws, unless
     there is no room left.
@@ -43,13 +43,21 @@ def draw_apart(
 
 
 def draw_spread(
-    tokens: Tensor, count: int, counts: Sequence[int], samples: int, seq_len: int, seed: int, bos: int | None = None
+    tokens: Tensor, count: int, beside: tuple[Sequence[int], int], seq_len: int, seed: int, bos: int | None = None
 ) -> Tensor:
-    """Windows spread evenly over the text: each at a random place of its own part, of as many equal parts.
+    """Draw windows spread evenly over the text: each at a random place of its own part, of as many equal parts.
 
-    They do not overlap those that `draw_apart` draws for `counts`, but may overlap the `samples` of `draw_windows`.
-    There are no more of them than fit beside the former without overlap; none, where nothing does. Drawn
-    independently, as many windows as the text is long would leave a third of it out.
+    They do not overlap those that `draw_apart` draws, but may overlap those of `draw_windows`. At most as many
+    are drawn as fit beside the former without overlap, possibly none. Drawn independently, as many windows as the text
+    is long would leave out a third of it.
+
+    Args:
+        tokens: of the whole text.
+        count: windows.
+        beside: the `counts` and the `samples` that `draw_apart` is given.
+        seq_len: tokens of a window.
+        seed: the same windows for the same seed.
+        bos: the token that every window begins with, if any.
 
     Raises:
         DataError: fewer tokens than one window needs.
@@ -57,14 +65,14 @@ def draw_spread(
     length = _length(tokens, seq_len, bos, needed=1)
     places = len(tokens) - length + 1
     free = torch.ones(places, dtype=torch.bool)
-    for starts in _starts_apart(places, counts, samples, length, seed)[0]:
+    for starts in _starts_apart(places, *beside, length, seed)[0]:
         _take(free, starts, length)
     found = free.nonzero().flatten()
     return _windows(tokens, found[_even_starts(len(found), min(count, _fit(found, length)), seed)], length, bos)
 
 
 def leading_windows(tokens: Tensor, windows: int, seq_len: int, bos: int | None = None) -> Tensor:
-    """The first windows of the text, without overlap (windows x seq_len).
+    """Return the first windows of the text, without overlap (windows x seq_len).
 
     Raises:
         DataError: fewer tokens than so many windows need.
@@ -74,12 +82,12 @@ def leading_windows(tokens: Tensor, windows: int, seq_len: int, bos: int | None 
 
 
 def count_windows(tokens: Tensor, seq_len: int, bos: int | None = None) -> int:
-    """How many whole windows the text holds."""
+    """Count the whole windows of a text."""
     return len(tokens) // (seq_len - (bos is not None))
 
 
 def tokens_digest(windows: Tensor) -> str:
-    """sha256 of the token ids and their shape."""
+    """Return sha256 of the token ids and their shape."""
     return hashlib.sha256(str(tuple(windows.shape)).encode() + windows.numpy().tobytes()).hexdigest()
 
 
@@ -90,7 +98,7 @@ def _starts(places: int, count: int, seed: int) -> Tensor:
 def _starts_apart(
     places: int, counts: Sequence[int], samples: int, length: int, seed: int
 ) -> tuple[list[Tensor], bool]:
-    """Where the windows of each use begin, and whether there was room for all."""
+    """Choose the starts of the windows of each use; tell whether there was room for all."""
     taken = _starts(places, samples, seed)
     free = torch.ones(places, dtype=torch.bool)
     drawn: list[Tensor] = []
@@ -104,18 +112,18 @@ def _starts_apart(
 
 
 def _take(free: Tensor, starts: Tensor, length: int) -> None:
-    """Places of windows that would overlap those which begin at `starts` are free no longer."""
+    """Mark places whose windows would overlap those at `starts` as taken."""
     for start in starts.tolist():
         free[max(0, start - length + 1) : start + length] = False
 
 
 def _open(free: Tensor) -> Tensor:
-    """The places that are free; all, if none is."""
+    """Return the places that are free; all, if none is."""
     return free.nonzero().flatten() if bool(free.any()) else torch.arange(len(free))
 
 
 def _fit(starts: Tensor, length: int) -> int:
-    """How many windows may begin at some of these places (ascending) without overlap."""
+    """Count the windows that may begin at some of these places (ascending) without overlap."""
     if len(starts) == 0:
         return 0
     ends = torch.cat([(starts.diff() > 1).nonzero().flatten(), torch.tensor([len(starts) - 1])])

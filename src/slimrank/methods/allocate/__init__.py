@@ -1,1 +1,1 @@
-"""Rank allocation: how a budget is spread over the targets."""
+"""Rank allocation: spread a budget over the targets."""

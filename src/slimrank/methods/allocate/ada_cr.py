@@ -1,4 +1,4 @@
-"""Keep more of the blocks that change what they read most."""
+"""Keep more of the blocks that change their input most."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Importance = Annotated[
     passes=lambda options, layers, batches: 1.0,
 )
 def ada_cr(problem: Problem, *, least: Least = None, importance: Importance = "change") -> Allocation:
-    """fraction_b = least + I_b / mean(I) * (keep - least), clipped to what ranks store, shifted to the budget."""
+    """Give block b the fraction least + I_b / mean(I) * (keep - least), clipped and shifted to the budget."""
     cosines = np.array(problem.measured().influence())
     if not np.isfinite(cosines).all():
         block = int(np.argmin(np.isfinite(cosines)))

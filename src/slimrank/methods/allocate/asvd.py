@@ -42,7 +42,7 @@ BISECTIONS = 11
 def asvd(
     problem: Problem, *, fractions: Fractions = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9), max_rise: Rise = None
 ) -> Allocation:
-    """Threshold search: each target takes its smallest rank whose rise of the loss is at most theta."""
+    """Search a threshold theta: each target takes its smallest rank whose rise of the loss is at most theta."""
     curves = interpolated_curves(problem, fractions)
     picks, notes = _threshold(problem, curves, max_rise)
     return Allocation(ranks_of(problem, picks), tuple(curves), notes=notes)

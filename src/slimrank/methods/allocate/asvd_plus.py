@@ -23,7 +23,7 @@ from slimrank.methods.allocator import allocator
 def asvd_plus(
     problem: Problem, *, anchors: Anchors = (0.1,), alpha: Alpha = 0.0, gamma: Gamma = 0.0, search: Search = False
 ) -> Allocation:
-    """As `lems`, the largest error instead of the sum."""
+    """Minimise the largest error, by the curves of `lems`."""
 
     def solve(curves: Sequence[Curve]) -> Allocation:
         return Allocation(ranks_of(problem, least_maximum(*problem.in_units(curves))), tuple(curves))

@@ -27,7 +27,7 @@ Trials = Annotated[int, Field(ge=1, description="Spreads from 0 to `spread` that
     passes=lambda options, layers, batches: float(options["trials"]),
 )
 def atp(problem: Problem, *, spread: Spread = 1.0, trials: Trials = 11) -> Allocation:
-    """fraction_b = keep + beta (1/2 - b / (blocks - 1)), beta the one of least divergence among `trials`.
+    """Give block b the fraction keep + beta (1/2 - b / (blocks - 1)), beta of least divergence among `trials`.
 
     The largest beta is 2 min(keep, 1 - keep); 0 is uniform, and is always among the trials.
     """

@@ -85,7 +85,7 @@ class SoftTruncation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """By y, and by t."""
+        """Return the gradients by y and by t."""
         u, s, vh, t = ctx.saved_tensors
         g, v, weight = gradients[0].to(u), vh.mT, t.to(u)
         gv, ug = g @ v, u.mT @ g
@@ -98,7 +98,7 @@ class SoftTruncation(torch.autograd.Function):
 
 
 def _divided(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """K and L."""
+    """Return K and L."""
     gap, total = s[..., :, None] - s[..., None, :], s[..., :, None] + s[..., None, :]
     step = t[:, None] - t[None, :]
     blur = (BLUR * s[..., :1, None]) ** 2

@@ -1,4 +1,4 @@
-"""Ranks by gradient descent: Fermi functions cut the components of every weight softly."""
+"""Ranks by gradient descent: Fermi functions truncate the components of every weight softly."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Masks:
         self.factors = {item.path: self.probe.factors(item.path) for item in problem.items}
 
     def loss(self, ranks: Tensor, temperatures: Tensor, step: int) -> Tensor:
-        """Next-token loss on one of the batches."""
+        """Return the next-token loss on one of the batches."""
         transforms: dict[str, Transform] = {}
         for item, mu, temperature in zip(self.problem.items, ranks, temperatures, strict=True):
             a, b = self.factors[item.path]
@@ -103,14 +103,13 @@ class Masks:
 
 
 def missing(mu: Tensor, temperature: Tensor, count: int) -> Tensor:
-    """1 - f_k of the first components, float64."""
+    """Return 1 - f_k of the first components, float64."""
     k = torch.arange(1, count + 1, dtype=torch.float64)
     return torch.sigmoid((k - 0.5 - mu) / temperature)
 
 
 def worths(masks: Masks, ranks: Floats) -> dict[str, float]:
-    """What a unit of each layer's squared error costs at these ranks: the slope of the loss over all batches by that
-    of the squared error, both by mu.
+    """Return the worth of each layer's squared error at these ranks: d loss / d mu over d (squared error) / d mu.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
@@ -139,7 +138,7 @@ def _squared_error(problem: Problem, mu: Tensor, temperatures: Tensor) -> Tensor
 
 
 def _without(a: Tensor, b: Tensor, missing: Tensor) -> Transform:
-    """The output less the part of every component that is missing; biases stay as they are."""
+    """Subtract the missing part of every component from the output; biases do not change."""
 
     def transform(x: Tensor, y: Tensor, rows: slice) -> Tensor:
         return y - ((x.to(a) @ a.t()) * missing @ b[rows].t()).to(y)

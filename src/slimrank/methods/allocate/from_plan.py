@@ -1,4 +1,4 @@
-"""Ranks out of a plan file."""
+"""Ranks from a plan file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ File = Annotated[str, Field(description="JSON, as 'slimrank plan --save' and eve
 
 @allocator(
     id="from_plan",
-    title="Ranks out of a plan file",
+    title="Ranks from a plan file",
     paper="any plan, made by hand or by another run",
 )
 def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
-    """The ranks of a file, which must name every target, be chosen for this form, and keep within the budget.
+    """Read the ranks of a file, which must name every target, be chosen for this form, and meet the budget.
 
     Raises:
         PlanError: no such file, not a plan, ranks for another form of factors, other targets, shapes or shared factors,
-            or ranks that are no candidates.
-        BudgetError: it stores more than the budget.
+            or ranks that are not candidates.
+        BudgetError: the plan stores more than the budget.
     """
     plan = RankPlan.load(file)
     _check_form(plan, problem, file)
@@ -53,9 +53,9 @@ def from_plan(problem: Problem, *, file: File = "plan.json") -> Allocation:
 
 
 def _check_form(plan: RankPlan, problem: Problem, file: str) -> None:
-    """The same ranks cost other parameters in another form: as pairs those of pivot layers may exceed the weight."""
+    """Refuse ranks of another form, whose cost differs: as pairs the ranks of pivot layers may exceed the weight."""
     if plan.cost_model != problem.form.name:
         raise PlanError(
-            f"the ranks of the plan '{file}' were chosen for factor form {plan.cost_model}, not {problem.form.name}.",
-            f"--factor-form {plan.cost_model}; or --plan {file}, which follows the form",
+            f"the ranks of the plan '{file}' were chosen for form {plan.cost_model}, not {problem.form.name}.",
+            f"--form {plan.cost_model}; or --plan {file}, which follows the form",
         )

@@ -27,13 +27,13 @@ GRID = (0.0, 1.0, 2.5), (0.0, 1.5, 5.0)  # of alpha, of gamma
 
 
 def measuring_passes(options: Mapping[str, Any], layers: int, batches: int) -> float:
-    """Half a pass for each layer and anchor, and one for each plan that is tried."""
+    """Count half a pass for each layer and anchor, and one for each plan that is tried."""
     return 0.5 * layers * len(options["anchors"]) + 7 * options["search"]
 
 
 @allocator(
     id="lems",
-    title="Least sum of measured divergences, carried over all ranks by the spectra",
+    title="Least sum of measured divergences, extended to all ranks by the spectra",
     paper="LEMS; reference code lems-svd",
     needs=["spectra", "divergence"],
     passes=measuring_passes,
@@ -48,7 +48,7 @@ def lems(
     search: Search = False,
     **solving: Any,
 ) -> Allocation:
-    """e_l(r) = KL_l(r0) T_l(r) / T_l(r0) * m_b, r0 the anchor, m_b the depth bias `harmonicv2`.
+    """Minimise the sum of e_l(r) = KL_l(r0) T_l(r) / T_l(r0) * m_b, r0 the anchor, m_b the depth bias `harmonicv2`.
 
     Between several anchors log(KL / T) is interpolated linearly in the rank.
     """
@@ -64,9 +64,9 @@ def biased(
     search: bool,
     solve: Any,
 ) -> Allocation:
-    """Allocation of curves times the depth bias, or the one of least measured divergence over the grid.
+    """Return the allocation of curves times the depth bias, or the one of least measured divergence over the grid.
 
-    The curves that it is given with are those without the bias: divergences.
+    It returns the curves without the bias: divergences.
     """
     settings = [(alpha, gamma)]
     if search:
@@ -86,7 +86,7 @@ def biased(
 
 
 def depth_bias(blocks: int, alpha: float, gamma: float) -> Floats:
-    """m_b of each block: 1 + gamma in the first, 1 in the last; LEMS' `harmonicv2`."""
+    """Return m_b of each block: 1 + gamma in the first, 1 in the last; LEMS' `harmonicv2`."""
     terms = np.arange(1, blocks + 1, dtype=np.float64) ** -alpha
     sums = np.cumsum(terms[::-1])[::-1]
     span = max(float(sums[0] - sums[-1]), 1e-12)

@@ -1,4 +1,4 @@
-"""Greedy: again and again, cut the target that loses least by it."""
+"""Greedy: in each step, reduce the target that loses least."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from slimrank.budget.problem import Allocation, Problem
 from slimrank.budget.proportional import ranks_of
 from slimrank.methods.allocator import allocator
 
-Steps = Annotated[int, Field(ge=1, description="Cuts by which the excess over the budget falls to a third.")]
+Steps = Annotated[int, Field(ge=1, description="Steps in which the excess over the budget falls to about a third.")]
 
 
 @allocator(
     id="mrcs",
-    title="Greedy cuts by a falling quota, each where the relative error after it is least",
+    title="Greedy steps by a falling quota, each where the relative error after it is least",
     paper="MRCS, arXiv 2402.06004",
     needs=["spectra"],
 )
 def mrcs(problem: Problem, *, steps: Steps = 80) -> Allocation:
-    """Errors are T_1(r) / T_1(0), the singular values beyond the rank as a fraction of their sum."""
+    """Reduce greedily by errors T_1(r) / T_1(0), the singular values beyond the rank as a fraction of their sum."""
     weights = {item.path: 1 / max(float(problem.tail(item, 1)[0]), 1e-300) for item in problem.items}
     curves = problem.curves(weights, power=1)
     return Allocation(ranks_of(problem, greedy(*problem.in_units(curves), steps)), tuple(curves))
 
 
 def greedy(curves: Sequence[Curve], budget: int, steps: int) -> Integers:
-    """Candidates after scheduled cuts.
+    """Return the candidates after scheduled greedy steps.
 
-    The t-th cut takes q_t parameters or a few more, q_t = excess * (exp(-(t-1)/steps) - exp(-t/steps)), from the target
-    whose error is least after it. With ever more steps this becomes `threshold.least_maximum`. What a last cut took too
-    much goes back to the targets of largest error.
+    Step t removes q_t parameters or a few more, q_t = excess * (exp(-(t-1)/steps) - exp(-t/steps)), from the target
+    whose error is least after it. With more and more steps this approaches `minimax.least_maximum`. If the last step
+    removes too much, the rest goes back to the targets of largest error.
     """
     order = by_path(curves)
     table = Table.of([curves[i] for i in order])

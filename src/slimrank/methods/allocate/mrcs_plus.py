@@ -1,4 +1,4 @@
-"""MRCS' greedy cuts on LEMS' curves."""
+"""MRCS' greedy steps on LEMS' curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slimrank.methods.allocator import allocator
 
 @allocator(
     id="mrcs_plus",
-    title="Greedy cuts by a falling quota, each where LEMS' divergence after it is least",
+    title="Greedy steps by a falling quota, each where LEMS' divergence after it is least",
     paper="MRCS+ of the LEMS reference code",
     needs=["spectra", "divergence"],
     passes=measuring_passes,
@@ -29,7 +29,7 @@ def mrcs_plus(
     gamma: Gamma = 0.0,
     search: Search = False,
 ) -> Allocation:
-    """As `mrcs`, on LEMS' curves."""
+    """Reduce greedily as `mrcs` does, on LEMS' curves."""
 
     def solve(curves: Sequence[Curve]) -> Allocation:
         return Allocation(ranks_of(problem, greedy(*problem.in_units(curves), steps)), tuple(curves))

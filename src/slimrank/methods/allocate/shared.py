@@ -44,9 +44,9 @@ def check_groups(problem: Problem, options: Mapping[str, Any]) -> None:
     check=check_groups,
 )
 def shared(problem: Problem, *, layers: Layers = 2, scale: Scale = "auto", **solving: Any) -> Allocation:
-    """As `spectrum`; the curves of a group are added up, so that it is one item of the knapsack.
+    """Minimise as `spectrum` does; the curves of a group are added up, so it is one item of the knapsack.
 
-    With `basis_sharing` what shares a factor is one item already.
+    With `basis_sharing` the layers that share a factor are one item already.
     """
     curves = {curve.path: curve for curve in spectral_curves(problem, scale)}
     groups = _groups(problem, layers)
@@ -57,7 +57,7 @@ def shared(problem: Problem, *, layers: Layers = 2, scale: Scale = "auto", **sol
 
 
 def _groups(problem: Problem, layers: int) -> list[list[Item]]:
-    """What is to have one rank."""
+    """Group the items that get one rank."""
     groups: defaultdict[tuple[str, tuple[int, int], int], list[Item]] = defaultdict(list)
     for item in problem.items:
         groups[item.role, item.shape, item.block // layers].append(item)
@@ -65,7 +65,7 @@ def _groups(problem: Problem, layers: int) -> list[list[Item]]:
 
 
 def _sum(curves: Sequence[Curve]) -> Curve:
-    """One curve for several of the same shape, over the candidates that all have."""
+    """Add up the curves of several items of the same shape, over the candidates that all have."""
     common = [r for r in curves[0].ranks.tolist() if all(r in c.ranks for c in curves)]
     if not common:
         raise PlanError(

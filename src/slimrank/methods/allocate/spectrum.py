@@ -1,4 +1,4 @@
-"""Spend the budget where the spectra say that most error is saved."""
+"""Spend the budget where it saves most error according to the spectra."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def spectrum(problem: Problem, *, scale: Scale = "auto", **solving: Any) -> Allo
 
 
 def spectral_curves(problem: Problem, scale: str = "auto") -> list[Curve]:
-    """T_l(r), divided by T_l(0) where the scale is relative, or auto and spectra are not in units of the loss."""
+    """Return T_l(r), divided by T_l(0) if the scale is relative, or auto and spectra are not in units of the loss."""
     if scale == "metric" or (scale == "auto" and problem.in_loss):
         return problem.curves()
     energies = {item.path: float(problem.tail(item)[0]) for item in problem.items}

@@ -25,12 +25,12 @@ TINY = 1e-12
 
 @allocator(
     id="svd_llm_v2",
-    title="Within each role, compression shared out by the loss at the uniform rank",
+    title="Compression distributed within each role by the loss at the uniform rank",
     paper="Wang et al., SVD-LLM V2, arXiv 2503.12340",
     needs=["spectra"],
 )
 def svd_llm_v2(problem: Problem, *, variant: Variant = "relative") -> Allocation:
-    """removed_l = removed * s_l / mean(s), the mean over all layers of the same role, weighed by their sizes.
+    """Remove removed * s_l / mean(s) from each layer; the mean is over layers of the same role, weighed by size.
 
     Where ranks cannot store that, it is clipped, and the others of the role are shifted to its total.
 
@@ -53,7 +53,7 @@ def svd_llm_v2(problem: Problem, *, variant: Variant = "relative") -> Allocation
 
 
 def _relative(shares: Floats, sizes: Floats) -> Floats:
-    """Shares over their mean, weighed by sizes; all equal where there is no such mean."""
+    """Return shares over their mean, weighed by size; all equal if there is no such mean."""
     mean = float((shares * sizes).sum() / sizes.sum())
     return shares / mean if mean > TINY and np.isfinite(mean) else np.ones(len(shares))
 
@@ -66,7 +66,7 @@ def _shares(losses: Floats, variant: str) -> Floats:
 
 
 def _losses(problem: Problem) -> Floats:
-    """Loss of each layer at its uniform rank, and the same relative to all of it."""
+    """Return the loss of each layer at its uniform rank, absolute and relative."""
     rows = []
     for item in problem.items:
         tail = problem.tail(item)

@@ -17,11 +17,10 @@ from slimrank.methods.allocator import allocator
     paper="the baseline of all papers",
 )
 def uniform(problem: Problem) -> Allocation:
-    """The largest ranks with cost(rank) <= fraction * cost(dense), per target; dense where that fits.
+    """Take the largest ranks with cost(rank) <= fraction * cost(dense), per target; dense if that fits.
 
-    Equal shapes get equal ranks. The slack is below one step of every target taken alone; it is not handed out,
-    since that would break the equality. Targets whose ranks are bounded keep within their bounds, and the others share
-    what is left.
+    Equal shapes get equal ranks. The slack is below one step of every single target. It is not spent, since
+    that would break the equality. Targets with bounded ranks stay within their bounds, and the others share the rest.
 
     Raises:
         BudgetError: a target cannot reach even the smallest rank within its share.

@@ -25,7 +25,7 @@ Share = Annotated[tuple[str, ...], Field(description="Names of the layers that s
 
 
 def groups(members: Sequence[Member], *, layers: int, within: bool, share: tuple[str, ...]) -> list[list[str]]:
-    """Targets in groups that share a factor, in model order."""
+    """Group targets that share a factor, in model order."""
     found: dict[object, list[str]] = {}
     for member in members:
         found.setdefault(_group_of(member, layers, within, share), []).append(member.path)
@@ -43,7 +43,7 @@ def _group_of(member: Member, layers: int, within: bool, share: tuple[str, ...])
 
 
 def _place(path: str) -> tuple[str, str]:
-    """Where a layer is, and its name; of an expert (up.3) the number is a part of the place."""
+    """Return where a layer is, and its name; the number of an expert (up.3) is a part of its place."""
     parent, _, name = path.rpartition(".")
     if not name.isdigit():
         return parent, name

@@ -24,7 +24,7 @@ def dobi_svd(weight: Tensor, statistics: LayerStatistics) -> Spectrum:
 
     Outputs are truncated at the planned rank while the statistics are gathered, so that each layer sees what the
     truncation before it has left. The squares of the `values` are the eigenvalues of sum_b U_b U_b^T: how many
-    batches hold a direction, whatever energy it carries there.
+    batches hold a direction, whatever its energy there.
     """
     if statistics.projector is None:
         return solve(weight)

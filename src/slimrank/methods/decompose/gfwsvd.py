@@ -19,9 +19,7 @@ from slimrank.statistics.layer_statistics import LayerStatistics
 
 Iterations = Annotated[
     int,
-    Field(
-        ge=1, description="Most rounds of power iteration for the Kronecker factors; it ends when they stay the same."
-    ),
+    Field(ge=1, description="Maximum rounds of power iteration for the Kronecker factors; it ends when they converge."),
 ]
 Shrink = Annotated[float, Field(ge=0, le=1, description="Shrinkage of both factors.")]
 
@@ -35,8 +33,8 @@ class Nearest(NamedTuple):
         row: m x m, float64, of unit norm.
         column: n x n, float64, of unit norm.
         norm: of the product.
-        error: about how far `column` still is from where the rounds lead.
-        converged: whether that is as little as rounding.
+        error: estimated distance of `column` from the limit of the rounds.
+        converged: whether that is as small as rounding.
     """
 
     row: Tensor
@@ -87,7 +85,7 @@ def kronecker_factors(samples: SampleGradients, like: Tensor, iterations: int) -
     Args:
         samples: the G_i (m x n), at least one.
         like: a matrix m x n of the dtype (float32 or better) and on the device to compute in.
-        iterations: most rounds.
+        iterations: maximum number of rounds.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     column = torch.eye(like.shape[1], device=like.device, dtype=dtype)

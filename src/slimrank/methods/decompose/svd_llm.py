@@ -19,7 +19,7 @@ from slimrank.statistics.layer_statistics import LayerStatistics
 def svd_llm(weight: Tensor, statistics: LayerStatistics) -> Spectrum:
     """Minimise || (W - W') X ||_F over the calibration tokens X.
 
-    The reference code inverts the Cholesky factor of X X^T and patches it when that fails; the same optimum is
-    reached here without any inverse.
+    The reference code inverts the Cholesky factor of X X^T and patches it when that fails; this
+    reaches the same optimum without any inverse.
     """
     return solve(weight, Metric(column=statistics.column))

@@ -12,7 +12,7 @@ from slimrank.statistics.layer_statistics import LayerStatistics
 
 @decomposer(
     id="svd_llm_v2",
-    title="SVD-LLM V2: svd_llm with the eigen-root of the gram in the place of its Cholesky factor",
+    title="SVD-LLM V2: svd_llm with the eigen-root of the gram instead of its Cholesky factor",
     paper="Wang et al., SVD-LLM V2, arXiv 2503.12340",
     needs={"column"},
     cost="two eigen-decompositions per tall weight, one per other",

@@ -1,1 +1,1 @@
-"""Closed-form updates of factors after a cut, block after block, without training."""
+"""Closed-form updates of factors on the compressed model's inputs, block by block, without training."""

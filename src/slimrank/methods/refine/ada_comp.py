@@ -23,5 +23,5 @@ Iterations = Annotated[int, Field(ge=1, description="Rounds of B, then A.")]
 def ada_comp(
     problem: Regression, weight: Tensor, A: Tensor, B: Tensor, *, iterations: Iterations = 1
 ) -> tuple[Tensor, Tensor]:
-    """Each round is one step of subspace iteration towards `regress`."""
+    """Run rounds of B and A in turn; each is one step of subspace iteration towards `regress`."""
     return alternate(problem, A, iterations)

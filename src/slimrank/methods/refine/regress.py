@@ -1,4 +1,4 @@
-"""Both factors anew by reduced-rank regression."""
+"""Solve for both factors by reduced-rank regression."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from slimrank.methods.refiner import COMMON, refiner
 
 @refiner(
     id="regress",
-    title="both factors anew by reduced-rank regression on the compressed model's inputs",
+    title="both factors by reduced-rank regression on the compressed model's inputs",
     paper="Izenman, Reduced-rank regression, 1975; AA-SVD, arXiv 2604.02119",
     changes_a=True,
     settings=(*COMMON, "metric"),
 )
 def regress(problem: Regression, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The best W' of this rank for || L^T (T - W' X') ||_F, G = L L^T the form on the outputs.
+    """Return the best W' of this rank for || L^T (T - W' X') ||_F, G = L L^T the form on the outputs.
 
     Where G is the identity it is never worse than `update`.
     """

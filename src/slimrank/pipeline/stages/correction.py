@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from slimrank.layers.convert import CompressedLinear, hold, pair_of, stored_layer
+from slimrank.layers.base import CompressedLinear, load_tensors
+from slimrank.layers.forms import layer_form
 from slimrank.linalg.forms import channel_energies
 from slimrank.linalg.tangent import tangent_step
 from slimrank.models.divergence import divergence_gradients
@@ -139,7 +140,7 @@ class Correction:
     def _solve(self, path: str, layer: CompressedLinear, found: LayerStatistics, tensors: dict[str, Tensor]) -> float:
         assert found.slope is not None
         form = found.gram + DAMPING * channel_energies(found.gram.diagonal()).diag()
-        a, b = (factor.to(form) for factor in pair_of(layer))
+        a, b = (factor.to(form) for factor in layer.factors())
         step = tangent_step(a, b, found.slope, form)
         tensors |= {f"{path}.A": step.A.float().cpu(), f"{path}.B": step.B.float().cpu()}
         return step.decrease
@@ -174,12 +175,14 @@ class Correction:
                 layer = self._layer(target)
                 if f"{target.path}.A" not in steps:
                     continue
-                hold(layer, states[target.path])
+                load_tensors(layer, states[target.path])
                 if not length:
                     continue
-                a, b = (factor.to(state.prepared.solver) for factor in pair_of(layer))
+                a, b = (factor.to(state.prepared.solver) for factor in layer.factors())
                 a, b = a + length * steps[f"{target.path}.A"].to(a), b + length * steps[f"{target.path}.B"].to(b)
-                hold(layer, stored_layer(state.plan.stored_as, a, b, dtype=state.prepared.dtype).state_dict())
+                load_tensors(
+                    layer, layer_form(state.plan.stored_as).build(a, b, None, dtype=state.prepared.dtype).state_dict()
+                )
 
     # layers and resuming ------------------------------------------------------------------------------------
 
@@ -211,7 +214,9 @@ class Correction:
             tensors, _ = self.store.load(f"factors-{len(self.rounds) - 1}-{index:04d}")
             for target in self._targets(index):
                 mine = f"{target.path}."
-                hold(self._layer(target), {k.removeprefix(mine): t for k, t in tensors.items() if k.startswith(mine)})
+                load_tensors(
+                    self._layer(target), {k.removeprefix(mine): t for k, t in tensors.items() if k.startswith(mine)}
+                )
         self.state.progress.step(2 * len(self.runner) * len(self.rounds))
 
 

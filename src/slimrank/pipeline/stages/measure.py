@@ -9,6 +9,7 @@ from slimrank.evaluate.quality import measure_quality, reported_metrics
 from slimrank.models.placement import placed
 from slimrank.pipeline.forecast import Cost, Shape
 from slimrank.pipeline.stage import Stage
+from slimrank.report.record import Side
 from slimrank.text.texts import WindowRequest
 
 if TYPE_CHECKING:
@@ -39,7 +40,11 @@ class _Measure(Stage):
         return {}
 
     def measure(self, state: State, known: dict[str, Any]) -> dict[str, Any]:
-        """Measure what is not known already; nothing without an evaluation text."""
+        """Measure what is not known already; nothing without an evaluation text.
+
+        Raises:
+            ValidationError: a metric from outside gives a record that reports cannot show.
+        """
         windows = state.texts.get("evaluation")
         with state.timed(self.title, 0 if windows is None else len(windows)):
             if windows is None:
@@ -49,7 +54,9 @@ class _Measure(Stage):
                 fresh = known or measure_quality(
                     state.model, state.inputs.tokenizer, windows, state.texts.bos, state.progress
                 )
-            return {**fresh, "peak_memory": peak_memory(device)}
+            found = {**fresh, "peak_memory": peak_memory(device)}
+            Side.model_validate(found)  # here, and not when hours of work are about to be reported
+            return found
 
 
 class MeasureBefore(_Measure):
@@ -62,9 +69,9 @@ class MeasureBefore(_Measure):
             {
                 **state.inputs.identity(),
                 "original": state.texts.digest("evaluation"),
+                "metrics": reported_metrics(),  # what was stored before a metric was registered lacks it
                 "dtype": str(state.prepared.dtype),
                 "device": str(state.prepared.device),
-                "metrics": reported_metrics(),
             }
         )
         known = store.load("original")[1] if store.has("original") else {}

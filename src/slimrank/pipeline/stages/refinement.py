@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from slimrank.layers.convert import CompressedLinear, give_b, hold, pair_of, stored_layer
+from slimrank.layers.base import CompressedLinear, load_tensors
 from slimrank.layers.dense import weight_of
+from slimrank.layers.forms import layer_form
 from slimrank.linalg.forms import Form
 from slimrank.linalg.regression import Regression, best_b
 from slimrank.linalg.ridge import RIDGES, cross_validated
@@ -211,9 +212,9 @@ class Refinement:
             for some in (sums, *(parts if following.ridge == "auto" else ()))
         )
         damped, ridge = _damped(problem, halves, weight, following)
-        a, b = (factor.to(weight.device) for factor in pair_of(layer))
+        a, b = (factor.to(weight.device) for factor in layer.factors())
         new = self._stored(damped, *self.refiner.refine(damped, weight, a, b))
-        new_a, new_b = pair_of(new)
+        new_a, new_b = new.factors()
         product = new_b @ new_a
         if biased:
             old = 0 if layer.bias is None else layer.bias.detach().to(weight.device)
@@ -223,10 +224,10 @@ class Refinement:
 
     def _stored(self, problem: Regression, a: Tensor, b: Tensor) -> CompressedLinear:
         """The layer of refined factors, where B is fitted again to what casting leaves of A."""
-        layer = stored_layer(self.state.plan.stored_as, a, b, dtype=self.state.prepared.dtype)
-        cast, _ = pair_of(layer)
+        layer = layer_form(self.state.plan.stored_as).build(a, b, None, dtype=self.state.prepared.dtype)
+        cast, _ = layer.factors()
         if not torch.equal(cast, a):
-            give_b(layer, best_b(problem, cast))
+            layer.set_b(best_b(problem, cast))
         return layer
 
     def _put(self, target: Target, new: Mapping[str, Tensor]) -> None:
@@ -238,7 +239,7 @@ class Refinement:
             layers[0].requires_grad_(next(layers[0].parameters()).requires_grad)
             self.state.results.new_biases += bias.numel()
         for layer in layers:
-            hold(layer, new)
+            load_tensors(layer, new)
 
 
 def _of_undone(undone: Mapping[int, tuple[float, float]], blocks: int) -> str:
