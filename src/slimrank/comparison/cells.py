@@ -77,7 +77,7 @@ def grid(
 
 
 def from_files(paths: Iterable[Path], keep_ratios: Sequence[float], shared: Mapping[str, Any]) -> list[Cell]:
-    """Return a recipe file at its own budget, or at every keep_ratio that is given.
+    """Return a cell for each recipe file at its own budget, or at every keep_ratio that is given.
 
     Raises:
         RecipeError: a file that cannot be read, or something shared that `compare` says otherwise.

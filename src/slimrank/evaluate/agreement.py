@@ -1,7 +1,7 @@
 """How far a model is from the one it was made of, on text: perplexity of both, divergence, and the same first choice.
 
-None of it but the perplexities needs labels: where a compressed model differs from the original, it is the original
-that is right by definition.
+Only the perplexities need labels: where a compressed model differs from the original, the original is right by
+definition.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def seeded() -> Iterator[None]:
 
 
 def language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
-    """Return a model as lm-evaluation-harness asks it; its `cut` counts the prompts too long for the context.
+    """Wrap a loaded model for lm-evaluation-harness; its `cut` counts the prompts that the context did not hold.
 
     The tokenizer is copied, since it may be given a padding token.
     """

@@ -18,7 +18,7 @@ def sample(model: Any, tokenizer: Any, window: Tensor, new_tokens: int = 40) -> 
 
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 40) -> str:
-    """Greedy continuation of a prompt, without the prompt."""
+    """Continue a prompt greedily; return the new text without the prompt."""
     device = next(model.parameters()).device
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     inputs.pop("token_type_ids", None)
