@@ -17,7 +17,7 @@ from slimrank.models.gradients import step_back
 from slimrank.models.structure import find_blocks
 from slimrank.pipeline.prepare import Choices
 from slimrank.pipeline.stages.correction import Correction
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.collector import Collector
 from slimrank.text.texts import read_texts
 
@@ -65,7 +65,7 @@ def test_slopes_are_those_of_autograd(name):
             )
         ]
         gradients, total = divergence_gradients(runner, finals[1], finals[0])
-        collector = Collector(linears, Gathering(needs=frozenset({"gram", "slope"})), torch.device("cpu"))
+        collector = Collector(linears, GatherOptions(needs=frozenset({"gram", "slope"})), torch.device("cpu"))
         with collector:
             for index in reversed(range(len(runner))):
                 collector.begin(None, (2, 20))
@@ -155,8 +155,8 @@ def test_nan_is_never_nearer(calibration, monkeypatch):
 
 def test_steps_that_go_too_far_for_the_dtype_are_halved(calibration, monkeypatch):
     """In float16 the first trial overflows; the run goes on with what is finite."""
-    monkeypatch.setattr("slimrank.pipeline.stages.correction.LENGTH", 2.0**14)
-    monkeypatch.setattr("slimrank.pipeline.stages.correction.TRIALS", 20)
+    monkeypatch.setattr("slimrank.pipeline.stages.correction.FIRST_STEP_LENGTH", 2.0**14)
+    monkeypatch.setattr("slimrank.pipeline.stages.correction.MAX_TRIALS", 20)
     result = compress(tiny_model().to(torch.float16), calibration, corrections=1)
     assert bool(torch.isfinite(torch.cat([p.flatten() for p in result.model.parameters()])).all())
     (made,) = result.report["corrections"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slimrank.linalg.lowrank import solve
-from slimrank.pipeline.stages.spectrum_store import POINTS, outline
+from slimrank.pipeline.stages.spectrum_store import OUTLINE_POINTS, outline
 from slimrank.report import layer_grid
 
 
@@ -75,7 +75,7 @@ def test_the_outline_of_a_spectrum_is_the_error_of_every_best_approximation(shap
     values = torch.linalg.svdvals(weight)
     assert found["ranks"][0] == 1
     assert found["ranks"][-1] == min(shape)
-    assert len(found["ranks"]) <= POINTS
+    assert len(found["ranks"]) <= OUTLINE_POINTS
     assert found["ranks"] == sorted(set(found["ranks"]))
     for rank, error in zip(found["ranks"], found["errors"], strict=True):
         exact = math.sqrt(float(values[rank:].square().sum() / values.square().sum()))

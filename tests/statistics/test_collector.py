@@ -6,12 +6,12 @@ from helpers import VOCABULARY, tiny_model
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.targets import find_targets
-from slimrank.statistics.accumulators import CHUNK, GramSum
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.accumulators import CHUNK_TOKENS, GramSum
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.collector import Collector
 
 CPU = torch.device("cpu")
-GRAM = Gathering(needs={"gram"})
+GRAM = GatherOptions(needs={"gram"})
 
 
 def collect(model, batches, block=1):
@@ -41,7 +41,7 @@ def test_gram_sum_and_count():
 
 
 def test_additive_over_chunks_shards_and_order():
-    x = torch.randn(2 * CHUNK + 100, 3, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2 * CHUNK_TOKENS + 100, 3, generator=torch.Generator().manual_seed(0))
     whole, a, b = (GramSum.empty(3) for _ in range(3))
     whole.add(x)
     a.add(x[:1000])

@@ -18,9 +18,9 @@ from slimrank.budget.ranks import Rank
 from slimrank.budget.subset_sums import Sums
 from slimrank.errors import BudgetError
 
-ROUNDING = 1e-9  # of a block
-EXACT = 1e-12  # of a block: rounding of single products
-DIGITS = 10**4  # of a fraction in a hint
+BLOCK_ROUNDING = 1e-9  # of a block
+BLOCK_TOLERANCE = 1e-12  # of a block: rounding of single products
+FRACTION_STEPS = 10**4  # of a fraction in a hint
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,11 @@ def smallest_plan(blocks: Sequence[Block], constraints: Constraints) -> list[Int
     found: list[Integers] = []
     least = (0, 1)
     for block in reversed(blocks):
-        size = max(ceil(constraints.floor * block.whole * (1 - EXACT)), -(-least[0] * block.whole // least[1]))
+        size = max(
+            ceil(constraints.floor * block.whole * (1 - BLOCK_TOLERANCE)), -(-least[0] * block.whole // least[1])
+        )
         picks = block.sums.at_least(size)
-        if picks is None or block.sums.total(picks) > constraints.cap * block.whole * (1 + EXACT):
+        if picks is None or block.sums.total(picks) > constraints.cap * block.whole * (1 + BLOCK_TOLERANCE):
             return None
         found.append(picks)
         least = (block.sums.total(picks), block.whole) if constraints.monotone else least
@@ -173,12 +175,12 @@ def _remedy(blocks: Sequence[Block], budget: int, constraints: Constraints) -> s
         return plan is not None and _stored(blocks, plan) <= budget
 
     if constraints.floor > 0 and kept(floor=0.0):
-        tried = range(floor(min(constraints.floor, constraints.cap) * DIGITS + ROUNDING) + 1)
-        refused = bisect_left(tried, True, key=lambda f: not kept(floor=f / DIGITS))
-        return f"a block_floor of at most {(refused - 1) / DIGITS:.4f}"
+        tried = range(floor(min(constraints.floor, constraints.cap) * FRACTION_STEPS + BLOCK_ROUNDING) + 1)
+        refused = bisect_left(tried, True, key=lambda f: not kept(floor=f / FRACTION_STEPS))
+        return f"a block_floor of at most {(refused - 1) / FRACTION_STEPS:.4f}"
     if constraints.cap < 1 and kept(cap=1.0):
-        first = bisect_left(range(DIGITS), True, key=lambda c: kept(cap=c / DIGITS))
-        return f"a block_cap of at least {first / DIGITS:.4f}"
+        first = bisect_left(range(FRACTION_STEPS), True, key=lambda c: kept(cap=c / FRACTION_STEPS))
+        return f"a block_cap of at least {first / FRACTION_STEPS:.4f}"
     if constraints.floor > 0 and kept(floor=0.0, cap=1.0):
         return f"no block_cap, and {_remedy(blocks, budget, replace(constraints, cap=1.0))}"
     if not constraints.monotone:
@@ -209,5 +211,7 @@ def keeps(blocks: Sequence[Block], ranks: Mapping[str, Rank], constraints: Const
     """Tell whether a plan keeps all constraints."""
     sizes = [sum(int(c.costs[c.index(ranks[c.path])]) for c in block.curves) for block in blocks]
     kept = np.array([size / block.whole for size, block in zip(sizes, blocks, strict=True)])
-    falls = not constraints.monotone or bool((np.diff(kept) <= ROUNDING).all())
-    return falls and bool((kept >= constraints.floor - ROUNDING).all() and (kept <= constraints.cap + ROUNDING).all())
+    falls = not constraints.monotone or bool((np.diff(kept) <= BLOCK_ROUNDING).all())
+    return falls and bool(
+        (kept >= constraints.floor - BLOCK_ROUNDING).all() and (kept <= constraints.cap + BLOCK_ROUNDING).all()
+    )

@@ -12,11 +12,11 @@ from slimrank.budget.curves import Curve, Floats
 from slimrank.budget.hulls import Table, hull_steps
 from slimrank.budget.knapsack import Solution, fill, planned, possible, relaxed, solve
 
-SECONDS = 120.0
-TOLERANCE = 1e-9  # relative gap at which HiGHS stops
+MAX_SECONDS = 120.0
+GAP_TOLERANCE = 1e-9  # relative gap at which HiGHS stops
 
 
-def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = SECONDS) -> Solution:
+def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = MAX_SECONDS) -> Solution:
     """Solve as `knapsack.solve`, to the optimum, or as near to it as so many seconds allow (see the gap).
 
     Candidates that no optimum can hold, by their reduced cost in the relaxation, are left out beforehand. What the best
@@ -40,7 +40,7 @@ def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = SECONDS
         integrality=np.ones(len(errors)),
         bounds=Bounds(0, 1),
         constraints=[one_each(core), within],
-        options={"time_limit": seconds, "mip_rel_gap": TOLERANCE},
+        options={"time_limit": seconds, "mip_rel_gap": GAP_TOLERANCE},
     )
     if found.x is None:
         return known

@@ -12,8 +12,8 @@ from typing_extensions import Unpack
 from slimrank.budget.curves import DENSE
 from slimrank.budget.problem import Allocation, Problem
 from slimrank.errors import PlanError
-from slimrank.methods.divergence_options import Measuring
-from slimrank.methods.solver_options import Solving, check_constraints
+from slimrank.methods.divergence_options import DivergenceOptions
+from slimrank.methods.solver_options import SolverOptions, check_constraints
 from slimrank.options import options_of, validated
 from slimrank.registry import Registry
 
@@ -82,7 +82,9 @@ class Allocator:
             RecipeError: an unknown option, or a value out of range.
         """
         chosen = validated(self.options, given, f"the allocation '{self.id}'").model_dump()
-        measuring = Measuring(**{name: chosen.pop(name) for name in Measuring.model_fields if name in chosen})
+        measuring = DivergenceOptions(
+            **{name: chosen.pop(name) for name in DivergenceOptions.model_fields if name in chosen}
+        )
         return ConfiguredAllocator(self, chosen, measuring)
 
 
@@ -92,7 +94,7 @@ class ConfiguredAllocator:
 
     allocator: Allocator
     options: Mapping[str, Any]
-    measuring: Measuring
+    measuring: DivergenceOptions
 
     def allocate(self, problem: Problem) -> Allocation:
         """Return ranks within the budget.
@@ -117,7 +119,7 @@ class ConfiguredAllocator:
         if self.needs:  # without any it is a certain plan, and says itself what that takes
             problem.check()
         self.allocator.check(problem, self.options)
-        if self.options.keys() >= Solving.model_fields.keys():
+        if self.options.keys() >= SolverOptions.model_fields.keys():
             check_constraints(problem, self.options)
 
     @property
@@ -178,7 +180,7 @@ def allocator(
         raise ValueError(f"unknown needs {sorted(unknown)}; there are {sorted(NEEDS)}")
 
     def register(allocate: Allocate) -> Allocate:
-        solving = Solving.model_fields if solves else {}
+        solving = SolverOptions.model_fields if solves else {}
         options = options_of(allocate, {**solving, **_measuring(asked)})
         ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, options, **traits))
         return allocate
@@ -187,10 +189,12 @@ def allocator(
 
 
 def _measuring(needs: frozenset[Need]) -> dict[str, Any]:
-    """Return the fields of `Measuring` that matter: random plans test predictions of single layers and spectra."""
+    """Return the fields of `DivergenceOptions` that matter: random plans test what spectra predict."""
     if "divergence" not in needs:
         return {}
-    return {name: field for name, field in Measuring.model_fields.items() if name != "plans" or "spectra" in needs}
+    return {
+        name: field for name, field in DivergenceOptions.model_fields.items() if name != "plans" or "spectra" in needs
+    }
 
 
 def _check(problem: Problem, found: Allocation, id: str) -> None:

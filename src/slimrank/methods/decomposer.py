@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from slimrank.linalg.lowrank import Spectrum
 from slimrank.options import options_of, validated
 from slimrank.registry import Registry
-from slimrank.statistics.catalogue import NEEDS, Gathering, Need, Pass
+from slimrank.statistics.catalogue import NEEDS, GatherOptions, Need, Pass
 
 Solve = Callable[..., Spectrum]
 
@@ -77,7 +77,7 @@ class Decomposer:
         """
         chosen = validated(self.options, given, f"the method '{self.id}'").model_dump()
         settings = {name: chosen.pop(name) for name in _settings(self.needs)}
-        return Configured(self, chosen, Gathering(needs=self.needs, **settings))
+        return Configured(self, chosen, GatherOptions(needs=self.needs, **settings))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Configured:
 
     method: Decomposer
     options: Mapping[str, Any]
-    gathering: Gathering
+    gathering: GatherOptions
 
     def solve(self, weight: Any, statistics: Any) -> Spectrum:
         """Return the spectrum of a weight, given its statistics."""
@@ -139,7 +139,7 @@ def decomposer(
         raise ValueError(f"unknown needs {sorted(unknown)}; there are {sorted(NEEDS)}")
 
     def register(solve: Solve) -> Solve:
-        options = options_of(solve, {name: Gathering.model_fields[name] for name in _settings(asked)})
+        options = options_of(solve, {name: GatherOptions.model_fields[name] for name in _settings(asked)})
         DECOMPOSERS.add(Decomposer(id, title, paper, asked, solve, options, **traits))
         return solve
 

@@ -16,7 +16,7 @@ from slimrank.registry import Registry
 Refine = Callable[..., tuple[Tensor, Tensor]]
 
 
-class Following(BaseModel):
+class RefineOptions(BaseModel):
     """Options of the pass that refines: every refiner has them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,7 +86,7 @@ class Refiner:
         paper: its source.
         changes_a: whether A changes, too; if so it does not go with methods whose targets share A.
         refine: (problem, weight m x n, A, B, **options) -> A, B. B is solved for again after A is cast.
-        options: their names, types, ranges and defaults, those of `Following` included.
+        options: their names, types, ranges and defaults, those of `RefineOptions` included.
     """
 
     id: str
@@ -103,7 +103,7 @@ class Refiner:
             RecipeError: an unknown option, or a value out of range.
         """
         chosen = validated(self.options, given, f"the refiner '{self.id}'").model_dump()
-        following = Following(**{name: chosen.pop(name) for name in Following.model_fields if name in chosen})
+        following = RefineOptions(**{name: chosen.pop(name) for name in RefineOptions.model_fields if name in chosen})
         return ConfiguredRefiner(self, chosen, following)
 
 
@@ -113,7 +113,7 @@ class ConfiguredRefiner:
 
     refiner: Refiner
     options: Mapping[str, Any]
-    following: Following
+    following: RefineOptions
 
     @property
     def in_metric(self) -> bool:
@@ -142,14 +142,14 @@ def refiner(
         title: one line for people.
         paper: its source.
         changes_a: it changes A, which layers may share, and not only B.
-        settings: options of following the compressed model (`Following`) that it takes besides its own.
+        settings: options of following the compressed model (`RefineOptions`) that it takes besides its own.
 
     Raises:
         TypeError: an option without an annotation or a default.
     """
 
     def register(refine: Refine) -> Refine:
-        options = options_of(refine, {name: Following.model_fields[name] for name in settings})
+        options = options_of(refine, {name: RefineOptions.model_fields[name] for name in settings})
         REFINERS.add(Refiner(id, title, paper, changes_a, refine, options))
         return refine
 

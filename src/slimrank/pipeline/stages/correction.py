@@ -27,7 +27,7 @@ from slimrank.models.states import State as Hidden
 from slimrank.models.states import named, states_named
 from slimrank.models.targets import Target
 from slimrank.pipeline.stages.held_out_check import HeldOutCheck
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.layer_statistics import LayerStatistics
 from slimrank.store import Stage as Store
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 
 TITLE, REMEMBER = "correct", "remember the original"
-HELD_OUT = 4  # search windows that judge a round
-LENGTH = 0.5  # of Polyak's step, to begin with
+HELD_OUT_WINDOWS = 4  # search windows that judge a round
+FIRST_STEP_LENGTH = 0.5  # of Polyak's step, to begin with
 DAMPING = 1.0  # of the form on the inputs, in units of the energy of each channel
-TRIALS = 6
+MAX_TRIALS = 6
 
 
 class Correction:
@@ -54,7 +54,7 @@ class Correction:
     def __init__(self, state: State, store: Store) -> None:
         self.state, self.store = state, store
         self.runner = state.runner(resident=False)
-        self.held_out = HeldOutCheck(state, HELD_OUT, store)
+        self.held_out = HeldOutCheck(state, HELD_OUT_WINDOWS, store)
         self.rounds: list[dict[str, Any]] = []
         assert state.texts.get("correction") is not None
         self._windows = state.texts["correction"].split(state.prepared.recipe.correction_windows)
@@ -118,7 +118,7 @@ class Correction:
     def _block(self, index: int, gradients: list[Hidden]) -> float:
         """Store the steps of the layers of a block; return what they take off the divergence to first order."""
         layers = {t.path: self._layer(t) for t in self._targets(index)}
-        collector = Collector(layers, Gathering(needs=frozenset({"gram", "slope"})), self.state.prepared.solver)
+        collector = Collector(layers, GatherOptions(needs=frozenset({"gram", "slope"})), self.state.prepared.solver)
         inputs = states_named(self.store.load(f"input-{index:04d}")[0], "", len(self.runner.batches))
         with collector:
             step_back(
@@ -154,8 +154,8 @@ class Correction:
         if not decrease > 0:
             return row
         states = {t.path: dict(self._layer(t).state_dict()) for i in range(len(self.runner)) for t in self._targets(i)}
-        nearest, length = before, LENGTH * divergence / decrease
-        for _ in range(TRIALS):
+        nearest, length = before, FIRST_STEP_LENGTH * divergence / decrease
+        for _ in range(MAX_TRIALS):
             self._step(states, length)
             found = self.held_out.divergence(0)
             if not found < nearest and nearest < before:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from slimrank.methods.refiner import Following
+from slimrank.methods.refiner import RefineOptions
 from slimrank.models.contexts import swapped
 from slimrank.models.reading_order import calls_of, reading_order, run_until_read
 from slimrank.models.recording import Batch
@@ -60,7 +60,7 @@ class DualStream:
         compressed: those of the compressed model.
     """
 
-    def __init__(self, state: State, following: Following) -> None:
+    def __init__(self, state: State, following: RefineOptions) -> None:
         self.state, self.following = state, following
         self.runner = state.runner(resident=False)
         self.original: list[Hidden] = []
@@ -106,7 +106,7 @@ class DualStream:
         """Run the compressed stream through the block."""
         with self.runner.placed_block(index):
             for b, state in enumerate(self.compressed):
-                self.compressed[b] = self.runner.kept(self.runner.run(index, b, state))
+                self.compressed[b] = self.runner.to_host(self.runner.run(index, b, state))
 
     def _dealt(self) -> list[Sequence[Batch]]:
         """Return the windows in batches, for each part of the text that is summed by itself."""
@@ -146,7 +146,7 @@ class DualStream:
                 if both.last or exits:
                     after = run(self.original[b])
                     rest |= {path: after.hidden - answers[path].view_as(after.hidden) for path in exits}
-                    self.original[b] = self.runner.kept(after) if both.last else self.original[b]
+                    self.original[b] = self.runner.to_host(after) if both.last else self.original[b]
                 else:
                     run_until_read([originals[path] for path in calls], partial(run, self.original[b]))
         if exits:

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from slimrank.budget.problem import Effect, Transform
 from slimrank.budget.ranks import Rank
 from slimrank.errors import NonFiniteError
-from slimrank.methods.divergence_options import Measuring
+from slimrank.methods.divergence_options import DivergenceOptions
 from slimrank.models.contexts import swapped
 from slimrank.models.divergence import Scorer
 from slimrank.models.gradients import frozen, logits_of, next_token_loss
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from slimrank.pipeline.state import State
 
 
-HELD = 2**30  # bytes of final hidden states, of cuts that are compared at a time
+MAX_HELD_BYTES = 2**30  # bytes of final hidden states, of cuts that are compared at a time
 Cut = tuple[str, int]  # path and rank
 
 
@@ -50,7 +50,7 @@ class ModelProbe:
     """
 
     def __init__(
-        self, state: State, spectra: SpectrumStore, store: Store, measuring: Measuring, forecast: Forecast
+        self, state: State, spectra: SpectrumStore, store: Store, measuring: DivergenceOptions, forecast: Forecast
     ) -> None:
         assert state.texts.get("search") is not None
         self.state, self.spectra, self.store, self.forecast = state, spectra, store, forecast
@@ -96,7 +96,7 @@ class ModelProbe:
     def _groups(self, cuts: Sequence[Cut]) -> list[Sequence[Cut]]:
         """Group cuts, so that the final hidden states of a group fit into memory."""
         one = sum(hidden.nbytes for hidden in self._scorer.original)
-        count = max(1, HELD // max(1, one))
+        count = max(1, MAX_HELD_BYTES // max(1, one))
         return [cuts[start : start + count] for start in range(0, len(cuts), count)]
 
     def _block(
@@ -107,7 +107,7 @@ class ModelProbe:
         for path, rank in cuts:
             layers = self.spectra.layers(self.units[path], rank)
             with _measuring(f"'{path}' cut to rank {rank}"), swapped(self.state.model, layers):
-                finals.append(self._scorer.kept(self.runner.finals(states, index)))
+                finals.append(self._scorer.to_host(self.runner.finals(states, index)))
             self.forecast.did(self._share(path))
         found: dict[str, dict[str, tuple[float, float]]] = {}
         for (path, rank), effect in zip(cuts, self._scorer.score(finals), strict=True):
@@ -133,7 +133,7 @@ class ModelProbe:
         for path, rank in ranks.items():
             layers |= self.spectra.layers(self.units[path], rank) if rank != "dense" else {}
         with _measuring("a plan of the allocation"), swapped(self.state.model, layers):
-            final = self._scorer.kept(self.runner.finals(self._embedded, 0))
+            final = self._scorer.to_host(self.runner.finals(self._embedded, 0))
         return self._scorer.score([final])[0]
 
     def _known(self, name: str) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class ModelProbe:
             return
         self.runner.embed(self._batches)
         self._embedded = list(self.runner.states)
-        self._scorer.original = self._scorer.kept(self.runner.finals(self._embedded, 0))
+        self._scorer.original = self._scorer.to_host(self.runner.finals(self._embedded, 0))
 
     # influence ----------------------------------------------------------------------------------------------
 

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from slimrank.pipeline.state import State
 
 
-FILES = 2  # that are kept in memory
-POINTS = 32  # of a spectrum, for a report
+MAX_FILES_IN_MEMORY = 2  # that are kept in memory
+OUTLINE_POINTS = 32  # of a spectrum, for a report
 
 
 def outline(spectrum: Spectrum) -> dict[str, list[Any]]:
     """Return what a report draws of a spectrum: log-spaced ranks, and the relative error at each."""
-    steps = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+    steps = torch.linspace(0, 1, OUTLINE_POINTS, dtype=torch.float64)
     ranks = sorted({round(spectrum.full_rank**step) for step in steps.tolist()})
     return {"ranks": ranks, "errors": [float(f"{spectrum.relative_error(rank):.4g}") for rank in ranks]}
 
@@ -78,7 +78,7 @@ class SpectrumStore:
 
     def _file(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if name not in self._files:
-            while len(self._files) >= FILES:
+            while len(self._files) >= MAX_FILES_IN_MEMORY:
                 self._files.pop(next(iter(self._files)))
             self._files[name] = self.store.load(name, str(self.state.prepared.solver))
         return self._files[name]
