@@ -176,7 +176,7 @@ def test_a_model_that_was_not_cut_is_whole(tmp_path):
         ("phi3", {"gate_up_proj": [96]}, "split.gate_up_proj: neither so many equal parts"),
         ("phi3", {"gate_up_proj": "halves"}, "split.gate_up_proj: neither so many equal parts"),
         ("phi3", {"gate_up_proj": [0, 96]}, "split.gate_up_proj: neither so many equal parts"),
-        ("phi3", {"re:(": 2}, "no regular expression"),
+        ("phi3", {"re:(": 2}, "not a regular expression"),
     ],
 )
 def test_mistakes(name, split, message):
