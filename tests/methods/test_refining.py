@@ -142,7 +142,7 @@ def blocks_undone(report):
     notes = [note for note in report["notes"] if note.startswith("refining was undone in ")]
     assert len(notes) <= 1
     found = {int(part.split(":")[0]) for note in notes for part in note.split("with): ")[1].split("; ")}
-    assert all(note.startswith(f"refining was undone in {len(found)} of 3 blocks,") for note in notes)
+    assert all(note.startswith(f"refining was undone in {len(found)} of 3 blocks:") for note in notes)
     return found
 
 
