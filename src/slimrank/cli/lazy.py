@@ -65,6 +65,10 @@ class LazyGroup(TyperGroup):
         super().__init__(**given)
         self.commands: Any = _Commands(self.functions, dict(self.context_settings))
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands, without building any."""
+        return list(self.commands)
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command as the help lists it."""
         if cmd_name not in self.commands:
