@@ -35,6 +35,9 @@ class _Commands(MutableMapping[str, Any]):
     def __delitem__(self, name: str) -> None:
         del self.functions[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.functions
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.functions)
 
