@@ -13,6 +13,21 @@ PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "benchmarks").glob("*.md")),
 ]
+NOT_YET: set[str] = {  # packages and modules whose strings are still to be rewritten
+    "budget",
+    "checkpoint",
+    "cli",
+    "comparison",
+    "doctor",
+    "evaluate",
+    "layers",
+    "options.py",
+    "recipe_values.py",
+    "recipe.py",
+    "recipes",
+    "report",
+}
+
 BETTER = {  # a pattern of what not to write -> what to write
     r"kept aside": "held-out",
     r"in (the|its|their) place of": "instead of",

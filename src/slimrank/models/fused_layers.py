@@ -62,7 +62,7 @@ def sizes_of_parts(model: nn.Module, wanted: Mapping[str, Parts]) -> dict[str, l
             raise RecipeError(f"the pattern '{pattern}' of 'split' matches no linear layer.", f"paths look like {some}")
         for path in matching:
             if places[id(layers[path].weight)] > 1:
-                raise RecipeError(f"'{path}' cannot be split: its weight is tied.", "leave it whole")
+                raise RecipeError(f"'{path}' cannot be split: its weight is tied to other layers.", "leave it whole")
             found[path] = _sizes(path, weight_of(layers[path]).shape[0], parts, model)
     return found
 

@@ -1,4 +1,4 @@
-"""What a compression would do: sizes, ranks, memory, time and what is left out. No weights are loaded."""
+"""Estimate what a compression does: sizes, ranks, memory, time and what is left out. No weights are loaded."""
 
 from __future__ import annotations
 

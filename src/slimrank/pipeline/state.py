@@ -113,17 +113,17 @@ class State:
 
     @property
     def prepared(self) -> Prepared:
-        """The recipe, resolved for the model."""
+        """Return the recipe, resolved for the model."""
         return self.inputs.prepared
 
     @property
     def model(self) -> Any:
-        """The model, as far as it is compressed."""
+        """Return the model in its present state of compression."""
         return self.prepared.model
 
     @property
     def texts(self) -> Texts:
-        """The token windows."""
+        """Return the token windows."""
         return self.inputs.texts
 
     # keys and stores ----------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class State:
 
     @contextmanager
     def timed(self, title: str, steps: int) -> Iterator[None]:
-        """Announce a part of so many steps; its seconds go into the report."""
+        """Announce a part of that many steps; its seconds go into the report."""
         self.progress.stage(title, steps)
         start = time.perf_counter()
         yield
