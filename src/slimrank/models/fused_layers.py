@@ -44,7 +44,7 @@ def sizes_of_parts(model: nn.Module, wanted: Mapping[str, Parts]) -> dict[str, l
 
     Args:
         model: a decoder; its weights may be on the meta device.
-        wanted: pattern (as for targets) -> so many equal parts, the outputs of each part, or "qkv": heads of queries,
+        wanted: pattern (as for targets) -> a number of equal parts, the outputs of each part, or "qkv": heads of queries,
             keys and values as the configuration counts them. Of several patterns that match, the last counts.
 
     Raises:

@@ -39,7 +39,7 @@ class Cost:
     Attributes:
         float32: operations in single precision.
         float64: operations in double precision.
-        written: bytes written to disk in the end.
+        written: bytes written to disk at the end.
         peak: bytes of memory at most, besides the libraries and the weights of the model.
         stored: bytes that it leaves in the run directory.
     """

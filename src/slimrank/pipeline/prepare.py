@@ -58,7 +58,7 @@ class Choices:
         """Resolve a recipe, and let its stages check it.
 
         Raises:
-            RecipeError: an unknown method or option, a value out of range, or choices that do not go together.
+            RecipeError: an unknown method or option, a value out of range, or choices that cannot be combined.
             PlanError: a plan that cannot be read.
         """
         made = cls(
@@ -120,7 +120,7 @@ class Prepared:
         targets: the weights to compress.
         units: the targets that are decomposed together.
         size: bytes of the model as it is.
-        problem: what there is to allocate; None if the recipe names a plan.
+        problem: the rank problem; None if the recipe names a plan.
         plan: the plan that is given or known already, else provisional ranks.
         unfused: whether any fused layer was taken apart.
         dtype: the dtype that the model is stored in.
@@ -142,7 +142,7 @@ class Prepared:
         """Resolve a recipe for a model, in which fused layers are taken apart.
 
         Raises:
-            SlimrankError: whatever does not fit: windows, patterns, budget, plan, or the model itself.
+            SlimrankError: anything that does not fit: windows, patterns, budget, plan, or the model itself.
         """
         unfused = bool(split_layers(model, choices.recipe.split))
         recipe = choices.recipe.model_copy(update={"seq_len": window_length(model, choices.recipe.seq_len)})

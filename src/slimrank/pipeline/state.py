@@ -66,7 +66,7 @@ class Results:
         rows: target -> its errors and its group.
         spectra: unit -> the outline of its spectrum.
         new_biases: parameters of biases that the original model does not have.
-        allocation: what there is to tell of the allocation.
+        allocation: what the report says of the allocation.
         corrections: the rounds of correction.
         sections: what other stages tell.
         record: the content of report.json, once it is made.

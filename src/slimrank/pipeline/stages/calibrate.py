@@ -72,10 +72,10 @@ def _surroundings(state: State) -> dict[str, Any]:
 
 
 def decompose(state: State, store: Store, cache: StatisticsCache | None = None) -> None:
-    """Put the spectra of all targets into the store; finished blocks are not done again.
+    """Put the spectra of all targets into the store; finished blocks are not repeated.
 
     Args:
-        state: knows model, text and method.
+        state: holds model, text and method.
         store: where spectra are stored.
         cache: statistics of other methods over the same text, which this one's are added to. If all that the method
             needs is there the text is not read.

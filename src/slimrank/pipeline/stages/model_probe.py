@@ -42,7 +42,7 @@ class ModelProbe:
     block and after every plan of all targets.
 
     Args:
-        state: knows the model and the search windows.
+        state: holds the model and the search windows.
         spectra: the source of the factors.
         store: where measurements are stored.
         measuring: temperature and dropped positions.

@@ -31,9 +31,9 @@ class StatisticsCache:
     """The stored statistics of a text.
 
     Args:
-        store: of everything that statistics depend on but for how they are gathered.
+        store: under a key of everything that statistics depend on, except how they are gathered.
         blocks: blocks of the model.
-        device: where sums are loaded to.
+        device: the device that sums are loaded to.
     """
 
     def __init__(self, store: Store, blocks: int, device: torch.device) -> None:
