@@ -55,6 +55,15 @@ BETTER = {  # a pattern of what not to write -> what to write
     r"goes by (the|a|what|spectra)": "uses",
     r"so much more is done": "advance by",
     r"at fault": "wrong",
+    r"but for (?!that|this reason)": "except",
+    r"once more": "again",
+    r"(of|up to|fewer than) so many|so many (equal|more)": "that many, a number of",
+    r"(does|do) not go (together|with)": "cannot be combined",
+    r"(lies?|lay) (in|under|beside|below) (?!between)": "is",
+    r"in the end": "at the end",
+    r"whatever else": "anything else",
+    r"what there is to (tell|say|report|allocate)": "name it",
+    r"knows (the )?model\b": "holds the model",
     r"the words?,? the rooms?": "packages",
 }
 

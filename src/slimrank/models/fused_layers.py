@@ -44,8 +44,8 @@ def sizes_of_parts(model: nn.Module, wanted: Mapping[str, Parts]) -> dict[str, l
 
     Args:
         model: a decoder; its weights may be on the meta device.
-        wanted: pattern (as for targets) -> a number of equal parts, the outputs of each part, or "qkv": heads of queries,
-            keys and values as the configuration counts them. Of several patterns that match, the last counts.
+        wanted: pattern (as for targets) -> a number of equal parts, the outputs of each part, or "qkv": heads of
+            queries, keys and values as the configuration counts them. Of several patterns that match, the last counts.
 
     Raises:
         RecipeError: a pattern that matches no linear layer, parts that do not add up to a layer, or a layer whose
