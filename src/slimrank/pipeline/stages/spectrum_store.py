@@ -23,7 +23,7 @@ OUTLINE_POINTS = 32  # of a spectrum, for a report
 
 def outline(spectrum: Spectrum) -> dict[str, list[Any]]:
     """Return what a report draws of a spectrum: log-spaced ranks, and the relative error at each."""
-    steps = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+    steps = torch.linspace(0, 1, OUTLINE_POINTS, dtype=torch.float64)
     ranks = sorted({round(spectrum.full_rank**step) for step in steps.tolist()})
     return {"ranks": ranks, "errors": [float(f"{spectrum.relative_error(rank):.4g}") for rank in ranks]}
 

@@ -73,7 +73,7 @@ class StatisticsCache:
                     setattr(layer, name, _unpacked(value, tensors, shared))
         return found, leaders
 
-    def sources(self, gathering: Gathering) -> list[Need] | None:
+    def sources(self, gathering: GatherOptions) -> list[Need] | None:
         """Return the stored kinds that cover what a method gathers, for all blocks; None if some are missing.
 
         A whole gram also serves as a column's.
@@ -94,7 +94,7 @@ class StatisticsCache:
         return all(self.store.has(_name(index, need, gathering)) for index in range(self.blocks))
 
 
-def _name(index: int, need: Need, gathering: Gathering) -> str:
+def _name(index: int, need: Need, gathering: GatherOptions) -> str:
     """Name the file of a block, kind and the settings that steer it."""
     settings = "".join(f"-{getattr(gathering, name)}" for name in NEEDS[need].settings)
     return f"{need}{settings}-{index:04d}".replace(" ", "")
