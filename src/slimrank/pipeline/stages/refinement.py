@@ -36,7 +36,7 @@ TITLE = "cut and refine factors"
 _MORE_OUTPUTS = "more outputs than inputs: it does not compensate for errors of the residual stream"
 UNSEEN = 1e-3  # ridge added to a chosen one, for inputs that the text does not show
 _ROUTED = "experts get different tokens in the two models: refined towards the original weight on their own inputs"
-_UNDONE = "refining was undone in {count} of {blocks} blocks, no nearer to the original on held-out windows "
+_UNDONE = "refining was undone in {count} of {blocks} blocks: no nearer to the original on held-out windows with it "
 
 
 class Refinement:
@@ -244,7 +244,7 @@ class Refinement:
 
 def _of_undone(undone: Mapping[int, tuple[float, float]], blocks: int) -> str:
     each = "; ".join(f"{index}: {before:.4f}, {after:.4f}" for index, (before, after) in undone.items())
-    return f"{_UNDONE.format(count=len(undone), blocks=blocks)}(block: nats before, after): {each}"
+    return f"{_UNDONE.format(count=len(undone), blocks=blocks)}(block: nats without, with): {each}"
 
 
 def _of_routed(gathered: list[StreamCollector]) -> list[str]:
