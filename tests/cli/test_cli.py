@@ -151,7 +151,7 @@ def test_methods(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["compress", "{model}", "--out", "{out}"], "nothing says how small"),
+        (["compress", "{model}", "--out", "{out}"], "the recipe has no budget"),
         (["compress", "{model}", "--keep", "0", "--out", "{out}"], "keep_ratio"),
         (["compress", "{model}", "--keep", "1.5", "--out", "{out}"], "less than or equal to 1"),
         (["compress", "{model}", "--keep", "0.8", "--method", "svdllm", "--out", "{out}"], "did you mean"),

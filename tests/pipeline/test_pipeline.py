@@ -359,7 +359,7 @@ def test_a_run_directory_may_be_in_the_home_folder(tiny_folder, tmp_path, monkey
     [
         ({"keep_ratio": 0}, RecipeError, "keep_ratio: Input should be greater than 0, got 0"),
         ({"keep_ratio": 1.2}, RecipeError, "less than or equal to 1"),
-        ({"keep_ratio": None}, RecipeError, "nothing says how small"),
+        ({"keep_ratio": None}, RecipeError, "the recipe has no budget"),
         ({"keep_total": 0.5}, RecipeError, "give only one of keep_ratio and keep_total"),
         ({"keep_ratoi": 0.5}, RecipeError, "did you mean 'keep_ratio'"),
         ({"keep_ratio": 0.001}, BudgetError, "all layers at that fraction take"),
