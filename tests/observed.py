@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slimrank.linalg.forms import Metric
 from slimrank.methods.decomposer import Decomposer
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.collector import Collector
 
 PATH = "block.layer"
@@ -47,7 +47,7 @@ def observe(
     inputs = [x.to(runs_in) for x in inputs]
     loss = _loss(m, loss_scale, seed)
     collector = Collector(
-        {PATH: layer}, Gathering(needs=needs, **{**UNTOUCHED, **gathering}), torch.device("cpu"),
+        {PATH: layer}, GatherOptions(needs=needs, **{**UNTOUCHED, **gathering}), torch.device("cpu"),
         alone=frozenset({PATH} if alone else ()), ranks={} if rank is None else {PATH: rank},
     )  # fmt: skip
     with collector:

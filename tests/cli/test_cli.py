@@ -269,14 +269,14 @@ def test_steps_that_are_declared_again_lose_and_skip_nothing():
     assert fractions == pytest.approx([0.125, 0.125, 0.15625, 0.15625, 0.203125, 0.25])
 
 
-def test_a_plan_takes_the_place_of_an_allocation(tmp_path):
+def test_a_plan_replaces_an_allocation(tmp_path):
     from slimrank.cli.recipe_flags import recipe_options
 
     file = tmp_path / "recipe.yaml"
     file.write_text("keep_ratio: 0.8\nrank_multiple: 8\nranks: {q_proj: dense}\nallocation: lems\n")
     options = recipe_options(None, file, {"plan": "plan.json"})
     assert options == {"plan": "plan.json", "allocation": "lems"}
-    with pytest.raises(RecipeError, match="no allocation is made"):
+    with pytest.raises(RecipeError, match="a plan fixes the ranks"):
         recipe_options(None, None, {"plan": "plan.json", "allocation": "lems"})
 
 

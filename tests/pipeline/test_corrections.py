@@ -17,7 +17,7 @@ from slimrank.models.gradients import step_back
 from slimrank.models.structure import find_blocks
 from slimrank.pipeline.prepare import Choices
 from slimrank.pipeline.stages.correction import Correction
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.collector import Collector
 from slimrank.text.texts import read_texts
 
@@ -65,7 +65,7 @@ def test_slopes_are_those_of_autograd(name):
             )
         ]
         gradients, total = divergence_gradients(runner, finals[1], finals[0])
-        collector = Collector(linears, Gathering(needs=frozenset({"gram", "slope"})), torch.device("cpu"))
+        collector = Collector(linears, GatherOptions(needs=frozenset({"gram", "slope"})), torch.device("cpu"))
         with collector:
             for index in reversed(range(len(runner))):
                 collector.begin(None, (2, 20))

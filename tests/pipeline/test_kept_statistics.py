@@ -9,7 +9,7 @@ from helpers import byte_tokenizer, text
 from slimrank.layers.base import compressed_layers
 from slimrank.pipeline.stages.statistics_cache import StatisticsCache
 from slimrank.progress import Progress
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.layer_statistics import LayerStatistics
 from slimrank.store import Run
 
@@ -167,9 +167,9 @@ def test_notes_of_all_kinds_come_back(tmp_path):
     with Run(tmp_path, {}) as run:
         kept = StatisticsCache(run.stage({}), 1, torch.device("cpu"))
         for need, notes in (("column", ("both", "inputs")), ("row", ("both", "gradients"))):
-            gathering = Gathering(needs=frozenset({need}))
+            gathering = GatherOptions(needs=frozenset({need}))
             kept.save(0, {"q": LayerStatistics((2, 3), gathering.needs, notes=notes)}, {}, gathering)
-        both = Gathering(needs=frozenset({"column", "row"}))
+        both = GatherOptions(needs=frozenset({"column", "row"}))
         statistics, _ = kept.load(0, kept.sources(both), both, {})
     assert statistics["q"].notes == ("both", "inputs", "gradients")
 

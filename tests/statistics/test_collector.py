@@ -7,11 +7,11 @@ from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.targets import find_targets
 from slimrank.statistics.accumulators import CHUNK, GramSum
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.collector import Collector
 
 CPU = torch.device("cpu")
-GRAM = Gathering(needs={"gram"})
+GRAM = GatherOptions(needs={"gram"})
 
 
 def collect(model, batches, block=1):

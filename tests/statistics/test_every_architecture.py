@@ -11,13 +11,13 @@ from slimrank.layers.dense import weight_of
 from slimrank.layers.experts import unfuse
 from slimrank.models.blocks import Batch
 from slimrank.models.targets import find_targets
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 
 WINDOWS, TOKENS = 5, 10
 NAMES = [*ARCHITECTURES, *(name for name in UNUSUAL if name != "zaya")]  # a layer of it is refused: see below
 NEEDS = {"gram", "channels", "row", "weight_squares", "gradients", "slope"}
-PLAIN = Gathering(needs=NEEDS, accumulate=1, trim=0, clip=None)
-TRIMMED = Gathering(needs=NEEDS, accumulate=2, trim=0.2, clip=(0.7, 1.2))
+PLAIN = GatherOptions(needs=NEEDS, accumulate=1, trim=0, clip=None)
+TRIMMED = GatherOptions(needs=NEEDS, accumulate=2, trim=0.2, clip=(0.7, 1.2))
 
 
 def model_of(name):

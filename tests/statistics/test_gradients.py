@@ -17,7 +17,7 @@ from slimrank.models.structure import experts_by_kind, find_blocks
 from slimrank.models.targets import find_targets
 from slimrank.pipeline.stages.calibration_pass import alone
 from slimrank.statistics.accumulators import SampleGradients, weight_gradient_squares
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.routing import Routing
 from slimrank.statistics.token_weights import token_scales
@@ -26,8 +26,8 @@ from slimrank.statistics.tokens import Tokens
 CPU = torch.device("cpu")
 NAMES = list(CONFIGS)
 PLAIN = {"trim": 0.0, "clip": None}
-ALL = Gathering(needs={"gram", "channels", "row", "weight_squares", "gradients"}, accumulate=1, **PLAIN)
-HELD = Gathering(needs={"gram", "row"}, trim=0.2, clip=(0.7, 1.2))
+ALL = GatherOptions(needs={"gram", "channels", "row", "weight_squares", "gradients"}, accumulate=1, **PLAIN)
+HELD = GatherOptions(needs={"gram", "row"}, trim=0.2, clip=(0.7, 1.2))
 LONG, SHORT = 24, 8  # tokens at which the weight gradients of the tiny layers are kept dense, and as pairs
 
 
@@ -191,7 +191,7 @@ def test_weight_gradients_of_single_windows_equal_plain_autograd(name, length):
 @pytest.mark.parametrize("accumulate", [2, 8])
 def test_samples_may_sum_over_windows(name, accumulate):
     batches = [*two_batches(), Batch(ids(2, LONG, seed=2))]
-    gathering = Gathering(needs={"gradients"}, accumulate=accumulate)
+    gathering = GatherOptions(needs={"gradients"}, accumulate=accumulate)
     found, reference = streamed(tiny_model(name), batches, gathering), autograd(name, batches)
     for path, windows in reference.items():
         single = [g.T @ x for x, g in windows]
@@ -425,7 +425,7 @@ def test_row_forms_of_trimmed_and_clipped_gradients(name):
 @pytest.mark.parametrize("way", [streamed, resident])
 def test_clipping_does_not_touch_weight_gradients(way):
     needs = {"row", "weight_squares", "gradients"}
-    loose, held = (Gathering(needs=needs, accumulate=1, **s) for s in (PLAIN, {"trim": 0.2, "clip": (0.7, 1.2)}))
+    loose, held = (GatherOptions(needs=needs, accumulate=1, **s) for s in (PLAIN, {"trim": 0.2, "clip": (0.7, 1.2)}))
     free, clipped = (way(tiny_model(), two_batches(), g) for g in (loose, held))
     for path, found in clipped.items():
         assert torch.equal(found.weight_squares, free[path].weight_squares)
@@ -462,7 +462,7 @@ def test_a_16_bit_model_is_differentiated_in_float32():
 @pytest.mark.parametrize("way", [streamed, resident])
 def test_layers_alone_with_their_input_are_seen_through_their_weight(name, way):
     model, batches = tiny_model(name), two_batches()
-    found = way(model, batches, Gathering(needs={"column", "row"}, **PLAIN))
+    found = way(model, batches, GatherOptions(needs={"column", "row"}, **PLAIN))
     reference = autograd(name, batches)
     seen_through = {path.rpartition(".")[2] for path, s in found.items() if s.outputs is not None}
     wide = {"llama": {"down_proj"}, "gpt2": {"c_proj"}, "opt": {"fc2"}, "qwen3_moe": set()}
@@ -499,7 +499,7 @@ def test_additive_over_batches_in_any_order(name, order):
         "one batch": [Batch(rows)],
         "single windows": [Batch(row[None]) for row in rows],
     }[order]
-    gathering = Gathering(needs=ALL.needs, accumulate=1, trim=0.125, clip=(0.5, 2.0))
+    gathering = GatherOptions(needs=ALL.needs, accumulate=1, trim=0.125, clip=(0.5, 2.0))
     first, second = (streamed(tiny_model(name), b, gathering) for b in (batches, other))
     for path, found in first.items():
         close(second[path].gram, found.gram)
@@ -534,7 +534,7 @@ def test_channel_sums(name):
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3)], ids=["wide", "tall"])
 def test_a_non_finite_gradient_names_layer_and_batch(need, shape):
     layer = nn.Linear(shape[1], shape[0])
-    with Collector({"some.layer": layer}, Gathering(needs={need}), CPU) as collector:
+    with Collector({"some.layer": layer}, GatherOptions(needs={need}), CPU) as collector:
         for value in (1.0, float("inf")):
             collector.begin(None)
             x = torch.ones(1, 9, shape[1], requires_grad=True)

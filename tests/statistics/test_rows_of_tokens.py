@@ -9,7 +9,7 @@ from architectures import random_model
 from slimrank.errors import ModelError
 from slimrank.layers.experts import Experts, unfuse
 from slimrank.statistics.calls import UNPLACED
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.routing import Routing
 from slimrank.statistics.tokens import Tokens, rows_per_token
@@ -65,7 +65,7 @@ def rows_of(layer, shape, gathering, routed=frozenset()):
     return collector.statistics["layer"]
 
 
-TRIMMED = Gathering(needs={"row", "weight_squares", "gradients"}, trim=0.25, clip=(0.8, 1.1), accumulate=2)
+TRIMMED = GatherOptions(needs={"row", "weight_squares", "gradients"}, trim=0.25, clip=(0.8, 1.1), accumulate=2)
 
 
 @pytest.mark.parametrize("m, n", [(4, 6), (6, 4)])
@@ -92,14 +92,14 @@ def test_windows_of_other_tokens(padded):
 
 def test_tokens_before_windows_are_not_mistaken():
     """Their gradients weigh as much as if they were trimmed, and windows that cannot be told apart are refused."""
-    layer, row = nn.Linear(4, 3), Gathering(needs={"row"}, trim=0.25, clip=None)
-    plain = rows_of(layer, (W, T), Gathering(needs={"row"}, trim=0, clip=None))
+    layer, row = nn.Linear(4, 3), GatherOptions(needs={"row"}, trim=0.25, clip=None)
+    plain = rows_of(layer, (W, T), GatherOptions(needs={"row"}, trim=0, clip=None))
     found = rows_of(layer, (T, W), row)
     assert found.notes == (UNPLACED,)
     close(found.row.data, plain.row.data / 2)
     for need in ("weight_squares", "gradients"):
         with pytest.raises(ModelError, match="nothing tells their windows apart") as refused:
-            rows_of(layer, (T, W), Gathering(needs={need}))
+            rows_of(layer, (T, W), GatherOptions(needs={need}))
         assert "--batch-size 1" in refused.value.hint
 
 
@@ -107,11 +107,11 @@ def test_experts_of_a_class_of_their_own_are_not_trimmed_by_chance():
     """As many tokens as there are in a batch, but nobody knows which."""
     layer = nn.Linear(4, 3)
     routed = frozenset({"layer"})
-    plain = rows_of(layer, (W * T,), Gathering(needs={"row"}, trim=0, clip=None))
-    found = rows_of(layer, (W * T,), Gathering(needs={"row"}, trim=0.25, clip=(0.1, 10)), routed=routed)
+    plain = rows_of(layer, (W * T,), GatherOptions(needs={"row"}, trim=0, clip=None))
+    found = rows_of(layer, (W * T,), GatherOptions(needs={"row"}, trim=0.25, clip=(0.1, 10)), routed=routed)
     close(found.row.data, plain.row.data / 2)
     with pytest.raises(ModelError, match="nothing tells their windows apart"):
-        rows_of(layer, (W * T,), Gathering(needs={"weight_squares"}), routed=routed)
+        rows_of(layer, (W * T,), GatherOptions(needs={"weight_squares"}), routed=routed)
 
 
 class Twice(nn.Module):
@@ -131,7 +131,7 @@ def test_a_layer_that_is_called_twice_has_one_gradient_a_window(size):
         (gradient,) = torch.autograd.grad(model(x).square().sum(), model.layer.weight)
         squares.append(gradient.square().sum(dim=0))
     with Collector(
-        {"layer": model.layer}, Gathering(needs={"weight_squares", "gradients"}, accumulate=1), CPU
+        {"layer": model.layer}, GatherOptions(needs={"weight_squares", "gradients"}, accumulate=1), CPU
     ) as found:
         for part in xs.split(size):
             found.begin(None, (len(part), T))
@@ -153,7 +153,7 @@ def test_tokens_of_experts_are_trimmed_by_their_place_in_the_window(name):
     experts.register_forward_pre_hook(lambda module, args: sent.update({e: _sent(e, *args) for e in range(4)}))
     for layer_path, layer in layers.items():
         layer.register_forward_hook(lambda module, args, output, p=layer_path: outputs.update({p: output}))
-    gathering = Gathering(needs={"row"}, trim=0.25, clip=None)
+    gathering = GatherOptions(needs={"row"}, trim=0.25, clip=None)
     collector = Collector(layers, gathering, CPU, routed=frozenset(layers), routing=Routing.among(block, layers))
     with collector:
         collector.begin(None, (W, T))

@@ -12,8 +12,8 @@ from typing_extensions import Unpack
 from slimrank.budget.curves import DENSE
 from slimrank.budget.problem import Allocation, Problem
 from slimrank.errors import PlanError
-from slimrank.methods.divergence_options import Measuring
-from slimrank.methods.solver_options import Solving, check_constraints
+from slimrank.methods.divergence_options import DivergenceOptions
+from slimrank.methods.solver_options import SolverOptions, check_constraints
 from slimrank.options import options_of, validated
 from slimrank.registry import Registry
 
@@ -23,9 +23,9 @@ Check = Callable[[Problem, Mapping[str, Any]], None]
 Need = Literal["spectra", "divergence", "influence", "gradient"]
 NEEDS: dict[Need, str] = {
     "spectra": "singular values of every weight in the metric of the method",
-    "divergence": "what the model's predictions lose when targets are cut",
-    "influence": "how far each block turns its input",
-    "gradient": "gradients of the loss by soft ranks",
+    "divergence": "divergence of the model's predictions when targets are truncated",
+    "influence": "angle between the input and the output of each block",
+    "gradient": "gradients of the loss with respect to soft ranks",
 }
 COSTS: dict[Need, str] = {
     "spectra": "seconds",
@@ -36,7 +36,7 @@ COSTS: dict[Need, str] = {
 
 
 class Traits(TypedDict, total=False):
-    """What `allocator` takes besides: see `Allocator`."""
+    """Rarer arguments of `allocator`: see `Allocator`."""
 
     passes: Passes
     check: Check
@@ -51,7 +51,7 @@ class Allocator:
         id: its name in recipes.
         title: one line for people.
         paper: its source.
-        needs: what it asks for; see `NEEDS`. Without any, a plan can be made before anything is computed.
+        needs: what it needs; see `NEEDS`. Without any, a plan can be made before anything is computed.
         allocate: (Problem, **options) -> Allocation.
         passes: (options, layers, batches of search text) -> estimated forward passes over the search text.
         options: their names, types, ranges and defaults.
@@ -82,7 +82,8 @@ class Allocator:
             RecipeError: an unknown option, or a value out of range.
         """
         chosen = validated(self.options, given, f"the allocation '{self.id}'").model_dump()
-        measuring = Measuring(**{name: chosen.pop(name) for name in Measuring.model_fields if name in chosen})
+        measured = DivergenceOptions.model_fields.keys() & chosen
+        measuring = DivergenceOptions(**{name: chosen.pop(name) for name in measured})
         return ConfiguredAllocator(self, chosen, measuring)
 
 
@@ -92,7 +93,7 @@ class ConfiguredAllocator:
 
     allocator: Allocator
     options: Mapping[str, Any]
-    measuring: Measuring
+    measuring: DivergenceOptions
 
     def allocate(self, problem: Problem) -> Allocation:
         """Return ranks within the budget.
@@ -107,22 +108,22 @@ class ConfiguredAllocator:
         return found
 
     def check(self, problem: Problem) -> None:
-        """Refuse what no spectra are needed to refuse.
+        """Refuse what can be refused without spectra.
 
         Raises:
             BudgetError: the smallest ranks store more than the budget, or a block cannot meet its constraints.
             PlanError: limits leave a target no rank.
             RecipeError: options that do not go together.
         """
-        if self.needs:  # without any it is a certain plan, and says itself what that takes
+        if self.needs:  # without any it is a fixed plan, which checks itself
             problem.check()
         self.allocator.check(problem, self.options)
-        if self.options.keys() >= Solving.model_fields.keys():
+        if self.options.keys() >= SolverOptions.model_fields.keys():
             check_constraints(problem, self.options)
 
     @property
     def needs(self) -> frozenset[Need]:
-        """List what it asks for."""
+        """List what it needs."""
         return self.allocator.needs
 
     @property
@@ -163,7 +164,7 @@ def allocator(
         id: its name in recipes.
         title: one line for people.
         paper: its source.
-        needs: what it asks for, see `NEEDS`.
+        needs: what it needs, see `NEEDS`.
         solves: it takes the options of the budget solver, as `solving`.
         traits: `passes` and `gradient_passes` for the estimate of time, and `check` for what it refuses before any
             work: see `Allocator`.
@@ -178,7 +179,7 @@ def allocator(
         raise ValueError(f"unknown needs {sorted(unknown)}; there are {sorted(NEEDS)}")
 
     def register(allocate: Allocate) -> Allocate:
-        solving = Solving.model_fields if solves else {}
+        solving = SolverOptions.model_fields if solves else {}
         options = options_of(allocate, {**solving, **_measuring(asked)})
         ALLOCATORS.add(Allocator(id, title, paper, asked, allocate, options, **traits))
         return allocate
@@ -187,22 +188,28 @@ def allocator(
 
 
 def _measuring(needs: frozenset[Need]) -> dict[str, Any]:
-    """Return the fields of `Measuring` that matter: random plans test predictions of single layers and spectra."""
+    """Return the fields of `DivergenceOptions` that matter.
+
+    Random plans test predictions from single layers and spectra.
+    """
     if "divergence" not in needs:
         return {}
-    return {name: field for name, field in Measuring.model_fields.items() if name != "plans" or "spectra" in needs}
+    fields = DivergenceOptions.model_fields.items()
+    return {name: field for name, field in fields if name != "plans" or "spectra" in needs}
 
 
 def _check(problem: Problem, found: Allocation, id: str) -> None:
     """Check that any allocator meets the budget and gives every item one of its candidates."""
     wrong = {item.path for item in problem.items} ^ set(found.ranks)
     if wrong:
-        raise PlanError(f"the allocation '{id}' left out, or made up, '{min(wrong)}'.", _REPORT)
+        raise PlanError(f"the allocation '{id}' left out, or added, '{min(wrong)}'.", _REPORT)
     cost = 0
     for item, (candidates, _) in zip(problem.items, problem.choices, strict=True):
         rank = found.ranks[item.path]
         if (DENSE if rank == "dense" else rank) not in candidates:
-            raise PlanError(f"the allocation '{id}' gave '{item.path}' rank {rank}, which it may not have.", _REPORT)
+            raise PlanError(
+                f"the allocation '{id}' gave '{item.path}' rank {rank}, which is not one of its candidates.", _REPORT
+            )
         cost += problem.bits(item, rank)
     if cost > problem.budget:
         raise PlanError(
@@ -212,4 +219,4 @@ def _check(problem: Problem, found: Allocation, id: str) -> None:
         )
 
 
-_REPORT = "this is a mistake in that allocation; another one works"
+_REPORT = "this is a bug of the allocation: report it, and use another --allocation"

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 DROPPED = 256  # positions of a long window
 
 
-class Measuring(BaseModel):
+class DivergenceOptions(BaseModel):
     """Options of the divergence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

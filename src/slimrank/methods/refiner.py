@@ -16,7 +16,7 @@ from slimrank.registry import Registry
 Refine = Callable[..., tuple[Tensor, Tensor]]
 
 
-class Following(BaseModel):
+class RefineOptions(BaseModel):
     """Options of the pass that refines: every refiner has them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,8 +64,8 @@ class Following(BaseModel):
         int,
         Field(
             ge=1,
-            description="Windows to read, in multiples of those that calibrate; above 1 these are others, spread "
-            "evenly over the text.",
+            description="Windows to refine on, in multiples of the calibration windows; above 1 these are others, "
+            "spread evenly over the text.",
         ),
     ] = 1
     stack_of_batch: Annotated[
@@ -84,9 +84,9 @@ class Refiner:
         id: its name in recipes.
         title: one line for people.
         paper: its source.
-        changes_a: whether A changes, too; if so it does not go with methods whose targets share A.
+        changes_a: whether A changes, too; if so, methods whose targets share A refuse it.
         refine: (problem, weight m x n, A, B, **options) -> A, B. B is solved for again after A is cast.
-        options: their names, types, ranges and defaults, those of `Following` included.
+        options: their names, types, ranges and defaults, those of `RefineOptions` included.
     """
 
     id: str
@@ -103,7 +103,7 @@ class Refiner:
             RecipeError: an unknown option, or a value out of range.
         """
         chosen = validated(self.options, given, f"the refiner '{self.id}'").model_dump()
-        following = Following(**{name: chosen.pop(name) for name in Following.model_fields if name in chosen})
+        following = RefineOptions(**{name: chosen.pop(name) for name in RefineOptions.model_fields if name in chosen})
         return ConfiguredRefiner(self, chosen, following)
 
 
@@ -113,11 +113,11 @@ class ConfiguredRefiner:
 
     refiner: Refiner
     options: Mapping[str, Any]
-    following: Following
+    following: RefineOptions
 
     @property
     def in_metric(self) -> bool:
-        """Tell whether the method's form on the outputs counts."""
+        """Tell whether errors are measured in the method's form on the outputs."""
         return "metric" in self.refiner.options.model_fields and self.following.metric == "method"
 
     def refine(self, problem: Regression, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,14 +142,14 @@ def refiner(
         title: one line for people.
         paper: its source.
         changes_a: it changes A, which layers may share, and not only B.
-        settings: options of following the compressed model (`Following`) that it takes besides its own.
+        settings: names of the common options (`RefineOptions`) that it takes besides its own.
 
     Raises:
         TypeError: an option without an annotation or a default.
     """
 
     def register(refine: Refine) -> Refine:
-        options = options_of(refine, {name: Following.model_fields[name] for name in settings})
+        options = options_of(refine, {name: RefineOptions.model_fields[name] for name in settings})
         REFINERS.add(Refiner(id, title, paper, changes_a, refine, options))
         return refine
 

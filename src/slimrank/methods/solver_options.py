@@ -18,7 +18,7 @@ from slimrank.budget.problem import Allocation, Problem
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class Solving(BaseModel):
+class SolverOptions(BaseModel):
     """Options of the budget solver."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,13 +35,13 @@ class Solving(BaseModel):
 
 
 def least_error(problem: Problem, curves: Sequence[Curve], options: Mapping[str, Any]) -> Allocation:
-    """Return the allocation of least total error, by the options of `Solving`.
+    """Return the allocation of least total error, by the options of `SolverOptions`.
 
     Raises:
         BudgetError: no choice of ranks meets the budget and the constraints.
     """
     problem.check(curves)
-    chosen, constraints = Solving(**options), constraints_of(problem, options)
+    chosen, constraints = SolverOptions(**options), constraints_of(problem, options)
     counted, exact = problem.in_units(curves), chosen.solver == "exact"
     if constraints.any:
         found = (solve_constrained_exactly if exact else solve_constrained)(*counted, constraints)
@@ -62,7 +62,7 @@ def check_constraints(problem: Problem, options: Mapping[str, Any]) -> None:
 
 
 def constraints_of(problem: Problem, options: Mapping[str, Any]) -> Constraints:
-    """Return the side constraints among the options of `Solving`."""
+    """Return the side constraints among the options of `SolverOptions`."""
     return Constraints(
         {item.path: item.block for item in problem.items},
         {item.path: item.bits // problem.unit for item in problem.items},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimrank.errors import ModelError
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.token_weights import scales_anywhere, token_norms, token_scales
 from slimrank.statistics.tokens import Places, Tokens
 
@@ -63,7 +63,7 @@ class LayerCall:
             f"take one window at a time: --batch-size 1; or leave the layer out: --ignore '{self.path}'",
         )
 
-    def weigh(self, g: Tensor, gathering: Gathering) -> tuple[Tensor, str]:
+    def weigh(self, g: Tensor, gathering: GatherOptions) -> tuple[Tensor, str]:
         """Return the `scales` of output gradients (real rows x m), and a note if they are unusual; remember them."""
         norms, shape, note = token_norms(g), self.tokens.shape_beside(self.x), ""
         if self.places is not None:

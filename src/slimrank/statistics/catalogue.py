@@ -41,7 +41,7 @@ def _ordered(clip: tuple[float, float]) -> tuple[float, float]:
     return clip
 
 
-class Gathering(BaseModel):
+class GatherOptions(BaseModel):
     """What is gathered, and how."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

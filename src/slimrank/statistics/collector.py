@@ -24,7 +24,7 @@ from slimrank.statistics.accumulators import (
     weight_gradient_squares,
 )
 from slimrank.statistics.calls import LayerCall
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.dobi_projectors import truncate_output
 from slimrank.statistics.layer_statistics import LayerStatistics
 from slimrank.statistics.routing import Routing
@@ -51,7 +51,7 @@ class Collector:
     """
 
     layers: Mapping[str, nn.Module]
-    gathering: Gathering
+    gathering: GatherOptions
     device: torch.device
     alone: frozenset[str] = frozenset()
     ranks: Mapping[str, int] = field(default_factory=dict)

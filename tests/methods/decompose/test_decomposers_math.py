@@ -23,7 +23,7 @@ from slimrank.linalg.lowrank import solve
 from slimrank.methods.decompose.gfwsvd import kronecker_factors
 from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.statistics.accumulators import GramSum, SampleGradients, weight_gradient_squares
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.layer_statistics import LayerStatistics
 
@@ -447,7 +447,7 @@ def test_dobi_hands_on_truncated_outputs(m, n, bias):
     """The next layer reads the best approximation of W X at the planned rank, with the bias as it was."""
     layer = nn.Linear(n, m, bias=bias, dtype=torch.float64).requires_grad_(False)
     x = random(2, 16, n, seed=1)
-    gathering, cpu = Gathering(needs={"projectors", "rank"}), torch.device("cpu")
+    gathering, cpu = GatherOptions(needs={"projectors", "rank"}), torch.device("cpu")
     with Collector({"layer": layer}, gathering, cpu, ranks={"layer": 3}) as collector:
         collector.begin(None)
         y = layer(x)

@@ -27,7 +27,7 @@ from slimrank.models.states import State as Hidden
 from slimrank.models.states import named, states_named
 from slimrank.models.targets import Target
 from slimrank.pipeline.stages.held_out_check import HeldOutCheck
-from slimrank.statistics.catalogue import Gathering
+from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.layer_statistics import LayerStatistics
 from slimrank.store import Stage as Store
@@ -118,7 +118,7 @@ class Correction:
     def _block(self, index: int, gradients: list[Hidden]) -> float:
         """Steps of the layers of a block into the store, and what they take off the divergence to first order."""
         layers = {t.path: self._layer(t) for t in self._targets(index)}
-        collector = Collector(layers, Gathering(needs=frozenset({"gram", "slope"})), self.state.prepared.solver)
+        collector = Collector(layers, GatherOptions(needs=frozenset({"gram", "slope"})), self.state.prepared.solver)
         inputs = states_named(self.store.load(f"input-{index:04d}")[0], "", len(self.runner.batches))
         with collector:
             step_back(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from slimrank.methods.refiner import Following
+from slimrank.methods.refiner import RefineOptions
 from slimrank.models.contexts import swapped
 from slimrank.models.reading_order import calls_of, reading_order, run_until_read
 from slimrank.models.recording import Batch
@@ -60,7 +60,7 @@ class DualStream:
         compressed: those of the compressed model.
     """
 
-    def __init__(self, state: State, following: Following) -> None:
+    def __init__(self, state: State, following: RefineOptions) -> None:
         self.state, self.following = state, following
         self.runner = state.runner(resident=False)
         self.original: list[Hidden] = []

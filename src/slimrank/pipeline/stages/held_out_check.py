@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from slimrank.errors import NonFiniteError
-from slimrank.methods.divergence_options import Measuring
+from slimrank.methods.divergence_options import DivergenceOptions
 from slimrank.models.divergence import Scorer
 from slimrank.models.recording import Batch
 from slimrank.models.states import State as Hidden
@@ -35,7 +35,7 @@ class HeldOutCheck:
         self.runner = state.runner(resident=False)
         windows = state.texts["search"][:count]
         self._batches = [Batch(ids) for ids in windows.split(state.prepared.recipe.batch_size)]
-        self._scorer = Scorer(self.runner, 1.0, Measuring().positions(int(windows.shape[1])))
+        self._scorer = Scorer(self.runner, 1.0, DivergenceOptions().positions(int(windows.shape[1])))
         self.states: list[Hidden] = []
 
     def start(self) -> None:

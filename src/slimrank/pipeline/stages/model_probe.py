@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from slimrank.budget.problem import Effect, Transform
 from slimrank.budget.ranks import Rank
 from slimrank.errors import NonFiniteError
-from slimrank.methods.divergence_options import Measuring
+from slimrank.methods.divergence_options import DivergenceOptions
 from slimrank.models.contexts import swapped
 from slimrank.models.divergence import Scorer
 from slimrank.models.gradients import frozen, logits_of, next_token_loss
@@ -50,7 +50,7 @@ class ModelProbe:
     """
 
     def __init__(
-        self, state: State, spectra: SpectrumStore, store: Store, measuring: Measuring, forecast: Forecast
+        self, state: State, spectra: SpectrumStore, store: Store, measuring: DivergenceOptions, forecast: Forecast
     ) -> None:
         assert state.texts.get("search") is not None
         self.state, self.spectra, self.store, self.forecast = state, spectra, store, forecast

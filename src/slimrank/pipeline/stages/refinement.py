@@ -17,7 +17,7 @@ from slimrank.layers.forms import layer_form
 from slimrank.linalg.forms import Form
 from slimrank.linalg.regression import Regression, best_b
 from slimrank.linalg.ridge import RIDGES, cross_validated
-from slimrank.methods.refiner import Following
+from slimrank.methods.refiner import RefineOptions
 from slimrank.models.page_out import page_out
 from slimrank.models.states import named, states_named
 from slimrank.models.structure import without_numbers
@@ -254,7 +254,7 @@ def _of_routed(gathered: list[StreamCollector]) -> list[str]:
 
 
 def _damped(
-    problem: Regression, halves: list[Regression], weight: Tensor, following: Following
+    problem: Regression, halves: list[Regression], weight: Tensor, following: RefineOptions
 ) -> tuple[Regression, float]:
     """The problem with a pull towards the original weight, and the ridge of that.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slimrank.statistics.accumulators import ChannelSums, GramSum
-from slimrank.statistics.catalogue import NEEDS, Gathering, Need
+from slimrank.statistics.catalogue import NEEDS, GatherOptions, Need
 from slimrank.statistics.layer_statistics import LayerStatistics
 from slimrank.store import Stage as Store
 
@@ -40,7 +40,11 @@ class StatisticsCache:
         self.store, self.blocks, self.device = store, blocks, device
 
     def save(
-        self, index: int, statistics: Mapping[str, LayerStatistics], leaders: Mapping[str, str], gathering: Gathering
+        self,
+        index: int,
+        statistics: Mapping[str, LayerStatistics],
+        leaders: Mapping[str, str],
+        gathering: GatherOptions,
     ) -> None:
         """Keep what was gathered in a block; of methods whose statistics depend on ranks, nothing."""
         if "projectors" in gathering.needs:
@@ -52,7 +56,7 @@ class StatisticsCache:
             self.store.save(_name(index, need, gathering), packed.tensors, about)
 
     def load(
-        self, index: int, sources: Sequence[Need], gathering: Gathering, ranks: Mapping[str, int]
+        self, index: int, sources: Sequence[Need], gathering: GatherOptions, ranks: Mapping[str, int]
     ) -> tuple[dict[str, LayerStatistics], dict[str, str]]:
         """Statistics of the layers of a block, of the kinds that `sources` names, and who reads the same as whom."""
         found: dict[str, LayerStatistics] = {}
@@ -69,7 +73,7 @@ class StatisticsCache:
                     setattr(layer, name, _unpacked(value, tensors, shared))
         return found, leaders
 
-    def sources(self, gathering: Gathering) -> list[Need] | None:
+    def sources(self, gathering: GatherOptions) -> list[Need] | None:
         """Kinds that hold, for all blocks, what a method gathers; None if something is missing.
 
         The whole gram serves as a column's, too.
@@ -86,11 +90,11 @@ class StatisticsCache:
             chosen.append(complete[0])
         return chosen
 
-    def _complete(self, need: Need, gathering: Gathering) -> bool:
+    def _complete(self, need: Need, gathering: GatherOptions) -> bool:
         return all(self.store.has(_name(index, need, gathering)) for index in range(self.blocks))
 
 
-def _name(index: int, need: Need, gathering: Gathering) -> str:
+def _name(index: int, need: Need, gathering: GatherOptions) -> str:
     """A file for each block, kind and settings that steer it."""
     settings = "".join(f"-{getattr(gathering, name)}" for name in NEEDS[need].settings)
     return f"{need}{settings}-{index:04d}".replace(" ", "")
