@@ -78,7 +78,7 @@ def test_plan_without_a_place_for_it_computes_nothing(capsys, tiny_folder, monke
     monkeypatch.setattr("slimrank.pipeline.find_plan", never)
     code, shown, _ = run(capsys, "plan", tiny_folder, "--keep", 0.5)
     assert code == 0
-    assert "'spectrum' finds its own" in shown
+    assert "'spectrum' computes its own" in shown
     record = json.loads(run(capsys, "plan", tiny_folder, "--keep", 0.5, "--json")[1])
     assert record["allocation"] == {"id": "spectrum", "provisional": True}
     assert record["size"]["keep_ratio"] <= 0.5
@@ -230,7 +230,7 @@ def test_an_interrupt_ends_with_130(capsys, tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr("slimrank.pipeline.compress", interrupted)
     code, _, error = run(capsys, "compress", tiny_folder, "--keep", 0.8, "--out", tmp_path / "o")
     assert code == 130
-    assert "resumes" in error
+    assert "to resume" in error
 
 
 def test_progress_tells_the_time_left(monkeypatch):

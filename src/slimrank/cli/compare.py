@@ -51,7 +51,7 @@ def compare(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     json: o.Json = False,
 ) -> None:
-    """Compress a model by several recipes and compare what comes of it: perplexity, tasks, KL, size, speed, time.
+    """Compress a model by several recipes and compare the results: perplexity, tasks, KL, size, speed, time.
 
     Cells run one after the other, each in a process of its own; statistics and spectra are shared. What is done is not
     done again, and a cell that fails does not stop the others. Writes comparison.html, .md and .json.
@@ -76,7 +76,7 @@ def compare(
                 device=device, dtype=dtype, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt as error:
-        typer.secho("\ninterrupted; the same command again resumes", err=True)
+        typer.secho("\ninterrupted; give the same command again to resume", err=True)
         raise typer.Exit(130) from error
     print_json(record) if json else _show(record, out)
     if any(cell["error"] is not None for cell in record["cells"].values()):
@@ -99,14 +99,14 @@ def _names(given: str) -> list[str]:
 
 
 def _numbers(given: str) -> list[float]:
-    """Fractions out of a list.
+    """Read a list of fractions.
 
     Raises:
-        RecipeError: one of them is no number.
+        RecipeError: one of them is not a number.
     """
     from slimrank.errors import RecipeError
 
     try:
         return [float(number) for number in _names(given)]
     except ValueError as error:
-        raise RecipeError(f"'{given}' is no list of fractions.", "--keep 0.8,0.6") from error
+        raise RecipeError(f"'{given}' is not a list of fractions.", "--keep 0.8,0.6") from error

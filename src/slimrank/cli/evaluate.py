@@ -62,7 +62,7 @@ def evaluate(
 
 
 def requested_tasks(tasks: str | None, tasks_dir: Path | None, shots: int | None, limit: int | None) -> Any:
-    """What is asked of lm-evaluation-harness, if anything.
+    """Return what is asked of lm-evaluation-harness, if anything.
 
     Raises:
         RecipeError: an option about tasks, and no task.

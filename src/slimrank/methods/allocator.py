@@ -24,7 +24,7 @@ Need = Literal["spectra", "divergence", "influence", "gradient"]
 NEEDS: dict[Need, str] = {
     "spectra": "singular values of every weight in the metric of the method",
     "divergence": "divergence of the model's predictions when targets are truncated",
-    "influence": "angle between the input and the output of each block",
+    "influence": "cosine between the input and the output of each block",
     "gradient": "gradients of the loss with respect to soft ranks",
 }
 COSTS: dict[Need, str] = {
