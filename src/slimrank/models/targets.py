@@ -105,7 +105,7 @@ def find_targets(
         ignore: patterns; weights whose path matches one are left out.
             A pattern is matched with fnmatch against the whole path and against its end
             ("*.mlp.*", "q_proj"), or is a regular expression after the prefix "re:".
-        form: what ranks are chosen for; weights that no rank makes smaller are left out.
+        form: the layer form that ranks are chosen for; weights that no rank makes smaller are left out.
 
     Raises:
         ModelError: no decoder blocks, or nothing in them to compress.
@@ -122,7 +122,7 @@ def find_targets(
         key = id(module.weight)
         reason = _reason_to_leave(path, module, around, targets, ignore, form)
         if not reason and type(module) in odd:
-            reason = "linears that compute something of their own"
+            reason = "linears that compute something else"
         if reason:
             reasons[key] = reason
         elif key in found:
@@ -135,14 +135,14 @@ def find_targets(
             f"{type(model).__name__} has no weight to compress in '{blocks_path}'.",
             "loosen the target and ignore patterns"
             if targets or ignore
-            else "its linears may be of a class unknown to slimrank (already quantised or compressed?)",
+            else "its linears may be of a class that slimrank does not know (already quantised or compressed?)",
         )
     coverage = _coverage(model, blocks, found, reasons)
     return TargetSet(tuple(found.values()), coverage, blocks_path)
 
 
 def check_uncompressed(model: nn.Module) -> None:
-    """Make sure that a model is none that slimrank has made.
+    """Make sure that a model is not already compressed by slimrank.
 
     Raises:
         ModelError: it is.
@@ -213,7 +213,7 @@ def _reason_to_leave(
     if not module.weight.is_floating_point():  # type: ignore[operator]
         return "quantised linears"
     if {name for name, _ in module.named_parameters()} - {"weight", "bias"} or any(True for _ in module.buffers()):
-        return "linears with parts of their own"
+        return "linears with modules inside"
     if _is_router(m, around):
         return "routers"
     if matches(path, ignore) or (targets and not matches(path, targets)):
@@ -277,7 +277,7 @@ def _reason_of(
     if id(p) in embeddings:
         return "embeddings and lm_head"
     if _is_bank(p) and in_block and id(p) not in convolutions:
-        return "expert banks (3-D, of a class of their own)"
+        return "expert banks (3-D, of a class that is not split)"
     if id(p) in convolutions:
         return "convolutions"
     if p.dim() >= 2:
