@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-LISTED = 60  # names in one hint
+MAX_LISTED_NAMES = 60  # names in one hint
 
 
 class SlimrankError(Exception):
@@ -80,5 +80,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     return (
-        "known: " + ", ".join(names) if len(names) <= LISTED else f"none of the {len(names):,} known names is like it"
+        "known: " + ", ".join(names)
+        if len(names) <= MAX_LISTED_NAMES
+        else f"none of the {len(names):,} known names is like it"
     )

@@ -121,7 +121,7 @@ def test_index_and_rank():
     assert [curve.rank(i) for i in range(3)] == [2, 4, "dense"]
     assert [curve.index(r) for r in (2, 4, "dense")] == [0, 1, 2]
     assert [curve.largest_within(c) for c in (9, 10, 19, 20, 49, 50, 99)] == [-1, 0, 0, 1, 1, 2, 2]
-    with pytest.raises(PlanError, match="rank 3 is no candidate of 'q'"):
+    with pytest.raises(PlanError, match="rank 3 is not a candidate of 'q'"):
         curve.index(3)
 
 

@@ -401,7 +401,7 @@ def test_cells_of_other_methods_and_other_windows(model, tmp_path, in_this_proce
 
 def test_wrong_lists_on_the_command_line(model, tmp_path, capsys):
     for arguments, message in (
-        (["--methods", "svd", "--keep", "a,b"], "no list of fractions"),
+        (["--methods", "svd", "--keep", "a,b"], "not a list of fractions"),
         (["--methods", "svd"], "at some size"),
         (["--presets", "blanced", "--keep", "0.8"], "did you mean 'balanced'"),
         (["--methods", "svd", "--keep", "0.8", "--set", "sampels=3"], "did you mean 'samples'"),

@@ -255,7 +255,7 @@ def test_no_network(folder):
     "changes, message",
     [
         ({"torn": "task: [sums\n"}, r"torn\.yaml' cannot be read.*line 2"),
-        ({"torn": "just words"}, r"torn\.yaml' is no mapping"),
+        ({"torn": "just words"}, r"torn\.yaml' is not a mapping"),
         ({"torn": "include: nowhere.yaml\ntask: torn\n"}, r"torn\.yaml' includes 'nowhere\.yaml'"),
     ],
 )
@@ -284,8 +284,8 @@ def test_lm_eval_is_not_installed(monkeypatch):
     [
         ({"names": ()}, "no task is named"),
         ({"names": ("sums", "")}, "has no name"),
-        ({"names": ("sums",), "shots": -1}, "-1 examples"),
-        ({"names": ("sums",), "limit": 0}, "0 questions"),
+        ({"names": ("sums",), "shots": -1}, "--shots must be 0 or more, got -1"),
+        ({"names": ("sums",), "limit": 0}, "--limit must be 1 or more, got 0"),
     ],
 )
 def test_requests_out_of_range(request_options, message):

@@ -103,7 +103,7 @@ def test_refined_on_windows_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(HeldOutCheck, "divergence", lambda self, index: 0.0)  # so that nothing is undone
     result = compress(tiny_model("qwen2").double(), refine="regress", refine_options={**settings, "samples_factor": 2})
     tokens = tokenise("\n\n".join(TEXT), byte_tokenizer())
-    windows = draw_spread(tokens, 2 * SAMPLES, [16, 0], SAMPLES, SEQ_LEN, seed=0)
+    windows = draw_spread(tokens, 2 * SAMPLES, ([16, 0], SAMPLES), SEQ_LEN, seed=0)
     check_refined(result, tiny_model("qwen2").double(), 1, "none", rel=1e-8, windows=windows)
     assert not any("factors are refined on" in note for note in result.report["notes"])
     monkeypatch.undo()
@@ -142,7 +142,7 @@ def blocks_undone(report):
     notes = [note for note in report["notes"] if note.startswith("refining was undone in ")]
     assert len(notes) <= 1
     found = {int(part.split(":")[0]) for note in notes for part in note.split("with): ")[1].split("; ")}
-    assert all(note.startswith(f"refining was undone in {len(found)} of 3 blocks,") for note in notes)
+    assert all(note.startswith(f"refining was undone in {len(found)} of 3 blocks:") for note in notes)
     return found
 
 

@@ -155,8 +155,8 @@ def test_nan_is_never_nearer(calibration, monkeypatch):
 
 def test_steps_that_go_too_far_for_the_dtype_are_halved(calibration, monkeypatch):
     """In float16 the first trial overflows; the run goes on with what is finite."""
-    monkeypatch.setattr("slimrank.pipeline.stages.correction.LENGTH", 2.0**14)
-    monkeypatch.setattr("slimrank.pipeline.stages.correction.TRIALS", 20)
+    monkeypatch.setattr("slimrank.pipeline.stages.correction.FIRST_STEP_LENGTH", 2.0**14)
+    monkeypatch.setattr("slimrank.pipeline.stages.correction.MAX_TRIALS", 20)
     result = compress(tiny_model().to(torch.float16), calibration, corrections=1)
     assert bool(torch.isfinite(torch.cat([p.flatten() for p in result.model.parameters()])).all())
     (made,) = result.report["corrections"]

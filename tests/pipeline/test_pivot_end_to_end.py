@@ -280,7 +280,7 @@ def test_ranks_of_a_file_that_were_chosen_for_the_other_form_are_refused(form, o
 def test_plan_files_that_make_no_sense(change, tmp_path):
     content = {**compress().plan.model_dump(), **change}
     (tmp_path / "plan.json").write_text(json.dumps(content))
-    with pytest.raises(PlanError, match="is no rank plan"):
+    with pytest.raises(PlanError, match="is not a rank plan"):
         RankPlan.load(tmp_path / "plan.json")
 
 

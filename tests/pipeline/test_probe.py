@@ -49,7 +49,7 @@ def test_measurements_are_compared_and_stored_a_few_at_a_time(tmp_path, monkeypa
     whole = allocated("lems")
     groups, saved = [], []
     real, save = probe.ModelProbe._block, Stage.save
-    monkeypatch.setattr(probe, "HELD", 2 * SEARCH * (SEQ_LEN // 2) * 32 * 4)  # two final states
+    monkeypatch.setattr(probe, "MAX_HELD_BYTES", 2 * SEARCH * (SEQ_LEN // 2) * 32 * 4)  # two final states
     monkeypatch.setattr(
         probe.ModelProbe, "_block", lambda self, i, h, cuts: (groups.append(len(cuts)), real(self, i, h, cuts))[1]
     )

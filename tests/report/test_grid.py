@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from slimrank.linalg.lowrank import solve
-from slimrank.pipeline.stages.spectrum_store import POINTS, outline
-from slimrank.report import layer_grid as grid
+from slimrank.pipeline.stages.spectrum_store import OUTLINE_POINTS, outline
+from slimrank.report import layer_grid
 
 
 def row(block, role, rank, **more):
@@ -24,28 +24,28 @@ def of(*rows):
 
 
 def test_names_are_as_short_as_they_can_be():
-    assert grid.short_names(["attn.c_proj", "mlp.c_proj", "mlp.c_fc", "c_fc2"]) == {
+    assert layer_grid.short_names(["attn.c_proj", "mlp.c_proj", "mlp.c_fc", "c_fc2"]) == {
         "attn.c_proj": "attn.c_proj", "mlp.c_proj": "mlp.c_proj", "mlp.c_fc": "c_fc", "c_fc2": "c_fc2",
     }  # fmt: skip
-    assert grid.short_names(["up", "mlp.up"]) == {"up": "up", "mlp.up": "mlp.up"}
+    assert layer_grid.short_names(["up", "mlp.up"]) == {"up": "up", "mlp.up": "mlp.up"}
 
 
 def test_kept_counts_parameters_of_all_layers_of_a_cell():
     experts = [row(0, "experts.*.up", 1), row(0, "experts.*.up", "dense"), row(1, "experts.*.up", 1)]
-    found = grid.kept(of(row(1, "q", "dense"), *experts))
+    found = layer_grid.kept_fraction(of(row(1, "q", "dense"), *experts))
     assert found.kinds == ("q", "up")
     assert found.blocks == (0, 1)
     assert found.cells == ((None, 1.0), ((8 + 16) / 32, 0.5))
 
 
 def test_dense_layers_have_no_error():
-    (found,) = grid.errors(of(row(0, "q", "dense"), row(0, "up", 2), row(0, "up", "dense"))).values()
+    (found,) = layer_grid.errors(of(row(0, "q", "dense"), row(0, "up", 2), row(0, "up", "dense"))).values()
     assert found.cells == ((None,), (0.5,))
 
 
 def test_errors_are_before_and_after_where_any_layer_is_refined():
     refined = {"refined": {"before": 0.4, "after": 0.1, "ridge": 0.0}}
-    found = grid.errors(of(row(0, "q", 1, **refined), row(1, "q", 1)))
+    found = layer_grid.errors(of(row(0, "q", 1, **refined), row(1, "q", 1)))
     assert {title: g.cells for title, g in found.items()} == {
         "before refining": ((0.4, None),),
         "after refining": ((0.1, None),),
@@ -56,16 +56,16 @@ def test_spectra_are_of_the_first_the_middle_and_the_last_block_that_have_them()
     rows = [row(block, "q", 2) for block in range(7)] + [row(3, "lone", "dense")]
     record = of(*rows)
     record["spectra"] = {r["path"]: {"ranks": [1, 4], "errors": [1.0, 0.0]} for r in rows if r["block"] != 6}
-    found = grid.spectra(record)
+    found = layer_grid.spectra(record)
     assert [c.block for c in found["q"]] == [0, 3, 5]
-    assert found["q"][0].cut == (2, 0.5)
-    assert [(c.block, c.cut) for c in found["lone"]] == [(3, None)]
+    assert found["q"][0].taken == (2, 0.5)
+    assert [(c.block, c.taken) for c in found["lone"]] == [(3, None)]
 
 
 def test_only_the_largest_kinds_have_spectra():
-    rows = [row(0, f"kind{i}", 1, parameters_before=i) for i in range(grid.MOST + 3)]
+    rows = [row(0, f"kind{i}", 1, parameters_before=i) for i in range(layer_grid.MAX_SPECTRUM_KINDS + 3)]
     record = {"targets": rows, "spectra": {r["path"]: {"ranks": [1], "errors": [0.0]} for r in rows}}
-    assert list(grid.spectra(record)) == [f"kind{i}" for i in range(3, grid.MOST + 3)]
+    assert list(layer_grid.spectra(record)) == [f"kind{i}" for i in range(3, layer_grid.MAX_SPECTRUM_KINDS + 3)]
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (7, 5), (80, 200)])
@@ -75,7 +75,7 @@ def test_the_outline_of_a_spectrum_is_the_error_of_every_best_approximation(shap
     values = torch.linalg.svdvals(weight)
     assert found["ranks"][0] == 1
     assert found["ranks"][-1] == min(shape)
-    assert len(found["ranks"]) <= POINTS
+    assert len(found["ranks"]) <= OUTLINE_POINTS
     assert found["ranks"] == sorted(set(found["ranks"]))
     for rank, error in zip(found["ranks"], found["errors"], strict=True):
         exact = math.sqrt(float(values[rank:].square().sum() / values.square().sum()))

@@ -192,7 +192,7 @@ def test_without_matplotlib_the_page_says_what_would_bring_plots(record, tmp_pat
     assert all(f"note number {i}." in told for i in range(30))
     assert "and 22 more" in told
     with pytest.raises(slimrank.errors.MissingExtraError):
-        heat_map(slimrank.report.layer_grid.kept(record), "ranks")
+        heat_map(slimrank.report.layer_grid.kept_fraction(record), "ranks")
 
 
 @pytest.mark.parametrize("change", ["all dense", "not evaluated", "many blocks", "one layer"])

@@ -6,7 +6,7 @@ from helpers import VOCABULARY, tiny_model
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.targets import find_targets
-from slimrank.statistics.accumulators import CHUNK, GramSum
+from slimrank.statistics.accumulators import CHUNK_TOKENS, GramSum
 from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.collector import Collector
 
@@ -41,7 +41,7 @@ def test_gram_sum_and_count():
 
 
 def test_additive_over_chunks_shards_and_order():
-    x = torch.randn(2 * CHUNK + 100, 3, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2 * CHUNK_TOKENS + 100, 3, generator=torch.Generator().manual_seed(0))
     whole, a, b = (GramSum.empty(3) for _ in range(3))
     whole.add(x)
     a.add(x[:1000])

@@ -5,7 +5,7 @@ import torch
 
 from observed import random
 from slimrank.statistics.accumulators import GramSum
-from slimrank.statistics.experts import UNREACHED, lean_on_each_other, shrunk, trust_in_all
+from slimrank.statistics.experts import UNREACHED, shrink_rare_experts, shrunk, trust_in_all
 from slimrank.statistics.layer_statistics import LayerStatistics
 
 N, NEEDS = 6, frozenset({"column"})
@@ -22,7 +22,7 @@ def gathered(*rows):
 
 
 def lean(statistics, count):
-    lean_on_each_other(statistics, [{f"e.{i}": (4, N) for i in range(count)}], NEEDS)
+    shrink_rare_experts(statistics, [{f"e.{i}": (4, N) for i in range(count)}], NEEDS)
     return statistics
 
 
@@ -83,6 +83,6 @@ def test_the_order_of_experts_does_not_matter():
     rows = [random(9, N), random(20, N, seed=1), random(3, N, seed=2)]
     one = lean(gathered(*rows), 3)
     other = gathered(*rows)
-    lean_on_each_other(other, [{f"e.{i}": (4, N) for i in (2, 0, 1)}], NEEDS)
+    shrink_rare_experts(other, [{f"e.{i}": (4, N) for i in (2, 0, 1)}], NEEDS)
     for path in one:
         torch.testing.assert_close(one[path].inputs.gram, other[path].inputs.gram)

@@ -219,16 +219,16 @@ def test_padding_counts_for_nothing(anchor):
 
 
 def test_additive_over_chunks_and_order():
-    from slimrank.statistics.accumulators import CHUNK
+    from slimrank.statistics.accumulators import CHUNK_TOKENS
 
-    x, y = random(CHUNK + 50, 3), random(CHUNK + 50, 3, seed=1)
+    x, y = random(CHUNK_TOKENS + 50, 3), random(CHUNK_TOKENS + 50, 3, seed=1)
     whole, parts = StreamSums.empty(3, CPU, own=False), StreamSums.empty(3, CPU, own=False)
     assert whole.add(y, x)
     for part in (slice(700, None), slice(0, 700)):
         assert parts.add(y[part], x[part])
     close(whole.cross, x.double().T @ y.double(), 1e-6)
     close(parts.cross, whole.cross, 1e-6)
-    assert parts.inputs.count == whole.wanted.count == CHUNK + 50
+    assert parts.inputs.count == whole.wanted.count == CHUNK_TOKENS + 50
 
 
 @pytest.mark.parametrize("anchor", ANCHORS)

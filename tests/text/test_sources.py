@@ -168,7 +168,7 @@ def test_missing_sources(tmp_path, monkeypatch):
         read_source(tmp_path / "no.txt", "calibration")
     with pytest.raises(DataError, match="holds no text"):
         read_source(tmp_path, "calibration")
-    with pytest.raises(DataError, match="is no data set"):
+    with pytest.raises(DataError, match="is not a data set"):
         read_source("hub:", "calibration")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"slimrank\[data\]"):

@@ -12,7 +12,7 @@ from slimrank.budget.knapsack import solve
 from slimrank.budget.measured_curves import effect_of
 from slimrank.budget.problem import Problem
 
-NOISE = 1.0  # standard deviation of the logarithm of a layer's weight
+WEIGHT_LOG_DEVIATION = 1.0  # standard deviation of the logarithm of a layer's weight
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def additivity(problem: Problem, curves: Sequence[Curve], plans: int) -> Additiv
     random = np.random.default_rng(0)
     predicted, measured = [], []
     for _ in range(plans):
-        weights = np.exp(NOISE * random.normal(size=len(curves)))
+        weights = np.exp(WEIGHT_LOG_DEVIATION * random.normal(size=len(curves)))
         ranks = solve(*problem.in_units([c.scaled(float(w)) for c, w in zip(curves, weights, strict=True)])).ranks
         predicted.append(sum(float(c.errors[c.index(ranks[c.path])]) for c in curves))
         measured.append(effect_of(problem, ranks).kl)

@@ -18,13 +18,13 @@ from slimrank.budget.exact import one_each
 from slimrank.budget.hulls import Table, hull_steps
 from slimrank.budget.knapsack import Solution, check_feasible, fill, planned, solve
 
-LEVELS = 48  # sizes at which a block is solved
-SECONDS = 20.0
-NEAR = 1e-3  # relative gap at which the search among sizes stops
+BLOCK_SIZES = 48  # sizes at which a block is solved
+MAX_SECONDS = 20.0
+NEAR_GAP = 1e-3  # relative gap at which the search among sizes stops
 
 
 def solve_constrained(
-    curves: Sequence[Curve], budget: int, constraints: Constraints, seconds: float = SECONDS
+    curves: Sequence[Curve], budget: int, constraints: Constraints, seconds: float = MAX_SECONDS
 ) -> Solution:
     """Ranks of little total error within the budget that keep side constraints; the gap says how little.
 
@@ -54,7 +54,7 @@ def _plans(block: Block, smallest: Integers, constraints: Constraints) -> list[S
     first = planned(block.curves, smallest, 0.0)
     found = {first.cost: first}
     high = min(sum(int(c.costs[-1]) for c in block.curves), int(constraints.cap * block.whole))
-    for size in np.unique(np.linspace(first.cost, max(first.cost, high), LEVELS).astype(np.int64)):
+    for size in np.unique(np.linspace(first.cost, max(first.cost, high), BLOCK_SIZES).astype(np.int64)):
         plan = solve(block.curves, int(size))
         if plan.cost >= first.cost and plan.error <= found.get(plan.cost, plan).error:
             found[plan.cost] = plan
@@ -64,7 +64,7 @@ def _plans(block: Block, smallest: Integers, constraints: Constraints) -> list[S
 def _choose(
     plans: Sequence[Sequence[Solution]], whole: Integers, budget: int, constraints: Constraints, seconds: float
 ) -> list[int]:
-    """One plan for each block: the smallest of each where the solver, in so many seconds, finds none."""
+    """Return one plan for each block: the smallest of each where the solver, in so many seconds, finds none."""
     blocks = [
         Curve(
             f"block {b}",
@@ -80,7 +80,7 @@ def _choose(
         integrality=np.ones(len(errors)),
         bounds=Bounds(0, 1),
         constraints=[one_each(blocks), *rows([[b] for b in blocks], whole, budget, constraints)],
-        options={"time_limit": seconds, "mip_rel_gap": NEAR},
+        options={"time_limit": seconds, "mip_rel_gap": NEAR_GAP},
     )
     if found.x is None:
         return [0] * len(blocks)

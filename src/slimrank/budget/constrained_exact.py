@@ -1,4 +1,4 @@
-"""Plans with side constraints proven best, or as near to it as can be told in time."""
+"""Plans with side constraints proven best, or as near to the best as the time allows."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from scipy.optimize import Bounds, milp
 from slimrank.budget.constrained import filled, solve_constrained
 from slimrank.budget.constraints import Constraints, keeps, reachable_blocks, rows
 from slimrank.budget.curves import Curve
-from slimrank.budget.exact import SECONDS, TOLERANCE, one_each, solution_of
+from slimrank.budget.exact import GAP_TOLERANCE, MAX_SECONDS, one_each, solution_of
 from slimrank.budget.knapsack import Solution
 
 
 def solve_constrained_exactly(
-    curves: Sequence[Curve], budget: int, constraints: Constraints, seconds: float = SECONDS
+    curves: Sequence[Curve], budget: int, constraints: Constraints, seconds: float = MAX_SECONDS
 ) -> Solution:
-    """As `constrained.solve_constrained`, over all candidates of all curves at once (HiGHS).
+    """Solve as `constrained.solve_constrained`, over all candidates of all curves at once (HiGHS).
 
     What the best plan has no use for is spent as there: as far as the budget and the constraints let a target grow.
 
@@ -36,7 +36,7 @@ def solve_constrained_exactly(
         integrality=np.ones(len(errors)),
         bounds=Bounds(0, 1),
         constraints=[one_each(ordered), *sides],
-        options={"time_limit": seconds, "mip_rel_gap": TOLERANCE},
+        options={"time_limit": seconds, "mip_rel_gap": GAP_TOLERANCE},
     )
     if found.x is None:
         return known

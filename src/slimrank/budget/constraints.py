@@ -18,9 +18,9 @@ from slimrank.budget.ranks import Rank
 from slimrank.budget.subset_sums import Sums
 from slimrank.errors import BudgetError
 
-ROUNDING = 1e-9  # of a block
-EXACT = 1e-12  # of a block: rounding of single products
-DIGITS = 10**4  # of a fraction in a hint
+BLOCK_ROUNDING = 1e-9  # of a block
+BLOCK_TOLERANCE = 1e-12  # of a block: rounding of single products
+FRACTION_STEPS = 10**4  # of a fraction in a hint
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _blocks_of(curves: Sequence[Curve], constraints: Constraints) -> list[Block]
 
 
 def reachable_blocks(curves: Sequence[Curve], budget: int, constraints: Constraints) -> list[Block]:
-    """The blocks in order, which together have a plan that keeps the constraints within the budget.
+    """Return the blocks in order, which together have a plan that keeps the constraints within the budget.
 
     Raises:
         BudgetError: they have none.
@@ -95,16 +95,18 @@ def reachable_blocks(curves: Sequence[Curve], budget: int, constraints: Constrai
 
 
 def smallest_plan(blocks: Sequence[Block], constraints: Constraints) -> list[Integers] | None:
-    """The candidates of each block that store least of all that keep the constraints; None where none do.
+    """Return the candidates of each block that store least of all that keep the constraints; None where none do.
 
     From the last block up: what a block must keep for those after it, it must in every plan that falls with depth.
     """
     found: list[Integers] = []
     least = (0, 1)
     for block in reversed(blocks):
-        size = max(ceil(constraints.floor * block.whole * (1 - EXACT)), -(-least[0] * block.whole // least[1]))
+        size = max(
+            ceil(constraints.floor * block.whole * (1 - BLOCK_TOLERANCE)), -(-least[0] * block.whole // least[1])
+        )
         picks = block.sums.at_least(size)
-        if picks is None or block.sums.total(picks) > constraints.cap * block.whole * (1 + EXACT):
+        if picks is None or block.sums.total(picks) > constraints.cap * block.whole * (1 + BLOCK_TOLERANCE):
             return None
         found.append(picks)
         least = (block.sums.total(picks), block.whole) if constraints.monotone else least
@@ -116,7 +118,7 @@ def _stored(blocks: Sequence[Block], plan: Sequence[Integers]) -> int:
 
 
 def _reason(blocks: Sequence[Block], budget: int, constraints: Constraints, plan: Sequence[Integers] | None) -> str:
-    """Why no plan within the budget keeps the constraints, the smallest that keeps them being given."""
+    """Say why no plan within the budget keeps the constraints, the smallest that keeps them being given."""
     low, cap = constraints.floor, constraints.cap
     if low > cap:
         return f"the block_floor {low:g} is above the block_cap {cap:g}."
@@ -135,7 +137,7 @@ def _reason(blocks: Sequence[Block], budget: int, constraints: Constraints, plan
 
 
 def _reason_of(block: Block, constraints: Constraints) -> str:
-    """Why a block cannot keep its bounds."""
+    """Say why a block cannot keep its bounds."""
     if block.most < constraints.floor:
         return (
             f"block {block.number} keeps at most {block.most:.4f} of its parameters, at its largest ranks; "
@@ -166,19 +168,19 @@ def _disorder(blocks: Sequence[Block]) -> str | None:
 
 
 def _remedy(blocks: Sequence[Block], budget: int, constraints: Constraints) -> str:
-    """The nearest block_floor that a plan within the budget keeps, or else the nearest block_cap, or else both."""
+    """Return the nearest block_floor that a plan within the budget keeps, else the nearest block_cap, else both."""
 
     def kept(**changes: Any) -> bool:
         plan = smallest_plan(blocks, replace(constraints, **changes))
         return plan is not None and _stored(blocks, plan) <= budget
 
     if constraints.floor > 0 and kept(floor=0.0):
-        tried = range(floor(min(constraints.floor, constraints.cap) * DIGITS + ROUNDING) + 1)
-        refused = bisect_left(tried, True, key=lambda f: not kept(floor=f / DIGITS))
-        return f"a block_floor of at most {(refused - 1) / DIGITS:.4f}"
+        tried = range(floor(min(constraints.floor, constraints.cap) * FRACTION_STEPS + BLOCK_ROUNDING) + 1)
+        refused = bisect_left(tried, True, key=lambda f: not kept(floor=f / FRACTION_STEPS))
+        return f"a block_floor of at most {(refused - 1) / FRACTION_STEPS:.4f}"
     if constraints.cap < 1 and kept(cap=1.0):
-        first = bisect_left(range(DIGITS), True, key=lambda c: kept(cap=c / DIGITS))
-        return f"a block_cap of at least {first / DIGITS:.4f}"
+        first = bisect_left(range(FRACTION_STEPS), True, key=lambda c: kept(cap=c / FRACTION_STEPS))
+        return f"a block_cap of at least {first / FRACTION_STEPS:.4f}"
     if constraints.floor > 0 and kept(floor=0.0, cap=1.0):
         return f"no block_cap, and {_remedy(blocks, budget, replace(constraints, cap=1.0))}"
     if not constraints.monotone:
@@ -206,8 +208,10 @@ def rows(
 
 
 def keeps(blocks: Sequence[Block], ranks: Mapping[str, Rank], constraints: Constraints) -> bool:
-    """Whether a plan keeps all constraints."""
+    """Tell whether a plan keeps all constraints."""
     sizes = [sum(int(c.costs[c.index(ranks[c.path])]) for c in block.curves) for block in blocks]
     kept = np.array([size / block.whole for size, block in zip(sizes, blocks, strict=True)])
-    falls = not constraints.monotone or bool((np.diff(kept) <= ROUNDING).all())
-    return falls and bool((kept >= constraints.floor - ROUNDING).all() and (kept <= constraints.cap + ROUNDING).all())
+    falls = not constraints.monotone or bool((np.diff(kept) <= BLOCK_ROUNDING).all())
+    return falls and bool(
+        (kept >= constraints.floor - BLOCK_ROUNDING).all() and (kept <= constraints.cap + BLOCK_ROUNDING).all()
+    )

@@ -56,23 +56,23 @@ class Curve:
         return len(self.ranks)
 
     def rank(self, index: int) -> Rank:
-        """The rank of a candidate."""
+        """Return the rank of a candidate."""
         rank = int(self.ranks[index])
         return "dense" if rank == DENSE else rank
 
     def index(self, rank: Rank) -> int:
-        """The candidate of this rank.
+        """Return the candidate of this rank.
 
         Raises:
             PlanError: it is none.
         """
         found = np.flatnonzero(self.ranks == (DENSE if rank == "dense" else rank))
         if not len(found):
-            raise PlanError(f"rank {rank} is no candidate of '{self.path}'.")
+            raise PlanError(f"rank {rank} is not a candidate of '{self.path}'.")
         return int(found[0])
 
     def largest_within(self, cost: int) -> int:
-        """The candidate that stores most within a cost; -1 if none fits."""
+        """Return the candidate that stores most within a cost; -1 if none fits."""
         return int(np.searchsorted(self.costs, cost, side="right")) - 1
 
     def scaled(self, factor: float) -> Curve:
@@ -80,7 +80,7 @@ class Curve:
         return replace(self, errors=self.errors * factor)
 
     def choose(self, kept: NDArray[np.bool_]) -> Curve:
-        """Some of the candidates."""
+        """Return some of the candidates."""
         return Curve(self.path, self.ranks[kept], self.costs[kept], self.errors[kept])
 
 
@@ -108,7 +108,7 @@ class Limits:
             raise PlanError(f"ranks from {self.least} to {self.most} are asked for; there are none.")
 
     def both(self, other: Limits) -> Limits | None:
-        """What either allows; None where that is nothing."""
+        """Return what either allows; None where that is nothing."""
         bounded = self.most is not None or other.most is not None
         if self.dense or other.dense:
             return None if bounded else Limits(dense=True)
@@ -118,7 +118,7 @@ class Limits:
 
     @classmethod
     def all_of(cls, several: Iterable[Limits]) -> Limits:
-        """What all of several allow.
+        """Return what all of several allow.
 
         Raises:
             PlanError: nothing.
@@ -189,7 +189,7 @@ def tails(values: Floats, beyond: float, shape: tuple[int, int], path: str, powe
 
 
 def spectral_curve(path: str, tail: Floats, ranks: Integers, costs: Integers, weights: float = 1.0) -> Curve:
-    """The curve of a target from its tails: weights * T(r), and 0 for the dense weight."""
+    """Return the curve of a target from its tails: weights * T(r), and 0 for the dense weight."""
     kept = ranks < len(tail)
     ranks, costs = ranks[kept], costs[kept]
     errors = np.where(ranks == DENSE, 0.0, weights * tail[np.maximum(ranks, 0)])
@@ -197,7 +197,7 @@ def spectral_curve(path: str, tail: Floats, ranks: Integers, costs: Integers, we
 
 
 def isotonic(errors: Floats) -> Floats:
-    """The non-increasing sequence nearest to these errors in the least squares sense (pool adjacent violators)."""
+    """Return the non-increasing sequence nearest to these errors in least squares (pool adjacent violators)."""
     means: list[float] = []
     counts: list[int] = []
     for error in errors.tolist():

@@ -12,12 +12,12 @@ from slimrank.budget.curves import Curve, Floats
 from slimrank.budget.hulls import Table, hull_steps
 from slimrank.budget.knapsack import Solution, fill, planned, possible, relaxed, solve
 
-SECONDS = 120.0
-TOLERANCE = 1e-9  # relative gap at which HiGHS stops
+MAX_SECONDS = 120.0
+GAP_TOLERANCE = 1e-9  # relative gap at which HiGHS stops
 
 
-def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = SECONDS) -> Solution:
-    """As `knapsack.solve`, to the optimum, or as near to it as can be told in so many seconds (see the gap).
+def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = MAX_SECONDS) -> Solution:
+    """Solve as `knapsack.solve`, to the optimum, or as near to it as so many seconds allow (see the gap).
 
     Candidates that no optimum can hold, by their reduced cost in the relaxation, are left out beforehand. What the best
     plan has no use for is spent all the same, as far as a target can grow by it.
@@ -40,7 +40,7 @@ def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = SECONDS
         integrality=np.ones(len(errors)),
         bounds=Bounds(0, 1),
         constraints=[one_each(core), within],
-        options={"time_limit": seconds, "mip_rel_gap": TOLERANCE},
+        options={"time_limit": seconds, "mip_rel_gap": GAP_TOLERANCE},
     )
     if found.x is None:
         return known
@@ -53,7 +53,7 @@ def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = SECONDS
 
 
 def one_each(curves: Sequence[Curve]) -> LinearConstraint:
-    """One candidate of every curve, all candidates in a row."""
+    """Return one candidate of every curve, all candidates in a row."""
     lengths = [len(c) for c in curves]
     count = sum(lengths)
     matrix = csr_array((np.ones(count), np.arange(count), np.append(0, np.cumsum(lengths))), shape=(len(curves), count))
@@ -61,7 +61,7 @@ def one_each(curves: Sequence[Curve]) -> LinearConstraint:
 
 
 def solution_of(curves: Sequence[Curve], x: Floats, bound: float) -> Solution:
-    """The plan that a solver's variables say."""
+    """Return the plan that a solver's variables say."""
     ends = np.cumsum([len(c) for c in curves])
     picks = np.array([int(np.argmax(part)) for part in np.split(x, ends[:-1])])
     return planned(curves, picks, bound)

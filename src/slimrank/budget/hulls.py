@@ -28,7 +28,7 @@ class Table:
 
     @classmethod
     def of(cls, curves: Sequence[Curve]) -> Table:
-        """The table of some curves."""
+        """Return the table of some curves."""
         lengths = np.array([len(c) for c in curves], dtype=np.int64)
         costs = np.full((len(curves), int(lengths.max())), FAR)
         errors = np.full(costs.shape, np.inf)
@@ -69,14 +69,14 @@ class Steps:
         return float(self.gain[count] / self.cost[count]) if count < len(self.cost) else 0.0
 
     def picks(self, count: int) -> Integers:
-        """The plan after the first `count` steps."""
+        """Return the plan after the first `count` steps."""
         chosen = self.start.copy()
         np.maximum.at(chosen, self.row[:count], self.pick[:count])
         return chosen
 
 
 def hull_steps(table: Table) -> Steps:
-    """The steps of all rows."""
+    """Return the steps of all rows."""
     stack, sizes = _hulls(table)
     rows, places = np.nonzero(np.arange(stack.shape[1] - 1)[None, :] < (sizes - 1)[:, None])
     before, after = stack[rows, places], stack[rows, places + 1]

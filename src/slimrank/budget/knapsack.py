@@ -16,10 +16,10 @@ from slimrank.budget.hulls import Steps, Table, hull_steps
 from slimrank.budget.ranks import Rank
 from slimrank.errors import BudgetError
 
-ROUNDS = 40  # of exchanges; each one lowers the error
-BEYOND = 8  # steps beyond the budget that are tried, and made room for
-GOOD = 1e-5  # relative gap that is good enough
-SLIVER = 1e-9  # of the error: rounding
+MAX_EXCHANGE_ROUNDS = 40  # of exchanges; each one lowers the error
+STEPS_BEYOND_BUDGET = 8  # steps beyond the budget that are tried, and made room for
+GOOD_GAP = 1e-5  # relative gap that is good enough
+ERROR_ROUNDING = 1e-9  # of the error: rounding
 
 
 Room = Callable[[Integers], Integers]
@@ -76,7 +76,7 @@ def solve(curves: Sequence[Curve], budget: int) -> Solution:
     count, bound = relaxed(table, steps, budget)
     picks = steps.picks(count)
     fill(table, picks, budget)
-    if table.total(picks)[1] - bound > GOOD * table.total(picks)[1]:
+    if table.total(picks)[1] - bound > GOOD_GAP * table.total(picks)[1]:
         core = possible(ordered, bound, table.total(picks)[1], steps.price(count))
         better = _best_start(core, budget, bound)
         picks = np.array([c.index(core[i].rank(p)) for i, (c, p) in enumerate(zip(ordered, better, strict=True))])
@@ -86,7 +86,7 @@ def solve(curves: Sequence[Curve], budget: int) -> Solution:
 
 
 def planned(curves: Sequence[Curve], picks: Integers, bound: float) -> Solution:
-    """The plan of one candidate for each curve."""
+    """Return the plan of one candidate for each curve."""
     cost, error = Table.of(curves).total(picks)
     ranks = {curve.path: curve.rank(int(pick)) for curve, pick in zip(curves, picks, strict=True)}
     return Solution(ranks, cost, error, min(bound, error))
@@ -95,12 +95,12 @@ def planned(curves: Sequence[Curve], picks: Integers, bound: float) -> Solution:
 def possible(curves: Sequence[Curve], bound: float, error: float, price: float) -> list[Curve]:
     """Candidates that a plan of less than this error may hold, by their reduced cost at the price of a parameter."""
     reduced = [curve.errors + price * curve.costs for curve in curves]
-    room = max(error - bound, 0.0) + SLIVER * error
+    room = max(error - bound, 0.0) + ERROR_ROUNDING * error
     return [curve.choose(r - r.min() <= room) for curve, r in zip(curves, reduced, strict=True)]
 
 
 def trade_off(curves: Sequence[Curve]) -> TradeOff:
-    """The whole path of error against size at once."""
+    """Return the whole path of error against size at once."""
     table = Table.of(sorted(curves, key=lambda curve: curve.path))
     steps = hull_steps(table)
     cost, error = table.total(steps.start)
@@ -109,7 +109,7 @@ def trade_off(curves: Sequence[Curve]) -> TradeOff:
 
 
 def in_parameters(parameters: int) -> str:
-    """A budget, in words."""
+    """Return a budget, in words."""
     return f"a budget of at least {parameters} parameters"
 
 
@@ -138,7 +138,7 @@ def check_feasible(
 
 
 def relaxed(table: Table, steps: Steps, budget: int) -> tuple[int, float]:
-    """How many steps fit in a row, and the optimum of the linear relaxation.
+    """Tell how many steps fit in a row, and the optimum of the linear relaxation.
 
     That is taken from the errors that remain: less all gains from the first errors, it would be lost in their rounding
     where one of them is huge.
@@ -159,12 +159,12 @@ def _best_start(curves: Sequence[Curve], budget: int, bound: float) -> Integers:
     steps = hull_steps(table)
     count, _ = relaxed(table, steps, budget)
     best, least = steps.picks(count), np.inf
-    for n in range(count, min(count + BEYOND, len(steps.cost)) + 1):
+    for n in range(count, min(count + STEPS_BEYOND_BUDGET, len(steps.cost)) + 1):
         picks = _improved(table, steps.picks(n), budget)
         error = table.total(picks)[1]
         if error < least:
             best, least = picks, error
-        if least - bound <= GOOD * least:
+        if least - bound <= GOOD_GAP * least:
             break
     return best
 
@@ -211,7 +211,7 @@ def fill(table: Table, picks: Integers, budget: int, room: Room | None = None) -
 
 def _exchange(table: Table, picks: Integers, budget: int) -> None:
     """Fill, then let one row give what another gains more by, as long as that helps. In place."""
-    for _ in range(ROUNDS):
+    for _ in range(MAX_EXCHANGE_ROUNDS):
         fill(table, picks, budget)
         better = _best_exchange(table, picks, budget - table.total(picks)[0])
         if better is None:
@@ -245,7 +245,7 @@ def _best_exchange(table: Table, picks: Integers, left: int) -> list[tuple[int, 
 
 
 def _moves(table: Table, picks: Integers) -> tuple[Integers, Floats]:
-    """What each candidate would cost and gain in place of the one picked; one beyond the end of a row fits nowhere."""
+    """Return what each candidate would cost and gain instead of the one picked; beyond the end of a row none fits."""
     rows = np.arange(len(picks))[:, None]
     now = picks[:, None]
     return table.costs - table.costs[rows, now], table.errors[rows, now] - table.errors

@@ -12,8 +12,8 @@ from slimrank.budget.problem import Effect, Item, Problem
 from slimrank.budget.ranks import Rank
 from slimrank.errors import NonFiniteError, PlanError
 
-LEAST = 1e-9  # nats; what is less is rounding
-FLOOR = 1e-6  # of a layer's energy; what is less is rounding
+MIN_NATS = 1e-9  # nats; what is less is rounding
+MIN_ENERGY_SHARE = 1e-6  # of a layer's energy; what is less is rounding
 
 
 def anchor_ranks(problem: Problem, item: Item, fractions: Sequence[float]) -> list[int]:
@@ -66,15 +66,15 @@ def anchored_curves(problem: Problem, anchors: Sequence[float]) -> list[Curve]:
 
 
 def _anchored(curve: Curve, tail: Floats, ranks: Sequence[int], effects: Sequence[Effect]) -> Curve:
-    lost = np.maximum(tail[ranks], max(FLOOR * tail[0], np.finfo(float).tiny))
-    ratio = np.log(np.maximum([e.kl for e in effects], LEAST)) - np.log(lost)
+    lost = np.maximum(tail[ranks], max(MIN_ENERGY_SHARE * tail[0], np.finfo(float).tiny))
+    ratio = np.log(np.maximum([e.kl for e in effects], MIN_NATS)) - np.log(lost)
     factor = np.exp(np.interp(curve.ranks, ranks, ratio))
     return replace(curve, errors=_falling(curve.errors * factor, curve))
 
 
 def _telling(tail: Floats, ranks: Sequence[int]) -> list[int]:
     """Ranks, those at which nothing is lost moved down to the last at which something is."""
-    last = int((tail >= FLOOR * tail[0]).sum()) - 1
+    last = int((tail >= MIN_ENERGY_SHARE * tail[0]).sum()) - 1
     return sorted({max(1, min(rank, last)) for rank in ranks})
 
 
@@ -88,7 +88,7 @@ def interpolated_curves(problem: Problem, fractions: Sequence[float]) -> list[Cu
     measured = measure(problem, ranks)
     base = effect_of(problem, {item.path: "dense" for item in problem.items}).nll
     rises = {path: [effect.nll - base for effect in effects] for path, effects in measured.items()}
-    worst = max([LEAST, *(rise for some in rises.values() for rise in some)])
+    worst = max([MIN_NATS, *(rise for some in rises.values() for rise in some)])
     return [
         _interpolated(curve, [*ranks[item.path], min(item.shape)], rises[item.path], worst)
         if item.path in rises

@@ -32,7 +32,7 @@ def least_maximum(curves: Sequence[Curve], budget: int) -> Integers:
 
 
 def by_path(curves: Sequence[Curve]) -> list[int]:
-    """The order of the paths, in which ties are broken: that of the curves does not matter."""
+    """Return the order of the paths, in which ties are broken: that of the curves does not matter."""
     return sorted(range(len(curves)), key=lambda i: curves[i].path)
 
 
@@ -52,5 +52,5 @@ def grow_worst(table: Table, picks: Integers, budget: int) -> Integers:
 
 
 def _within(table: Table, theta: float) -> Integers:
-    """The cheapest candidate of each row with an error of at most theta, or of the row's least error."""
+    """Return the cheapest candidate of each row with an error of at most theta, or of the row's least error."""
     return np.argmax(table.errors <= np.maximum(theta, table.errors.min(axis=1))[:, None], axis=1)

@@ -85,10 +85,10 @@ class Probe(Protocol):
         """Of each decoder block: the mean over tokens of the cosine of its input and its output."""
 
     def factors(self, path: str) -> tuple[Tensor, Tensor]:
-        """A and B of a target at its full rank, float32."""
+        """Return A and B of a target at its full rank, float32."""
 
     def batches(self) -> int:
-        """How many batches of search tokens there are."""
+        """Tell how many batches of search tokens there are."""
 
     def loss(self, transforms: Mapping[str, Transform], batch: int) -> Tensor:
         """Next-token loss in nats a token, differentiable by what the transforms depend on."""
@@ -182,7 +182,7 @@ class Problem:
         ]
 
     def needed(self, bits: int) -> str:
-        """The budget that allows so many bits, in the unit that it was stated in, rounded up."""
+        """Return the budget that allows so many bits, in the unit that it was stated in, rounded up."""
         targets = sum(item.bits for item in self.items)
         stated = self.stated or Budget("keep_ratio", self.budget / targets, targets, targets)
         return stated.needed(bits)
@@ -198,7 +198,7 @@ class Problem:
         check_feasible(counted, budget, lambda count: self.needed(count * self.unit), self.noun)
 
     def measured(self) -> Probe:
-        """The probe, which an allocator that asks for it has."""
+        """Return the probe, which an allocator that asks for it has."""
         assert self.probe is not None
         return self.probe
 

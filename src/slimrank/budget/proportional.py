@@ -54,7 +54,7 @@ def bounds(problem: Problem) -> tuple[Floats, Floats]:
 
 
 def floors(problem: Problem, shares: Floats) -> Integers:
-    """The largest candidate within the share of each target, in bits; -1 where none fits."""
+    """Return the largest candidate within the share of each target, in bits; -1 where none fits."""
     return np.array(
         [
             np.searchsorted(costs, share + SLIVER * problem.unit, side="right") - 1
@@ -90,7 +90,7 @@ def ranks_from_fractions(problem: Problem, fractions: Floats) -> dict[str, Rank]
 
 
 def _whole(problem: Problem, fractions: Floats, low: Floats, high: Floats) -> NDArray[np.bool_]:
-    """Which targets are to keep all of themselves and can, besides the smallest ranks of all others."""
+    """Tell which targets are to keep all of themselves and can, besides the smallest ranks of all others."""
     extra = np.rint((high - low) * problem.sizes)
     left = problem.budget - np.rint(low * problem.sizes).sum()
     chosen = np.zeros(len(fractions), dtype=bool)

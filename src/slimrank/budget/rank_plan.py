@@ -208,7 +208,7 @@ class RankPlan(BaseModel):
             raise PlanError(f"the plan lacks {len(missing)} targets, e.g. '{missing[0]}'.", _MAKE)
         for path, target in self.targets.items():
             if path not in shapes:
-                raise PlanError(f"the plan names '{path}', which is no target of the model.", nearest(path, shapes))
+                raise PlanError(f"the plan names '{path}', which is not a target of the model.", nearest(path, shapes))
             if target.shape != tuple(shapes[path]):
                 raise PlanError(
                     f"'{path}' is {target.shape} in the plan and {tuple(shapes[path])} in the model.", _MAKE
@@ -261,7 +261,7 @@ class RankPlan(BaseModel):
             first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
             where = ".".join(map(str, first["loc"])) or "the file"
             raise PlanError(
-                f"'{path}' is no rank plan: {where}: {first['msg']}.", "slimrank plan MODEL --save FILE"
+                f"'{path}' is not a rank plan: {where}: {first['msg']}.", "slimrank plan MODEL --save FILE"
             ) from error
 
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Literal
 
-DIGITS = 10**4  # of a fraction in a hint
+FRACTION_STEPS = 10**4  # of a fraction in a hint
 BYTE_BITS = 8
 
 
@@ -58,7 +58,7 @@ class Budget:
         if self.option == "max_bytes":
             return f"a max_bytes of at least {ceil(Fraction(bits, BYTE_BITS)) + self.besides}{taken}"
         stored = ceil(Fraction(bits, self.width)) + self.rest
-        least = Fraction(ceil(Fraction(stored, self._whole) * DIGITS), DIGITS)
+        least = Fraction(ceil(Fraction(stored, self._whole) * FRACTION_STEPS), FRACTION_STEPS)
         if least > 1:
             return f"less to store: no {self.option} is enough{taken}"
         return f"a {self.option} of at least {float(least):.4f}{taken}"

@@ -32,7 +32,7 @@ class Sums:
 
     @classmethod
     def of(cls, costs: Sequence[Integers]) -> Sums:
-        """All sums."""
+        """Return all sums."""
         above = [c - c[0] for c in costs]
         span = sum(int(c[-1]) for c in above)
         unit = max(int(np.gcd.reduce(np.concatenate(above))), -(-span // min(MOST, ROOM // len(costs))), 1)
@@ -51,12 +51,12 @@ class Sums:
         return picks if self.total(picks) >= size else np.array([len(c) - 1 for c in self.costs])
 
     def at_most(self, size: int) -> int:
-        """The largest sum within a size, or the smallest sum."""
+        """Return the largest sum within a size, or the smallest sum."""
         within = np.flatnonzero(self.reached[-1][: max(0, size - self._smallest) // self.unit + 1])
         return self._smallest + int(within[-1]) * self.unit
 
     def total(self, picks: Integers) -> int:
-        """What candidates store."""
+        """Return what candidates store."""
         return sum(int(c[pick]) for c, pick in zip(self.costs, picks, strict=True))
 
     @property
@@ -76,6 +76,6 @@ class Sums:
 
 
 def _unpacked(bits: int) -> NDArray[np.bool_]:
-    """Whether each bit is set, lowest first."""
+    """Tell whether each bit is set, lowest first."""
     packed = np.frombuffer(bits.to_bytes(-(-bits.bit_length() // 8), "little"), dtype=np.uint8)
     return np.unpackbits(packed, count=bits.bit_length(), bitorder="little").astype(np.bool_)

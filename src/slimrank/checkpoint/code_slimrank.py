@@ -33,7 +33,7 @@ def code_of(about: Mapping[str, Any]) -> set[str]:
 
 
 def copy_code(folder: Path, names: Iterable[str]) -> None:
-    """Copy Python modules, and what they import of their own, into a folder that holds nothing but such copies.
+    """Copy Python modules, and what they import of their own, into a folder that holds only such copies.
 
     What cannot stand there, e.g. a script that imports more of slimrank, is left out with a warning: the model then
     loads only where that was imported before.
@@ -54,7 +54,7 @@ def copy_code(folder: Path, names: Iterable[str]) -> None:
 
 
 def _with_imports(name: str) -> dict[str, ModuleType]:
-    """The module, and all that it and they import of their own, by the names of their files."""
+    """Return the module, and all that it and they import of their own, by the names of their files."""
     found: dict[str, ModuleType] = {}
     left = [importlib.import_module(name)]
     while left:
@@ -70,7 +70,7 @@ def _with_imports(name: str) -> dict[str, ModuleType]:
 
 
 def _reason_against(files: Mapping[str, ModuleType], known: Mapping[str, ModuleType]) -> str:
-    """Why modules cannot be copied; empty if they can."""
+    """Say why modules cannot be copied; empty if they can."""
     for stem, module in files.items():
         if not _has_file(module):
             return f"'{module.__name__}' is not a file that others can import"
@@ -82,7 +82,7 @@ def _reason_against(files: Mapping[str, ModuleType], known: Mapping[str, ModuleT
 
 
 def _copied(module: ModuleType) -> bool:
-    """Whether a module of slimrank is made to be copied, which its first lines say."""
+    """Tell whether a module of slimrank is made to be copied, which its first lines say."""
     return not module.__name__.startswith("slimrank.") or "Copied into" in str(module.__doc__)
 
 

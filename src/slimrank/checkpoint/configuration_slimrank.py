@@ -1,4 +1,4 @@
-"""Configuration of a compressed model. Copied into every saved model; imports nothing but transformers.
+"""Configuration of a compressed model. Copied into every saved model; imports only transformers.
 
 On disk, config.json has `model_type: slimrank`, so that a transformers that knows nothing of slimrank refuses
 the model instead of filling it with random weights. The configuration of the original architecture lies inside,
@@ -34,7 +34,7 @@ class SlimRankConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The native configuration (a `CompressedConfig` of the base architecture) out of config.json.
+        """Return the native configuration (a `CompressedConfig` of the base architecture) out of config.json.
 
         Raises:
             ValueError: the file was written by a newer slimrank, or lacks what slimrank writes.
@@ -49,7 +49,7 @@ class SlimRankConfig(PreTrainedConfig):
 
 
 def flatten(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the native configuration, and those of slimrank, out of config.json.
+    """Return the fields of the native configuration, and those of slimrank, out of config.json.
 
     Raises:
         ValueError: the file was written by a newer slimrank, or lacks what slimrank writes.
@@ -115,7 +115,7 @@ def _unpickle(base_model_type: str, state: dict[str, Any]) -> Any:
 
 @functools.cache
 def compressed_config_class(base_model_type: str) -> Any:
-    """The native configuration class of that model type, with `CompressedConfig` mixed in.
+    """Return the native configuration class of that model type, with `CompressedConfig` mixed in.
 
     Raises:
         ValueError: this version of transformers does not know the architecture.

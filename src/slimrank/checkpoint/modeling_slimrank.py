@@ -57,14 +57,14 @@ def _native_class(config: Any) -> Any:
 
 
 def native_classes(config_class: Any) -> list[Any]:
-    """The classes that transformers builds of a configuration: language models, also those that read images."""
+    """Return the classes that transformers builds of a configuration: language models, also those that read images."""
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     return [mapping[config_class] for mapping in mappings if config_class in mapping]
 
 
 @functools.cache
 def _changed_class(native: Any) -> Any:
-    """A subclass of the native class whose constructor makes all transforms, for the time of loading."""
+    """Return a subclass of the native class whose constructor makes all transforms, for the time of loading."""
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         native.__init__(self, config, *args, **kwargs)

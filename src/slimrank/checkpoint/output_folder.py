@@ -118,7 +118,7 @@ class OutputFolder:
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
-        """A temporary folder to write into; it becomes the output folder when the context ends without an error.
+        """Yield a temporary folder to write into; it becomes the output folder when the context ends without an error.
 
         Raises:
             OutputError: the disk is full or cannot be written; nothing is left behind.
@@ -265,7 +265,7 @@ def _written_by_us(folder: Path) -> list[str]:
 
 
 def _folders(names: list[str]) -> set[str]:
-    """The folders inside an output folder that files of these names lie in."""
+    """Return the folders inside an output folder that files of these names lie in."""
     return {str(parent) for name in names for parent in PurePosixPath(name).parents if parent.name}
 
 

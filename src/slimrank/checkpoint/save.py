@@ -36,7 +36,7 @@ def check_loadable(model: Any) -> None:
     known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401 (its get() is not lazy)
     if known is None or type(config) is not known or type(model) not in native_classes(known):
         raise ModelError(
-            f"{type(model).__name__} (model_type '{model_type}') is no language model of transformers itself, "
+            f"{type(model).__name__} (model_type '{model_type}') is not a language model of transformers itself, "
             "so its compressed form could not be loaded again.",
             "AutoModelForCausalLM.from_pretrained without code of the model's own",
         )
@@ -60,7 +60,7 @@ def _check_adapters(model: Any) -> None:
 def replace_linears(
     model: nn.Module, members: Sequence[tuple[tuple[str, ...], Tensor]], A: Tensor, form: str = "pair"
 ) -> None:
-    """Replace linear layers that share a factor A (mostly a single one), cast once to the dtype of their weights.
+    """Replace linear layers that share a factor A (usually a single one), cast once to the dtype of their weights.
 
     Args:
         model: changed in place.

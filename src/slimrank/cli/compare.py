@@ -88,7 +88,7 @@ def _show(record: dict[str, Any], out: Path) -> None:
 
     headings, *lines = headline(record)
     print_numbers(f"on {record['texts'][0]}", headings, lines, _SPARE)
-    print_text("* no cell of fewer parameters is better. KL: nats a token from the original. decode: over the original")
+    print_text("* marks Pareto-optimal cells. KL: nats a token from the original. decode: over the original")
     for name, message, hint in failures(record):
         print_text(f"{name} failed: {message} ({hint})")
     print_text(f"written to {out}: comparison.html, comparison.md, comparison.json")

@@ -28,7 +28,7 @@ class Cell:
     options: Mapping[str, Any]
 
     def recipe(self) -> Recipe:
-        """The recipe, which measures nothing by itself.
+        """Return the recipe, which measures nothing by itself.
 
         Raises:
             RecipeError: an unknown option, a value out of range, or no budget; it names the cell.
@@ -54,7 +54,7 @@ def grid(
     keep_ratios: Sequence[float],
     shared: Mapping[str, Any],
 ) -> list[Cell]:
-    """Every method with every allocation, and every preset, at every keep_ratio; `shared` holds for all of them.
+    """Return every method with every allocation, and every preset, at every keep_ratio; `shared` holds for all of them.
 
     Raises:
         RecipeError: an unknown preset, nothing to keep, allocations without methods, or something shared that the grid
@@ -77,7 +77,7 @@ def grid(
 
 
 def from_files(paths: Iterable[Path], keep_ratios: Sequence[float], shared: Mapping[str, Any]) -> list[Cell]:
-    """A recipe file at its own budget, or at every keep_ratio that is given.
+    """Return a cell for each recipe file at its own budget, or at every keep_ratio that is given.
 
     Raises:
         RecipeError: a file that cannot be read, or something shared that `compare` says otherwise.
@@ -94,7 +94,7 @@ def from_files(paths: Iterable[Path], keep_ratios: Sequence[float], shared: Mapp
 
 
 def _check_shared(shared: Mapping[str, Any], elsewhere: Mapping[str, str], keep_ratios: Sequence[float]) -> None:
-    """Refuse options that would replace what names a cell, or be replaced without a word."""
+    """Refuse options that would replace what names a cell, or be replaced silently."""
     instead = {**elsewhere, **(dict.fromkeys(BUDGETS, "--keep") if keep_ratios else {})}
     for name in shared:
         if name in instead:

@@ -23,7 +23,7 @@ WINDOWS = ("calibration", "samples", "seq_len", "seed")
 
 
 def check_cells(model: str | Path, cells: Sequence[Cell], measured: Measurement) -> None:
-    """Refuse what can be told without weights: names, options, budgets.
+    """Refuse what needs no weights to be refused: names, options, budgets.
 
     Raises:
         RecipeError: no cell, two of the same name, or a recipe that cannot work.

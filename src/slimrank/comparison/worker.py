@@ -42,12 +42,12 @@ from slimrank.text.texts import found_note, window_length
 from slimrank.text.tokens import bos_of, tokenise
 from slimrank.text.windows import tokens_digest
 
-MEMORY = "keep less in memory: a smaller --seq-len or --samples, --set batch_size=1, or --dtype bfloat16"
+MEMORY_HINT = "keep less in memory: a smaller --seq-len or --samples, --set batch_size=1, or --dtype bfloat16"
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as allocators put it
 
 
 def dense_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """What the original makes of texts and tasks."""
+    """Measure the original on texts and tasks."""
     model, tokenizer = load(asked["model"], asked["dtype"], progress)
     suite = _suite(asked, model, tokenizer, progress)
     device = resolve_device(asked["device"])
@@ -59,7 +59,7 @@ def dense_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 
 def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """What a recipe makes of the model, what that makes of texts and tasks, and how it differs from the original."""
+    """Compress the model by a recipe, measure the result on texts and tasks, and compare it with the original."""
     start = time.perf_counter()
     recipe = Recipe.make(asked["options"])
     result = compress(asked["model"], recipe=recipe, run_dir=asked["run_dir"], progress=progress, keep_statistics=True)
@@ -70,13 +70,13 @@ def cell_record(asked: dict[str, Any], progress: Progress) -> dict[str, Any]:
     texts, tasks = replace(suite, tasks=None), replace(suite, texts={})
     with placed([result.model, dense], resolve_device(asked["device"]), upcast=False):
         measured, against = compare(result.model, dense, tokenizer, texts, progress)
-        answers = measure(result.model, tokenizer, tasks, progress)["tasks"]
+        results = measure(result.model, tokenizer, tasks, progress)["tasks"]
         speed, dense_speed = measure_speeds([result.model, dense])
         shown = _shown(result.model, tokenizer, suite)
     return {
         "texts": measured["texts"],
         "against": against["texts"],
-        "tasks": answers,
+        "tasks": results,
         "keep_ratio": result.report["size"]["keep_ratio"],
         "keep_total": result.report["size"]["keep_total"],
         "speed": asdict(speed),
@@ -115,7 +115,7 @@ def _overlaps(report: dict[str, Any], recipe: Recipe, tokenizer: Any, suite: Sui
 
 
 def _shown(model: Any, tokenizer: Any, suite: Suite) -> dict[str, Any]:
-    """Its size, and how it goes on from the beginning of the first text."""
+    """Return size of a model, and how it goes on from the beginning of the first text."""
     return {
         "parameters": parameters_of(model),
         "bytes": saved_bytes(model),
@@ -159,7 +159,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def main() -> None:
-    """Do what the first line of stdin says, and write what came of it, an error included."""
+    """Do what the first line of stdin says, and write the record, or the error, to a file."""
     asked = json.loads(sys.stdin.readline())
     _watch_stdin()
     made: dict[str, Any] = {"request": asked["key"], "error": None}
@@ -170,7 +170,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        made["error"] = {"type": "MemoryError", "message": f"out of memory: {error}", "hint": MEMORY}
+        made["error"] = {"type": "MemoryError", "message": f"out of memory: {error}", "hint": MEMORY_HINT}
     write_text(Path(asked["result"]), json.dumps(made))
 
 

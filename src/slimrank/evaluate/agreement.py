@@ -1,7 +1,7 @@
 """How far a model is from the one it was made of, on text: perplexity of both, divergence, and the same first choice.
 
-None of it but the perplexities needs labels: where a compressed model differs from the original, it is the original
-that is right by definition.
+Only the perplexities need labels: where a compressed model differs from the original, the original is right by
+definition.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _differences(found: Tensor, expected: Tensor) -> tuple[float, int]:
 def _summed(kl: float, same: int, model: Perplexity, dense: Perplexity) -> Agreement:
     if not math.isfinite(kl):
         raise NonFiniteError(
-            "the divergence of the model from the other is no number: some logits are infinite.",
+            "the divergence of the model from the other is not a number: some logits are infinite.",
             "evaluate in float32 (--dtype float32)",
         )
     return Agreement(kl / model.tokens, 100 * same / model.tokens, model, dense)

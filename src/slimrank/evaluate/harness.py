@@ -42,7 +42,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """The global seeds that the command `lm_eval` sets, by which some tasks shuffle; those of the caller afterwards."""
+    """Set the global seeds of the command `lm_eval`, by which some tasks shuffle; restore the caller's afterwards."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     python, numpy = random.getstate(), np.random.get_state()
@@ -58,7 +58,7 @@ def seeded() -> Iterator[None]:
 
 
 def language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
-    """A loaded model as lm-evaluation-harness asks it; its `cut` counts the prompts that the context did not hold.
+    """Wrap a loaded model for lm-evaluation-harness; its `cut` counts the prompts that the context did not hold.
 
     The tokenizer is copied, since it may be given a padding token.
     """

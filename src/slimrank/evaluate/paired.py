@@ -56,7 +56,7 @@ def paired(model: Sequence[float], dense: Sequence[float], seed: int = 0) -> Pai
         seed: of the bootstrap.
 
     Raises:
-        DataError: fewer than two items, from which no spread can be told.
+        DataError: fewer than two items, which show no spread.
     """
     differences = np.subtract(model, dense, dtype=np.float64)
     if len(differences) < MIN_ITEMS:
@@ -80,7 +80,7 @@ def _interval(differences: NDArray[np.float64], mean: float, seed: int) -> tuple
 
 
 def check_windows(windows: int | None) -> None:
-    """Whether so many windows of each text (None: all of them) can be enough to compare models on.
+    """Make sure that so many windows of each text (None: all of them) are enough to compare models on.
 
     Raises:
         DataError: fewer than two.
@@ -90,7 +90,7 @@ def check_windows(windows: int | None) -> None:
 
 
 def resampled_means(values: NDArray[np.float64], seed: int, resamples: int = RESAMPLES) -> NDArray[np.float64]:
-    """Means of samples drawn from `values` with replacement, each as large as `values`; the same for the same seed."""
+    """Return means of samples drawn with replacement, each as large as `values`; the same for the same seed."""
     generator = np.random.default_rng(seed)
     rows = max(1, MAX_INDICES_AT_ONCE // len(values))
     counts = [min(rows, resamples - start) for start in range(0, resamples, rows)]
@@ -121,7 +121,7 @@ def compare_perplexities(model: Perplexity, dense: Perplexity) -> dict[str, Any]
 def compare_tasks(
     model: Mapping[str, TaskResult], dense: Mapping[str, TaskResult]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """The records of two models on the same questions, by task and metric.
+    """Compare two models on the same questions, by task and metric.
 
     Only metrics that are the mean of one number a question are compared (not, say, a perplexity over all of them), and
     none of fewer than two questions (see `too_few`).
@@ -140,11 +140,11 @@ def compare_tasks(
     }
 
 
-def too_few(answers: Mapping[str, TaskResult]) -> dict[str, list[str]]:
-    """Metrics of so few questions that no spread can be told from them, by task: `compare_tasks` leaves these out."""
+def too_few(results: Mapping[str, TaskResult]) -> dict[str, list[str]]:
+    """Return the metrics, by task, of fewer than two questions; they have no spread, so `compare_tasks` omits them."""
     found = {
         task: [metric for metric, values in result.questions.items() if len(values) < MIN_ITEMS]
-        for task, result in answers.items()
+        for task, result in results.items()
     }
     return {task: metrics for task, metrics in found.items() if metrics}
 

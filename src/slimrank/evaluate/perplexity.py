@@ -39,7 +39,7 @@ class Perplexity:
 
 
 def perplexity(model: Any, windows: Tensor, bos: bool = False, progress: Progress | None = None) -> Perplexity:
-    """Perplexity of a model on windows of tokens (windows x seq_len), where the model is.
+    """Measure the perplexity of a model on windows of tokens (windows x seq_len), where the model is.
 
     Log-probabilities in float32, sums in float64; every window counts alike.
 
@@ -60,7 +60,7 @@ def perplexity(model: Any, windows: Tensor, bos: bool = False, progress: Progres
 
 
 def check_windows(windows: Tensor) -> None:
-    """Whether windows (windows x seq_len) leave something to predict.
+    """Make sure that windows (windows x seq_len) leave something to predict.
 
     Raises:
         DataError: they do not.
@@ -71,13 +71,13 @@ def check_windows(windows: Tensor) -> None:
 
 
 def windows_at_once(model: Any, seq_len: int) -> int:
-    """How many windows to run at a time, so that their logits stay small; at least one."""
+    """Return how many windows to run at a time, so that their logits stay small; at least one."""
     vocabulary = model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() else 2**16
     return max(1, LOGITS_AT_ONCE // (seq_len * vocabulary))
 
 
 def window_nll(model: nn.Module, logits: Tensor, ids: Tensor, first: int) -> list[float]:
-    """Mean negative log-likelihood of each window of `ids`, from its logits; `first` is the number of the first.
+    """Return the mean negative log-likelihood of each window of `ids`; `first` is the number of the first window.
 
     Raises:
         NonFiniteError: NaN or infinity in the logits.
@@ -98,7 +98,7 @@ def window_nll(model: nn.Module, logits: Tensor, ids: Tensor, first: int) -> lis
 
 
 def summary(nll: list[float], windows: Tensor, bos: bool) -> Perplexity:
-    """The perplexity of windows whose mean negative log-likelihoods are known.
+    """Return the perplexity of windows whose mean negative log-likelihoods are known.
 
     Raises:
         NonFiniteError: it is too large to be a number.
@@ -114,7 +114,7 @@ def summary(nll: list[float], windows: Tensor, bos: bool) -> Perplexity:
 
 
 def first_nonfinite_layer(model: nn.Module, ids: Tensor) -> str:
-    """The path of the first leaf module whose output holds NaN or infinity, "the logits" when none does."""
+    """Return the path of the first leaf module whose output holds NaN or infinity; "the logits" if none does."""
     found: list[str] = []
 
     def hook(name: str) -> Any:

@@ -12,13 +12,13 @@ PROMPT_TOKENS = 32
 
 
 def sample(model: Any, tokenizer: Any, window: Tensor, new_tokens: int = 40) -> dict[str, str]:
-    """The beginning of a window of evaluation text as "prompt", and the model's greedy continuation as "text"."""
+    """Return the beginning of a window of text as "prompt", and the model's greedy continuation as "text"."""
     prompt: str = tokenizer.decode(window[:PROMPT_TOKENS], skip_special_tokens=True).strip()
     return {"prompt": prompt, "text": continue_text(model, tokenizer, prompt, new_tokens)}
 
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 40) -> str:
-    """Greedy continuation of a prompt, without the prompt."""
+    """Continue a prompt greedily; return the new text without the prompt."""
     device = next(model.parameters()).device
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     inputs.pop("token_type_ids", None)

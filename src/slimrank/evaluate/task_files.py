@@ -39,7 +39,7 @@ class LoadedTasks:
 
 
 def load_tasks(names: Sequence[str], folder: Path | None, shots: int | None, progress: Progress) -> LoadedTasks:
-    """The tasks of these names, with their questions.
+    """Return the tasks of these names, with their questions.
 
     Raises:
         RecipeError: an unknown task, one asked for twice, or too few examples for so many shots.
@@ -58,7 +58,7 @@ def load_tasks(names: Sequence[str], folder: Path | None, shots: int | None, pro
 
 
 def check_installed() -> None:
-    """Whether lm-evaluation-harness can be imported.
+    """Make sure that lm-evaluation-harness can be imported.
 
     Raises:
         MissingExtraError: it cannot.
@@ -70,7 +70,7 @@ def check_installed() -> None:
 
 
 def task_manager(folder: Path | None) -> Any:
-    """All tasks of lm-evaluation-harness, and those of a folder, which win.
+    """Return all tasks of lm-evaluation-harness, and those of a folder, which win.
 
     Raises:
         DataError: no such folder, or a broken file in it.
@@ -83,10 +83,10 @@ def task_manager(folder: Path | None) -> Any:
 
 
 def check_folder(folder: Path) -> None:
-    """Whether all task files of a folder can be read; lm-evaluation-harness passes over those that cannot.
+    """Make sure that all task files of a folder can be read; lm-evaluation-harness passes over those that cannot.
 
     Raises:
-        DataError: no such folder, no task file in it, or one that is no task file.
+        DataError: no such folder, no task file in it, or one that is not a task file.
     """
     files = sorted(folder.glob("**/*.yaml"))
     if not files:
@@ -101,7 +101,9 @@ def check_folder(folder: Path) -> None:
                 f"the task file '{path}' cannot be read: {reason}", "correct it, or move it away"
             ) from error
         if not isinstance(content, dict):
-            raise DataError(f"the task file '{path}' is no mapping of names to values.", "correct it, or move it away")
+            raise DataError(
+                f"the task file '{path}' is not a mapping of names to values.", "correct it, or move it away"
+            )
         _check_includes(path, content.get("include", []))
 
 
@@ -119,7 +121,7 @@ def _check_includes(path: Path, included: str | list[str]) -> None:
 
 
 def _names_in(folder: Path, manager: Any) -> dict[str, Path]:
-    """Tasks and groups whose files lie in a folder."""
+    """Return tasks and groups whose files lie in a folder."""
     files = {name: entry.yaml_path for name, entry in manager.task_index.items() if entry.yaml_path is not None}
     return {name: path for name, path in files.items() if path.resolve().is_relative_to(folder.resolve())}
 
@@ -133,7 +135,7 @@ def _check_known(names: Sequence[str], own: dict[str, Path], known: Sequence[str
 
 
 def _resolved(name: str, own: dict[str, Path], progress: Progress) -> str:
-    """The task that a name means; says so where it is another one than it seems."""
+    """Return the task that a name means; note it if that is not the obvious one."""
     if name in own:
         return name
     if LOCAL + name in own:
@@ -162,7 +164,7 @@ def _add(found: LoadedTasks, name: str, loaded: dict[str, dict[str, Any]]) -> No
 
 
 def _set_shots(name: str, task: Any, shots: int | None, progress: Progress) -> None:
-    """As lm-evaluation-harness does: a task that is defined with no examples gets none."""
+    """Set the examples as lm-evaluation-harness does: a task that is defined with no examples gets none."""
     defined = task.get_config("num_fewshot")
     if defined == 0 and shots:
         progress.note(f"the task '{name}' is defined with no examples: it gets none")
@@ -171,7 +173,7 @@ def _set_shots(name: str, task: Any, shots: int | None, progress: Progress) -> N
 
 
 def _check_shots(name: str, task: Any) -> None:
-    """Whether there are enough examples, by making the first question."""
+    """Make sure that there are enough examples, by making the first question."""
     shots = task.get_config("num_fewshot")
     try:
         task.build_all_requests(limit=1, rank=0, world_size=1)

@@ -39,9 +39,9 @@ class TaskRequest:
         if not self.names or not all(name.strip() for name in self.names):
             raise RecipeError("no task is named, or one has no name.", "--tasks arc_easy,piqa")
         if self.shots is not None and self.shots < 0:
-            raise RecipeError(f"{self.shots} examples cannot stand in front of a question.", "--shots 0 or more")
+            raise RecipeError(f"--shots must be 0 or more, got {self.shots}.", "--shots 0, or leave it out")
         if self.limit is not None and self.limit < 1:
-            raise RecipeError(f"{self.limit} questions of each task leave nothing to ask.", "--limit 1 or more")
+            raise RecipeError(f"--limit must be 1 or more, got {self.limit}.", "--limit 100, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model made of one task, or of a group of tasks that has figures of its own.
+    """The results of a model on one task, or on a group of tasks that has figures of its own.
 
     Attributes:
         metrics: figures by name, with the name of the answer's filter after a comma where it is not "none".
@@ -108,7 +108,7 @@ class Tasks:
             self.loaded = load_tasks(request.names, folder, request.shots, self.progress)
 
     def described(self) -> dict[str, Any]:
-        """What was asked, for a record."""
+        """Return what was asked, for a record."""
         return {
             "names": list(self.loaded.names),
             "tasks_dir": None if self.request.folder is None else str(self.request.folder),
@@ -141,7 +141,7 @@ class Tasks:
 
 
 def _results(found: Mapping[str, Any]) -> dict[str, TaskResult]:
-    """The results of lm-evaluation-harness by task; groups that have figures of their own at the end."""
+    """Return the results of lm-evaluation-harness by task; groups that have figures of their own come last."""
     names = [*found["samples"], *found.get("groups", {})]
     return {name: _result(found, name) for name in names}
 
@@ -160,13 +160,13 @@ def _result(found: Mapping[str, Any], name: str) -> TaskResult:
 
 
 def _tasks_of(found: Mapping[str, Any], name: str) -> list[str]:
-    """The tasks in a group, or the task itself."""
+    """Return the tasks in a group, or the task itself."""
     members = found["group_subtasks"].get(name)
     return [name] if members is None else [task for member in members for task in _tasks_of(found, member)]
 
 
 def _metrics(figures: Mapping[str, Any]) -> dict[str, Metric]:
-    """Out of "acc,none" and "acc_stderr,none"."""
+    """Take metrics out of "acc,none" and "acc_stderr,none"."""
     metrics = {}
     for key, value in figures.items():
         metric, comma, answer_filter = key.partition(",")

@@ -9,13 +9,13 @@ from transformers.pytorch_utils import Conv1D
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight as m x n = out x in, a view (a Conv1D stores the transpose)."""
+    """Return the weight as m x n = out x in, a view (a Conv1D stores the transpose)."""
     weight: Tensor = module.weight.data  # type: ignore[assignment]
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def answers_linearly(layer: nn.Module) -> bool:
-    """Whether a linear layer answers W x + b.
+    """Tell whether a linear layer answers W x + b.
 
     A class with a `forward` of its own may do anything else: it is tried with weights made up, since those that it has
     may be on the meta device.

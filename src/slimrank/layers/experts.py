@@ -51,7 +51,7 @@ class Experts(nn.Module):
 
         Args:
             hidden_states: tokens x width.
-            top_k_index: tokens x k, numbers of experts; any other number is no expert.
+            top_k_index: tokens x k, numbers of experts; any other number means no expert.
             top_k_weights: tokens x k.
         """
         result = torch.zeros_like(hidden_states)
@@ -132,12 +132,12 @@ class ExpertsAsLinears(Transform):
 
 
 def as_linears(native: nn.Module) -> Experts:
-    """A module of fused experts as linear layers; see `is_fused`."""
+    """Return a module of fused experts as linear layers; see `is_fused`."""
     return SortedExperts(native) if _is_sorted(native) else Experts(native)
 
 
 def _linears(native: nn.Module, name: str) -> nn.ModuleList:
-    """A linear layer for each slice of a 3-D parameter, which is taken away; views of it where they can be."""
+    """Return a linear layer for each slice of a 3-D parameter, which is taken away; views of it where they can be."""
     bank = native.get_parameter(name)
     bias = native.get_parameter(f"{name}_bias") if native.has_bias else None
     linears = []
@@ -155,7 +155,7 @@ def _linears(native: nn.Module, name: str) -> nn.ModuleList:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module keeps experts as transformers' own classes do (`use_experts_implementation`), or as Llama 4."""
+    """Tell whether a module holds experts as transformers' classes do (`use_experts_implementation`), or as Llama 4."""
     if _is_sorted(module):
         return True
     if not all(hasattr(module, mark) for mark in _MARKS):
@@ -167,7 +167,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def _is_sorted(module: nn.Module) -> bool:
-    """Whether a module keeps experts as Llama 4 does: gated, transposed, and without routing among its arguments."""
+    """Tell whether a module holds experts as Llama 4 does: gated, transposed, without routing among its arguments."""
     banks = {key: p.shape for key, p in module.named_parameters(recurse=False)}
     if list(banks) != ["gate_up_proj", "down_proj"] or any(len(shape) != 3 for shape in banks.values()):
         return False

@@ -53,7 +53,7 @@ class LayerForm:
         return 0
 
     def more_tensors(self, places: int) -> int:
-        """Return how many more tensors a saved layer has than a dense one, at most; it stands in so many places."""
+        """Return how many more tensors a saved layer has than a dense one, at most; `places` counts the tied ones."""
         return 2 * places
 
     def build(self, A: Tensor, B: Tensor, bias: Tensor | None, dtype: torch.dtype) -> CompressedLinear:

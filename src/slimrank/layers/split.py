@@ -46,7 +46,7 @@ class SplitLinear(nn.Module):
         self.train(native.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs (... x out) for inputs (... x in)."""
+        """Return outputs (... x out) for inputs (... x in)."""
         return torch.cat([part(x) for part in self.children()], dim=-1)
 
 
@@ -97,5 +97,5 @@ def join_linears(model: nn.Module) -> None:
 
 
 def splits_of(model: nn.Module) -> dict[str, SplitLinear]:
-    """The layers that `split_linears` has put there, by path."""
+    """Return the layers that `split_linears` has put there, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, SplitLinear)}

@@ -76,7 +76,7 @@ class BlockRunner:
         with self.placed(*outside, self.blocks[0]), Recorder(self.blocks) as recorder:
             for batch in self.batches:
                 hidden, calls = recorder.record(self.model, batch, self.device)
-                self.states.append(self.kept(State(hidden)))
+                self.states.append(self.to_host(State(hidden)))
                 self._calls.append(share(calls, self._calls[-1] if self._calls else None))
             self.answer = recorder.answer
 
@@ -94,7 +94,7 @@ class BlockRunner:
             for b, batch in enumerate(self.batches):
                 if before is not None:
                     before(batch)
-                self.states[b] = self.kept(self.run(index, b, self.states[b]))
+                self.states[b] = self.to_host(self.run(index, b, self.states[b]))
 
     def run(self, index: int, b: int, state: State) -> State:
         """Return the state after block `index`, which is placed already, for batch b and the state that enters it.
@@ -119,14 +119,14 @@ class BlockRunner:
         found = list(states)
         for index in range(first, last):
             with self.placed_block(index):
-                found = [self.kept(self.run(index, b, state)) for b, state in enumerate(found)]
+                found = [self.to_host(self.run(index, b, state)) for b, state in enumerate(found)]
         return found
 
     def finals(self, states: Sequence[State], first: int) -> list[Tensor]:
         """Return the output of the last block, of each batch, from the states that enter block `first`."""
         return [state.hidden for state in self.through(states, first, len(self))]
 
-    def kept(self, state: State) -> State:
+    def to_host(self, state: State) -> State:
         """Move a state to where states are stored between blocks."""
         return state if self.resident else state.to(torch.device("cpu"))
 

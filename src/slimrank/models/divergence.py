@@ -42,7 +42,7 @@ class Scorer:
         self.runner, self.temperature, self.dropped = runner, temperature, dropped
         self.original: list[Tensor] = []
 
-    def kept(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+    def to_host(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """Return the part of final hidden states that must be stored: the positions that count."""
         return [self.runner.windows(h, slice(None), self.dropped).contiguous() for h in hidden]
 
@@ -148,5 +148,5 @@ def divergence_gradients(
                     loss = kl_div(found, expected, reduction="sum", log_target=True)
                 parts.append(gradient_of(loss, bypass.final, runner.model, b))
                 total += _divergence(expected, found.detach(), 1.0)
-            gradients.append(runner.kept(State(runner.joined(parts))))
+            gradients.append(runner.to_host(State(runner.joined(parts))))
     return gradients, total

@@ -95,7 +95,8 @@ def refuse_pointers(folder: Path) -> None:
 def _refuse_pointer(path: Path) -> None:
     if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(_POINTER):
         raise ModelError(
-            f"'{path}' is a pointer of Git LFS, not the file itself.", "run git lfs install, then git lfs pull in the clone"
+            f"'{path}' is a pointer of Git LFS, not the file itself.",
+            "run git lfs install, then git lfs pull in the clone",
         )
 
 

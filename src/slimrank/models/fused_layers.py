@@ -19,7 +19,7 @@ from slimrank.models.targets import check_uncompressed, matches
 Parts = int | Sequence[int] | Literal["qkv"]
 
 
-def take_apart(model: nn.Module, wanted: Mapping[str, Parts]) -> list[str]:
+def split_layers(model: nn.Module, wanted: Mapping[str, Parts]) -> list[str]:
     """Make every expert, and every part that `wanted` names, a linear layer of its own; the paths of the experts.
 
     Raises:
@@ -33,8 +33,8 @@ def take_apart(model: nn.Module, wanted: Mapping[str, Parts]) -> list[str]:
     return experts
 
 
-def put_together(model: nn.Module) -> None:
-    """Undo `take_apart`, wherever nothing was compressed in between."""
+def join_layers(model: nn.Module) -> None:
+    """Undo `split_layers`, wherever nothing was compressed in between."""
     join_linears(model)  # experts are fused only where their layers are whole
     fuse(model)
 
@@ -62,7 +62,7 @@ def sizes_of_parts(model: nn.Module, wanted: Mapping[str, Parts]) -> dict[str, l
             raise RecipeError(f"the pattern '{pattern}' of 'split' matches no linear layer.", f"paths look like {some}")
         for path in matching:
             if places[id(layers[path].weight)] > 1:
-                raise RecipeError(f"'{path}' cannot be split: its weight stands in several places.", "leave it whole")
+                raise RecipeError(f"'{path}' cannot be split: its weight is tied.", "leave it whole")
             found[path] = _sizes(path, weight_of(layers[path]).shape[0], parts, model)
     return found
 

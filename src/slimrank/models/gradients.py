@@ -87,7 +87,7 @@ def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[State]:
                 with torch.enable_grad():
                     loss = next_token_loss(logits_of(runner.model, part, runner.device), part)
                 parts.append(gradient_of(loss, bypass.final, runner.model, b))
-            gradients.append(runner.kept(State(runner.joined(parts))))
+            gradients.append(runner.to_host(State(runner.joined(parts))))
     return gradients
 
 
@@ -183,7 +183,7 @@ def step_back(
                     f"NaN or infinity in the gradient by the input of block '{runner.path}.{index}' (batch {b}).",
                     "run in float32 (--dtype float32)",
                 )
-            gradients[b] = runner.kept(gradient)
+            gradients[b] = runner.to_host(gradient)
 
 
 def check_differentiable(model: nn.Module) -> None:

@@ -58,7 +58,7 @@ def check_taken(spec: str | Path, model: Any, info: Mapping[str, Any], untaken: 
         )
     for name, stored, wanted in sorted(info.get("mismatched_keys") or []):
         raise ModelError(
-            f"the weight '{name}' of '{spec}' has shape {tuple(stored)} in the files, but {tuple(wanted)} by config.json.",
+            f"the weight '{name}' of '{spec}' is {tuple(stored)} in the files, but {tuple(wanted)} by config.json.",
             "the weight files belong to another configuration; download the model again",
         )
     declared = set(untaken) - set(info.get("unexpected_keys") or [])

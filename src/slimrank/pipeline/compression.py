@@ -13,7 +13,7 @@ from torch import nn
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.checkpoint.output_folder import OutputFolder, need_space
 from slimrank.errors import RecipeError
-from slimrank.models.fused_layers import put_together
+from slimrank.models.fused_layers import join_layers
 from slimrank.pipeline.forecast import Shape, measure_machine, timetable
 from slimrank.pipeline.inputs import load_inputs
 from slimrank.pipeline.prepare import Choices
@@ -195,4 +195,4 @@ def _restored(model: Any) -> Iterator[None]:
         yield
     finally:
         if isinstance(model, nn.Module) and not hasattr(getattr(model, "config", None), "slimrank"):
-            put_together(model)
+            join_layers(model)

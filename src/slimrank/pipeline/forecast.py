@@ -208,7 +208,7 @@ def measure_machine(device: torch.device) -> Machine:
 def group_widths(targets: Iterable[Target]) -> list[int]:
     """Return the input widths of the groups that will share a gram: siblings of equal width, except the last to run.
 
-    A guess made without running the model; calibration itself goes by the identity of the tensors.
+    This is a guess without running the model; calibration itself compares the tensors.
     """
     seen: dict[tuple[str, int], int] = {}
     for target in targets:

@@ -84,7 +84,7 @@ def index_bytes(form: str, targets: Iterable[Target]) -> int:
 
 
 def _header_bytes(form: str, model: Any, targets: TargetSet) -> int:
-    """Bytes of a model's files that are no parameters, or more."""
+    """Bytes of a model's files besides parameters, or more."""
     added = sum(layer_form(form).more_tensors(1 + len(t.ties)) for t in targets)
     names = list(saved_tensors(model))
     each = max(HEADER_BYTES, FIELD_BYTES + PART_NAME + max(map(len, names)))

@@ -18,7 +18,7 @@ from slimrank.layers.forms import layer_form
 from slimrank.methods.allocator import ALLOCATORS, ConfiguredAllocator
 from slimrank.methods.decomposer import DECOMPOSERS, Configured
 from slimrank.methods.refiner import REFINERS, ConfiguredRefiner
-from slimrank.models.fused_layers import take_apart
+from slimrank.models.fused_layers import split_layers
 from slimrank.models.placement import resolve_device, solving_device
 from slimrank.models.storage import stored_dtype
 from slimrank.models.targets import TargetSet, find_targets
@@ -144,7 +144,7 @@ class Prepared:
         Raises:
             SlimrankError: whatever does not fit: windows, patterns, budget, plan, or the model itself.
         """
-        unfused = bool(take_apart(model, choices.recipe.split))
+        unfused = bool(split_layers(model, choices.recipe.split))
         recipe = choices.recipe.model_copy(update={"seq_len": window_length(model, choices.recipe.seq_len)})
         targets = find_targets(model, recipe.targets, recipe.ignore, layer_form(recipe.form))
         check_loadable(model)

@@ -49,7 +49,7 @@ def _named_plan(recipe: Recipe) -> RankPlan | None:
 
 
 def given_plan(recipe: Recipe, targets: TargetSet, units: list[Unit]) -> RankPlan | None:
-    """The plan that the recipe names, checked against the model, stored as the recipe says.
+    """Return the plan that the recipe names, checked against the model; None if it names none.
 
     Raises:
         PlanError: it does not fit the model.
@@ -62,7 +62,7 @@ def given_plan(recipe: Recipe, targets: TargetSet, units: list[Unit]) -> RankPla
 
 
 def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: list[Unit], size: ModelBytes) -> Problem:
-    """What there is to allocate, without spectra.
+    """Make the rank problem of a model, without spectra.
 
     Raises:
         PlanError: the recipe's `ranks` leave targets that share a factor no common one.
@@ -83,7 +83,7 @@ def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str, widths: Ma
 
 
 def _common(unit: Unit, limits: Mapping[str, Limits]) -> Limits:
-    """What all targets of a unit allow. Bounds without a common rank are two that have none."""
+    """Return what all targets of a unit allow; where they have no common rank, two of them have none."""
     for one, other in combinations([t.path for t in unit.targets], 2):
         if limits[one].both(limits[other]) is None:
             raise PlanError(
@@ -111,7 +111,7 @@ def _budget(recipe: Recipe, model: Any, targets: TargetSet, size: ModelBytes) ->
 def plan_of(
     allocation: Allocation, recipe: Recipe, problem: Problem, targets: TargetSet, units: list[Unit]
 ) -> RankPlan:
-    """Ranks of units as a plan of targets."""
+    """Return ranks of units as a plan of targets."""
     every = {t.path: allocation.ranks[unit.path] for unit in units for t in unit.targets}
     shapes = {t.path: t.shape for t in targets}
     return RankPlan.build(
@@ -127,7 +127,7 @@ def plan_of(
 
 
 def initial_allocation(problem: Problem, allocator: ConfiguredAllocator) -> Allocation:
-    """The allocation where it needs nothing else, and else provisional ranks.
+    """Allocate where the allocator needs nothing else; otherwise return provisional ranks.
 
     Raises:
         BudgetError: the budget, or what is asked of blocks, cannot be met.
@@ -140,12 +140,12 @@ def initial_allocation(problem: Problem, allocator: ConfiguredAllocator) -> Allo
 
 
 def provisional(problem: Problem) -> Allocation:
-    """Uniform ranks, for whatever needs some before the allocation is known; any feasible budget has them."""
+    """Return uniform ranks, for whatever needs some before the allocation is known; any feasible budget has them."""
     return Allocation(ranks_from_fractions(problem, np.zeros(len(problem.items))))
 
 
 def _limits(recipe: Recipe, paths: Sequence[str]) -> dict[str, Limits]:
-    """What ranks each target may have; of several patterns that match, the last counts."""
+    """Return the ranks that each target may have; of several patterns that match, the last counts."""
     found = dict.fromkeys(paths, Limits())
     for pattern, limit in recipe.ranks.items():
         matching = [path for path in paths if matches(path, [pattern])]

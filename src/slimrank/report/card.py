@@ -15,7 +15,7 @@ TAGS = ["slimrank", "low-rank", "svd", "compressed"]
 
 
 def model_card(record: dict[str, Any]) -> str:
-    """The card of the model that a record is about. It states nothing that differs from run to run, such as speeds."""
+    """Return the card of the model of a record. It states nothing that differs from run to run, such as speeds."""
     body = render("card.md.j2", r=record, recipe=_recipe(record), reads_images=_reads_images(record))
     return str(ModelCard(f"---\n{_metadata(record).to_yaml()}\n---\n\n{body}"))
 
@@ -35,7 +35,7 @@ def _metadata(record: dict[str, Any]) -> ModelCardData:
 
 
 def _results(record: dict[str, Any]) -> list[EvalResult]:
-    """The model's perplexity, for the hub's index of results."""
+    """Return the model's perplexity, for the hub's index of results."""
     if not record["after"]:
         return []
     text = Path(str(record["provenance"]["recipe"]["evaluation"])).name
@@ -48,7 +48,7 @@ def _reads_images(record: dict[str, Any]) -> bool:
 
 
 def _recipe(record: dict[str, Any]) -> str:
-    """The options that say anything, as YAML; a plan that was given as such is in plan.json."""
+    """Return the options that are set, as YAML; a plan that was given as such is in plan.json."""
     recipe = record["provenance"]["recipe"]
     given = {key: value for key, value in recipe.items() if value not in (None, {}, []) or key == "evaluation"}
     if isinstance(given.get("plan"), dict):

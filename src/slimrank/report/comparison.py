@@ -31,7 +31,7 @@ def write_comparison(record: Record, folder: Path) -> None:
 
 
 def table(record: Record) -> list[list[str]]:
-    """Headings, the original, then every cell that has not failed; a * marks those on the frontier."""
+    """Return headings, the original, then every cell that has not failed; `*` marks Pareto-optimal cells."""
     texts, tasks = record["texts"], _task_metrics(record["dense"])
     of = [f", {text}" for text in texts] if len(texts) > 1 else [""]
     headings = ["", "kept", "size", *(f"perplexity, {text} (ratio, 95 %)" for text in texts)]
@@ -44,7 +44,7 @@ def table(record: Record) -> list[list[str]]:
 
 
 def differences(record: Record) -> list[tuple[str, ...]]:
-    """How answers to tasks differ from the original's: a row for each cell, task and metric, after the headings."""
+    """Return differences of tasks from the original: headings, then a row for each cell, task and metric."""
     lines: list[tuple[str, ...]] = [("", "task", "metric", "difference (95 %)", "significant", "lost", "gained")]
     for name, cell in _finished(record).items():
         for task, metrics in cell["task_differences"].items():
@@ -56,7 +56,7 @@ def differences(record: Record) -> list[tuple[str, ...]]:
 
 
 def provenance(record: Record) -> list[tuple[str, str]]:
-    """The model, versions, machine, and digests of what was read."""
+    """Return the model, versions, machine, and digests of the inputs."""
     made = record["dense"]["environment"]
     inputs = {str(value) for cell in _finished(record).values() for value in [cell["inputs"]["model"]]}
     calibrated = {str(cell["inputs"]["calibration"]) for cell in _finished(record).values()} - {"None"}
@@ -74,7 +74,7 @@ def provenance(record: Record) -> list[tuple[str, str]]:
 
 
 def headline(record: Record) -> list[tuple[str, ...]]:
-    """What fits into a terminal: headings, the original, and every cell that has not failed, on the first text."""
+    """Return what fits into a terminal: headings, the original, every cell that has not failed; on the first text."""
     text = record["texts"][0]
     lines: list[tuple[str, ...]] = [
         ("", "kept", "perplexity", "ratio", "95 %", "KL", "decode", "seconds"),
@@ -96,13 +96,13 @@ def headline(record: Record) -> list[tuple[str, ...]]:
 
 
 def failures(record: Record) -> list[tuple[str, str, str]]:
-    """Name, message and hint of every cell that failed."""
+    """Return name, message and hint of every cell that failed."""
     errors = {name: cell["error"] for name, cell in record["cells"].items() if cell["error"] is not None}
     return [(name, error["message"], error["hint"]) for name, error in errors.items()]
 
 
 def _samples(record: Record) -> list[tuple[str, str]]:
-    """How the original and every cell go on from the same prompt."""
+    """Return how the original and every cell go on from the same prompt."""
     wrote = {"original": record["dense"], **_finished(record)}
     return [(name, made["sample"]["text"] or "(nothing)") for name, made in wrote.items()]
 
@@ -148,7 +148,7 @@ def _metric(measured: Record, task: str, metric: str) -> str:
 
 
 def _plot(record: Record) -> tuple[Markup | None, str]:
-    """Perplexity against size, or why there is no such plot."""
+    """Plot perplexity against size, or return why there is no such plot."""
     text = record["texts"][0]
     points = {name: (cell["keep_total"], cell["texts"][text]["perplexity"]) for name, cell in _finished(record).items()}
     if not points:

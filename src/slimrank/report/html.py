@@ -9,11 +9,10 @@ from typing import Any
 from markupsafe import Markup
 
 from slimrank.errors import MissingExtraError
-from slimrank.report import layer_grid as grid
-from slimrank.report import plots
+from slimrank.report import layer_grid, plots
 from slimrank.report.render import render
 
-WIDE = 9.6  # inches, of which a page is as wide as a column of text
+PAGE_WIDTH_INCHES = 9.6  # at which a figure is as wide as a column of text
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Figures:
 
 
 def html(record: dict[str, Any]) -> str:
-    """The page; the same record gives the same bytes."""
+    """Return the page; the same record gives the same bytes."""
     return render("report.html.j2", r=record, name=_short(record["model"]["name"]), figures=_figures(record))
 
 
@@ -46,18 +45,18 @@ def _figures(record: dict[str, Any]) -> Figures:
 
 
 def _ranks(record: dict[str, Any]) -> Markup:
-    return Markup(plots.heat_map(grid.kept(record), "Percent of its parameters that each layer keeps"))
+    return Markup(plots.heat_map(layer_grid.kept_fraction(record), "Percent of its parameters that each layer keeps"))
 
 
 def _spectra(record: dict[str, Any]) -> list[Markup]:
-    kinds = grid.spectra(record).items()
+    kinds = layer_grid.spectra(record).items()
     return [Markup(plots.spectrum(kind, curves, f"Relative error by rank of {kind}")) for kind, curves in kinds]
 
 
 def _depth(record: dict[str, Any]) -> list[Markup]:
-    found = grid.errors(record)
+    found = layer_grid.errors(record)
     top = max((cell for part in found.values() for row in part.cells for cell in row if cell is not None), default=0.0)
-    width = WIDE if len(found) == 1 else WIDE / 2
+    width = PAGE_WIDTH_INCHES if len(found) == 1 else PAGE_WIDTH_INCHES / 2
     return [
         Markup(plots.depth(part, title, top, width, f"Relative error by block, {title}"))
         for title, part in found.items()
@@ -65,5 +64,5 @@ def _depth(record: dict[str, Any]) -> list[Markup]:
 
 
 def _short(name: str) -> str:
-    """A hub id as it is, of a path its last part."""
+    """Return a hub id as it is, and the last part of a path."""
     return PurePath(name).name if name.startswith(("/", ".", "~")) else name

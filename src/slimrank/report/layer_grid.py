@@ -9,12 +9,12 @@ from typing import Any
 from slimrank.models.structure import short_names
 
 Row = dict[str, Any]  # of a record's "targets"
-MOST = 8  # kinds of layers whose spectra are shown
+MAX_SPECTRUM_KINDS = 8  # kinds of layers whose spectra are shown
 Cells = tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True)
-class Grid:
+class LayerGrid:
     """A number for every kind of layer in every block.
 
     Attributes:
@@ -29,39 +29,39 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """The spectrum of one target: the relative error at some ranks, and where it was cut.
+class SpectrumCurve:
+    """The spectrum of one target: the relative error at some ranks, and the rank that was taken.
 
     Attributes:
         block: its block.
         ranks: increasing.
         errors: relative errors, as many.
-        cut: rank and relative error; None where the layer stays dense.
+        taken: rank and relative error; None where the layer stays dense.
     """
 
     block: int
     ranks: tuple[int, ...]
     errors: tuple[float, ...]
-    cut: tuple[int, float] | None
+    taken: tuple[int, float] | None
 
 
-def kept(record: Row) -> Grid:
-    """The fraction of its parameters that each layer keeps; 1 where it stays dense."""
+def kept_fraction(record: Row) -> LayerGrid:
+    """Return the fraction of its parameters that each layer keeps; 1 if it stays dense."""
     return _grid(record, lambda rows: _total(rows, "parameters_after") / _total(rows, "parameters_before"))
 
 
-def errors(record: Row) -> dict[str, Grid]:
-    """Relative errors of factored layers, means over experts; before and after refining where anything was refined."""
+def errors(record: Row) -> dict[str, LayerGrid]:
+    """Return relative errors of factored layers, means over experts; before and after refining if any was refined."""
     if not any("refined" in row for row in record["targets"]):
-        return {"after the cut": _grid(record, _cut_error)}
+        return {"after factorising": _grid(record, _cut_error)}
     return {f"{when} refining": _grid(record, _refined(when)) for when in ("before", "after")}
 
 
-def spectra(record: Row) -> dict[str, list[Curve]]:
-    """Spectra of the first, middle and last block that has each kind of layer, of the `MOST` largest kinds."""
+def spectra(record: Row) -> dict[str, list[SpectrumCurve]]:
+    """Return spectra of the largest kinds of layers, each in the first, middle and last block that has it."""
     known = record["spectra"]
     kinds = {kind: [row for row in rows if row["path"] in known] for kind, rows in _by_kind(record).items()}
-    largest = sorted(kinds, key=lambda kind: -_total(kinds[kind], "parameters_before"))[:MOST]
+    largest = sorted(kinds, key=lambda kind: -_total(kinds[kind], "parameters_before"))[:MAX_SPECTRUM_KINDS]
     return {kind: [_curve(row, known[row["path"]]) for row in _three(kinds[kind])] for kind in kinds if kind in largest}
 
 
@@ -73,11 +73,11 @@ def _by_kind(record: Row) -> dict[str, list[Row]]:
     return {names[role]: rows for role, rows in roles.items()}
 
 
-def _grid(record: Row, number: Callable[[list[Row]], float | None]) -> Grid:
+def _grid(record: Row, number: Callable[[list[Row]], float | None]) -> LayerGrid:
     kinds = _by_kind(record)
     blocks = tuple(sorted({row["block"] for row in record["targets"]}))
     cells = tuple(tuple(_cell(rows, block, number) for block in blocks) for rows in kinds.values())
-    return Grid(tuple(kinds), blocks, cells)
+    return LayerGrid(tuple(kinds), blocks, cells)
 
 
 def _cell(rows: list[Row], block: int, number: Callable[[list[Row]], float | None]) -> float | None:
@@ -107,6 +107,6 @@ def _three(rows: list[Row]) -> list[Row]:
     return [first_of_block[place] for place in places]
 
 
-def _curve(row: Row, spectrum: Row) -> Curve:
-    cut = None if row["rank"] == "dense" else (row["rank"], row["relative_error"])
-    return Curve(row["block"], tuple(spectrum["ranks"]), tuple(spectrum["errors"]), cut)
+def _curve(row: Row, spectrum: Row) -> SpectrumCurve:
+    taken = None if row["rank"] == "dense" else (row["rank"], row["relative_error"])
+    return SpectrumCurve(row["block"], tuple(spectrum["ranks"]), tuple(spectrum["errors"]), taken)

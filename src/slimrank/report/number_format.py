@@ -4,17 +4,17 @@ from __future__ import annotations
 
 
 def millions(count: int) -> str:
-    """134.5 M, or 35.1 k where it is less than a million."""
+    """Format a count as 134.5 M, or as 35.1 k below a million."""
     return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count / 1e3:,.1f} k"
 
 
 def megabytes(count: int) -> str:
-    """538.1 MB (decimal)."""
+    """Format bytes as 538.1 MB (decimal)."""
     return f"{count / 1e6:,.1f} MB"
 
 
 def percent(fraction: float) -> str:
-    """80.0 %."""
+    """Format a fraction as 80.0 %."""
     return f"{100 * fraction:.1f} %"
 
 
@@ -24,10 +24,10 @@ def verdict(significant: bool | None) -> str:
 
 
 def code(text: str) -> str:
-    """Text as a Markdown block that nothing in it can break."""
+    """Format text as a Markdown block that nothing in it can break."""
     return "\n".join("    " + line for line in text.splitlines()) or "    (nothing)"
 
 
 def cell(value: object) -> str:
-    """A value in a Markdown table, which it cannot break."""
+    """Format a value for a Markdown table, which it cannot break."""
     return " ".join(str(value).split()).replace("|", "\\|")

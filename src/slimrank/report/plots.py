@@ -8,7 +8,7 @@ from itertools import cycle
 from math import log10
 from typing import Any
 
-from slimrank.report.layer_grid import Curve, Grid
+from slimrank.report.layer_grid import LayerGrid, SpectrumCurve
 from slimrank.report.svg import INK, figure, inline
 
 # Of a luminance that stands out from white and from a dark page alike (contrast of at least 3 to both).
@@ -19,8 +19,8 @@ _LABELLED = 40  # blocks of which a heat map has room for numbers
 _FEW_DECADES = 1.5  # over which a logarithmic axis has room for numbers between the powers of ten
 
 
-def heat_map(grid: Grid, label: str) -> str:
-    """The fraction in every cell as a colour, and in percent where there is room; 1 is grey, and --.
+def heat_map(grid: LayerGrid, label: str) -> str:
+    """Draw the fraction in every cell as a colour, and in percent where there is room; 1 is grey, and --.
 
     Args:
         grid: kinds of layers by blocks, fractions of 0 to 1.
@@ -48,16 +48,16 @@ def heat_map(grid: Grid, label: str) -> str:
         return inline(drawn, label)
 
 
-def spectrum(title: str, curves: Sequence[Curve], label: str) -> str:
-    """The relative error left at each rank, a curve for each target, with the rank that was taken marked on it."""
+def spectrum(title: str, curves: Sequence[SpectrumCurve], label: str) -> str:
+    """Draw the relative error left at each rank, a curve for each target, with the rank that was taken marked."""
     with figure(3.3, 2.5, layout=None) as drawn:  # there are many of these, and their margins are known
         drawn.subplots_adjust(left=0.17, right=0.94, bottom=0.2, top=0.88)
         axes = drawn.subplots()
         for curve, colour in zip(curves, cycle(COLOURS), strict=False):
             axes.plot(curve.ranks, curve.errors, color=colour, linewidth=1.5, label=f"block {curve.block}")
-            if curve.cut is not None:
-                axes.plot(*curve.cut, "o", color=colour, markersize=6)
-                axes.vlines(curve.cut[0], 0, curve.cut[1], colors=colour, linewidth=1, linestyles="dotted")
+            if curve.taken is not None:
+                axes.plot(*curve.taken, "o", color=colour, markersize=6)
+                axes.vlines(curve.taken[0], 0, curve.taken[1], colors=colour, linewidth=1, linestyles="dotted")
         axes.set(title=title, xlabel="rank", ylabel="relative error", ylim=(0, 1.02), xlim=(0, None))
         axes.title.set_size(10)
         if curves:
@@ -65,7 +65,7 @@ def spectrum(title: str, curves: Sequence[Curve], label: str) -> str:
         return inline(drawn, label)
 
 
-def depth(grid: Grid, title: str, top: float, width: float, label: str) -> str:
+def depth(grid: LayerGrid, title: str, top: float, width: float, label: str) -> str:
     """Errors against the index of the block, a curve for each kind of layer.
 
     Args:
@@ -132,7 +132,7 @@ def _colour_map() -> Any:
     return matplotlib.colormaps["viridis"].resampled(20).with_extremes(over=_DENSE)
 
 
-def _write_numbers(axes: Any, grid: Grid, mesh: Any) -> None:
+def _write_numbers(axes: Any, grid: LayerGrid, mesh: Any) -> None:
     for row, cells in enumerate(grid.cells):
         for column, cell in enumerate(cells):
             if cell is not None:

@@ -224,7 +224,7 @@ class Provenance(Part):
 
 
 class RunRecord(Part):
-    """What was asked, what was done, and what came of it."""
+    """What was asked, what was done, and the result."""
 
     model: Model
     """The model that was compressed."""

@@ -6,14 +6,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from slimrank.report import number_format as words
-from slimrank.report import tables as rows
+from slimrank.report import tables
+from slimrank.report.number_format import cell, code, megabytes, millions, percent
 
-FILTERS = {f.__name__: f for f in (words.millions, words.megabytes, words.percent, words.code, words.cell)}
+FILTERS = {f.__name__: f for f in (millions, megabytes, percent, code, cell)}
 
 
 def render(template: str, **content: Any) -> str:
-    """A template, which finds the functions of `report.rows` as `rows`; what goes into an HTML page is escaped."""
+    """Fill a template, which finds the module `report.tables` as `tables`; text in an HTML page is escaped."""
     environment = Environment(
         loader=PackageLoader("slimrank.report"),
         undefined=StrictUndefined,
@@ -22,5 +22,5 @@ def render(template: str, **content: Any) -> str:
         autoescape=lambda name: name is not None and name.endswith(".html.j2"),
     )
     environment.filters |= FILTERS
-    environment.globals["rows"] = rows
+    environment.globals["tables"] = tables
     return environment.get_template(template).render(content)

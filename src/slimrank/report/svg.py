@@ -34,7 +34,7 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Iterator[Any]:
-    """A figure of so many inches to draw on, in one style whatever the user's own is.
+    """Open a figure of so many inches to draw on, in one style whatever the user's own is.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -52,7 +52,7 @@ def figure(width: float, height: float, layout: Literal["constrained"] | None = 
 
 
 def inline(drawn: Any, label: str) -> str:
-    """A figure as an `<svg>` element, the same bytes for the same figure; call it where `figure` holds.
+    """Return a figure as an `<svg>` element, the same bytes for the same figure; call it inside `figure`.
 
     Args:
         drawn: the figure.

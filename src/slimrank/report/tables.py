@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from slimrank.report import layer_grid as grid
-from slimrank.report.layer_grid import Grid
+from slimrank.report import layer_grid
+from slimrank.report.layer_grid import LayerGrid
 from slimrank.report.number_format import megabytes, millions, percent
 
 Record = dict[str, Any]
@@ -15,7 +15,7 @@ KNOWN_SIDE = ("perplexity", "sample", "peak_memory")  # what is measured before 
 
 
 def comparison(record: Record) -> list[tuple[str, str, str, str]]:
-    """The table before / after: label, before, after, ratio."""
+    """Return the table before / after: label, before, after, ratio."""
     size, before, after = record["size"], record["before"], record["after"]
     rows = [
         _row("parameters of the linears", size["linears_before"], size["linears_after"], millions),
@@ -39,7 +39,7 @@ def _metric(before: Record, after: Record) -> tuple[str, str, str, str]:
 
 
 def made_by(record: Record) -> str:
-    """One line: method, allocation, what comes after, and how it is stored."""
+    """State in one line the method, the allocation, what comes after, and how factors are stored."""
     recipe, rounds = record["provenance"]["recipe"], [c for c in record["corrections"] if c["kept"]]
     parts = [f"method {recipe['method']}", f"ranks by {record['allocation']['id']}"]
     if recipe["refine"]:
@@ -55,7 +55,7 @@ def _stored_as(form: str) -> str:
 
 
 def perplexity(record: Record) -> str:
-    """What the perplexity was measured on, up to the name of the text."""
+    """State what the perplexity was measured on, up to the name of the text."""
     p = record["before"]["perplexity"]
     return (
         f"{p['windows']} windows of {p['seq_len']} tokens, no overlap, {'with' if p['bos'] else 'without'} BOS, "
@@ -64,14 +64,14 @@ def perplexity(record: Record) -> str:
 
 
 def coverage(record: Record) -> list[tuple[str, str, str]]:
-    """What is compressed, and what is not for which reason: label, parameters, share of the model."""
+    """Return what is compressed, and what is not for which reason: label, parameters, share of the model."""
     found = record["coverage"]
     counts = [("compressed", found["targets"])] + [(f"not: {reason}", n) for reason, n in found["left_out"].items()]
     return [(label, millions(count), percent(count / found["total"])) for label, count in counts]
 
 
 def corrections(record: Record) -> list[tuple[str, ...]]:
-    """Rounds: number, divergence on its windows, on windows kept aside before and after, what became of it."""
+    """Return rounds: number, divergence on its windows, on held-out windows before and after, and the outcome."""
     return [
         (str(number), *(f"{c[key]:.4f}" for key in ("here", "before", "after")), "kept" if c["kept"] else "undone")
         for number, c in enumerate(record["corrections"], 1)
@@ -79,12 +79,12 @@ def corrections(record: Record) -> list[tuple[str, ...]]:
 
 
 def refined(record: Record) -> bool:
-    """Whether any layer was refined."""
+    """Tell whether any layer was refined."""
     return any("refined" in target for target in record["targets"])
 
 
 def layers(record: Record) -> list[tuple[str, ...]]:
-    """Every target: path, shape, rank, kept, relative error; before and after refining where any was refined."""
+    """Return every target: path, shape, rank, kept, relative error; before and after refining if any was refined."""
     more = refined(record)
     return [
         (
@@ -99,8 +99,8 @@ def layers(record: Record) -> list[tuple[str, ...]]:
     ]
 
 
-def by_block(found: Grid, shown: str) -> list[tuple[str, ...]]:
-    """A grid with a row for each block, its numbers as `shown` formats them."""
+def by_block(found: LayerGrid, shown: str) -> list[tuple[str, ...]]:
+    """Return a grid, a row for each block, its numbers formatted by `shown`."""
     columns = zip(*found.cells, strict=True)
     return [
         (str(block), *("" if cell is None else shown.format(cell) for cell in cells))
@@ -109,26 +109,26 @@ def by_block(found: Grid, shown: str) -> list[tuple[str, ...]]:
 
 
 def spectra(record: Record) -> list[tuple[str, ...]]:
-    """Of some targets: kind, block, error at an eighth, a quarter and half of all ranks, rank taken, its error."""
+    """Return of some targets: kind, block, error at 1/8, 1/4 and 1/2 of all ranks, rank taken, its error."""
     return [
         (
             kind,
             str(curve.block),
             *(f"{np.interp(part * curve.ranks[-1], curve.ranks, curve.errors):.2f}" for part in (1 / 8, 1 / 4, 1 / 2)),
-            *(("dense", "") if curve.cut is None else (str(curve.cut[0]), f"{curve.cut[1]:.4f}")),
+            *(("dense", "") if curve.taken is None else (str(curve.taken[0]), f"{curve.taken[1]:.4f}")),
         )
-        for kind, curves in grid.spectra(record).items()
+        for kind, curves in layer_grid.spectra(record).items()
         for curve in curves
     ]
 
 
 def seconds(record: Record) -> list[tuple[str, str]]:
-    """Stages and the seconds that they took."""
+    """Return stages and the seconds that they took."""
     return [(name, f"{taken:.1f}") for name, taken in record["seconds"].items()]
 
 
 def recipe(record: Record) -> list[tuple[str, str]]:
-    """Options and their values; a plan that was given as such is in plan.json."""
+    """Return options and their values; a plan that was given as such is in plan.json."""
     return [(key, _option(key, value)) for key, value in record["provenance"]["recipe"].items()]
 
 
@@ -139,7 +139,7 @@ def _option(key: str, value: Any) -> str:
 
 
 def provenance(record: Record) -> list[tuple[str, str]]:
-    """The model, versions, machine, and digests of inputs."""
+    """Return the model, versions, machine, and digests of inputs."""
     made, model = record["provenance"], record["model"]
     return [
         ("model", model["name"]),

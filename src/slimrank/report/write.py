@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slimrank.report import layer_grid as grid
+from slimrank.report import layer_grid
 from slimrank.report.html import html
 from slimrank.report.render import render
 from slimrank.store import write_text
@@ -20,5 +20,5 @@ def write_reports(record: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The report as Markdown."""
-    return render("report.md.j2", r=record, grid=grid)
+    """Return the report as Markdown."""
+    return render("report.md.j2", r=record, layer_grid=layer_grid)

@@ -11,8 +11,8 @@ from torch import Tensor
 from slimrank.linalg.outliers import hides_small_spectrum
 from slimrank.linalg.symmetric import gram, mirror_upper
 
-CHUNK = 8192  # tokens summed in float32 before they are added to the float64 accumulator
-CACHED = 2**17  # numbers of float64: of a CPU's cache
+CHUNK_TOKENS = 8192  # tokens summed in float32 before they are added to the float64 accumulator
+CACHED_NUMBERS = 2**17  # numbers of float64: of a CPU's cache
 
 
 @dataclass
@@ -46,7 +46,7 @@ class GramSum:
         Products are of float32, and of float64 where a few directions outweigh all others.
         """
         finite = True
-        for chunk in rows.split(CHUNK):
+        for chunk in rows.split(CHUNK_TOKENS):
             wide = chunk if chunk.dtype == torch.float64 else chunk.float()
             partial = gram(wide)
             finite = finite and bool(torch.isfinite(partial.diagonal()).all())
@@ -171,7 +171,7 @@ class SampleGradients:
 
 def squares_of(rows: Tensor) -> Tensor:
     """Return the sum of squares of each channel (n, float64) over tokens (tokens x n), a few tokens at a time."""
-    parts = rows.split(max(1, CACHED // rows.shape[1]))
+    parts = rows.split(max(1, CACHED_NUMBERS // rows.shape[1]))
     return torch.stack([part.double().square().sum(dim=0) for part in parts]).sum(dim=0)
 
 

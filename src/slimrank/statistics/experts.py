@@ -25,7 +25,7 @@ from slimrank.statistics.layer_statistics import LayerStatistics
 UNREACHED = "no calibration token reached this expert: the inputs of the others stand in"
 
 
-def lean_on_each_other(
+def shrink_rare_experts(
     statistics: MutableMapping[str, LayerStatistics],
     kinds: Sequence[Mapping[str, tuple[int, int]]],
     needs: frozenset[Need],

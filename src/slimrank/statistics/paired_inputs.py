@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from slimrank.errors import ModelError, NonFiniteError
 from slimrank.linalg.outliers import hides_small_spectrum
 from slimrank.linalg.regression import Regression
-from slimrank.statistics.accumulators import CHUNK, GramSum
-from slimrank.statistics.residual_gap import LackSums
+from slimrank.statistics.accumulators import CHUNK_TOKENS, GramSum
+from slimrank.statistics.residual_gap import ResidualGap
 from slimrank.statistics.tokens import Tokens
 
 CONSTANT = (1e-6, 1e-12)  # of a channel's energy: rounding of sums of float32 products, and of float64 ones
@@ -50,7 +50,7 @@ class StreamSums:
         self.exact = self.exact and exact
         if self.cross is None:
             return finite
-        for x, t in zip(inputs.split(CHUNK), wanted.split(CHUNK), strict=True):
+        for x, t in zip(inputs.split(CHUNK_TOKENS), wanted.split(CHUNK_TOKENS), strict=True):
             self.cross += _product(t, x, exact, self.cross.device)
         return self.wanted.add(wanted) and finite
 
@@ -60,7 +60,7 @@ class StreamSums:
             return StreamSums(inputs, inputs, exact=exact)
         return StreamSums(inputs, self.wanted + other.wanted, self.cross + other.cross, exact)
 
-    def problem(self, weight: Tensor, centred: bool, lack: LackSums | None = None) -> Regression:
+    def problem(self, weight: Tensor, centred: bool, lack: ResidualGap | None = None) -> Regression:
         """Make the least-squares problem of reproducing W x (+ e) from x'; around the means of all, if `centred`.
 
         Around its mean, a channel that never changes leaves only rounding. It counts as zero there.
@@ -91,7 +91,7 @@ class StreamSums:
         count = max(1, self.inputs.count)
         return self.inputs.total / count, self.wanted.total / count
 
-    def bias_change(self, weight: Tensor, compressed: Tensor, lack: LackSums | None = None) -> Tensor:
+    def bias_change(self, weight: Tensor, compressed: Tensor, lack: ResidualGap | None = None) -> Tensor:
         """Return the bias change that makes the mean output that of the target: W mean(x) (+ mean(e)) - W' mean(x')."""
         mean, aim = self.means()
         change = weight.to(aim) @ aim - compressed.to(mean) @ mean
@@ -116,7 +116,7 @@ class LayerSums:
     """
 
     streams: StreamSums
-    lack: LackSums | None = None
+    lack: ResidualGap | None = None
 
     def __add__(self, other: LayerSums) -> LayerSums:
         lack = None if self.lack is None or other.lack is None else self.lack + other.lack
@@ -155,7 +155,7 @@ class StreamCollector:
     adding: frozenset[str] = frozenset()
     routed: frozenset[str] = frozenset()
     sums: dict[str, StreamSums] = field(default_factory=dict)
-    lacks: dict[str, LackSums] = field(default_factory=dict)
+    lacks: dict[str, ResidualGap] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._read: dict[str, tuple[Tensor, Tensor]] = {}
@@ -185,7 +185,7 @@ class StreamCollector:
         """Add e (windows x tokens x m) of the batch that one of the layers `adding` has just read."""
         inputs, wanted = self._read[path]
         if path not in self.lacks:
-            self.lacks[path] = LackSums.empty(lack.shape[-1], inputs.shape[-1], self.device)
+            self.lacks[path] = ResidualGap.empty(lack.shape[-1], inputs.shape[-1], self.device)
         self.lacks[path].add(self._rows(path, lack.to(inputs.device)), inputs, wanted)
 
     def of(self, path: str) -> LayerSums | None:

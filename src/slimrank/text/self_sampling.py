@@ -13,7 +13,7 @@ from slimrank.models.contexts import evaluating
 from slimrank.progress import Progress
 from slimrank.text.tokens import check_tokens
 
-AT_ONCE = 64  # windows at a time; keys and values of all their tokens are in memory
+MAX_WINDOWS_AT_ONCE = 64  # windows at a time; keys and values of all their tokens are in memory
 
 
 def sample_windows(
@@ -34,7 +34,7 @@ def sample_windows(
         raise DataError("the tokenizer has neither a BOS nor an EOS token to begin a text with.", "give a text file")
     progress = progress or Progress()
     check_tokens(torch.tensor([first]), tokenizer, model)
-    starts = torch.full((samples, 1), first, dtype=torch.long).split(AT_ONCE)
+    starts = torch.full((samples, 1), first, dtype=torch.long).split(MAX_WINDOWS_AT_ONCE)
     progress.stage("sample", seq_len * len(starts))
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model):

@@ -34,7 +34,9 @@ def read_source(source: Source, part: Literal["calibration", "evaluation"], tell
         MissingExtraError: a parquet file or hub data set without the extra `data`.
     """
     if source == "self" and part == "evaluation":
-        raise DataError("a model cannot be evaluated on text that it wrote itself.", "give another evaluation text, such as demo")
+        raise DataError(
+            "a model cannot be evaluated on text that it wrote itself.", "give another evaluation text, such as demo"
+        )
 
     def named(note: str) -> None:
         tell(f"{part} text {_name(source)}: {note}")
@@ -65,7 +67,8 @@ def _local(name: str, tell: Tell) -> Iterator[Row]:
         return _folder(path, tell)
     if not file:
         raise DataError(
-            f"the text source '{_short(name)}' does not exist.", f"give {WHAT_A_SOURCE_IS}; in Python, also a list of texts"
+            f"the text source '{_short(name)}' does not exist.",
+            f"give {WHAT_A_SOURCE_IS}; in Python, also a list of texts",
         )
     return file_rows(path)
 
@@ -79,7 +82,9 @@ def _folder(path: Path, tell: Tell) -> Iterator[Row]:
     shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     read = [name for name in shown if name.suffix.lower() != ".json"]
     if not read:
-        raise DataError(f"the folder '{path}' holds no text.", f"give {WHAT_A_SOURCE_IS}; name a .json file itself, not its folder")
+        raise DataError(
+            f"the folder '{path}' holds no text.", f"give {WHAT_A_SOURCE_IS}; name a .json file itself, not its folder"
+        )
     if len(read) < len(shown):
         tell(f"{len(shown) - len(read)} .json files in the folder were not read")
     splits = {match[1].lower() for name in read if (match := _SPLIT.search(name.as_posix()))}

@@ -22,7 +22,9 @@ from slimrank.text.window_draws import Draws, FromModel, FromText
 from slimrank.text.windows import count_windows, leading_windows, tokens_digest
 
 DEFAULT_SEQ_LEN = 512
-TOO_SHORT = "the calibration text is too short for separate windows to calibrate, search, check and correct on: they overlap"
+TOO_SHORT = (
+    "the calibration text is too short for separate windows to calibrate, search, check and correct on: they overlap"
+)
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def test_plans_that_do_not_fit(change, message):
 )
 def test_files_that_are_no_plan(tmp_path, content):
     (tmp_path / "p.json").write_text(content)
-    with pytest.raises(PlanError, match="is no rank plan"):
+    with pytest.raises(PlanError, match="is not a rank plan"):
         RankPlan.load(tmp_path / "p.json")
     with pytest.raises(PlanError, match="cannot be read"):
         RankPlan.load(tmp_path / "none.json")

@@ -12,7 +12,7 @@ from slimrank.evaluate.tasks import TaskResult
 
 @metric
 class TasksMetric(ModelMetric):
-    """All tasks that are asked for. Each has figures of its own; most of them are shares of right answers."""
+    """All tasks that are asked for, each with figures of its own; usually shares of right answers."""
 
     id, title, better = "tasks", "tasks", "higher"
 

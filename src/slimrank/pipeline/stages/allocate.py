@@ -92,7 +92,7 @@ def _key(state: State, problem: Problem) -> dict[str, Any]:
 
 
 def _found(state: State, problem: Problem, forecast: Forecast) -> dict[str, Any]:
-    """The ranks, and what there is to tell of them, as they are kept."""
+    """Return the ranks, and what there is to tell of them, as they are stored."""
     spectra = SpectrumStore(state)
     with ExitStack() as stack:
         problem = with_spectra(problem, spectra, state)
@@ -137,7 +137,7 @@ def _sketch(path: TradeOff, whole: float) -> list[dict[str, float]]:
 
 
 def with_spectra(problem: Problem, spectra: SpectrumStore, state: State) -> Problem:
-    """The problem with singular values of all its items; without energy where the metric was zero: no token that
+    """Add the singular values of all items to the problem; none where the metric was zero: no token that
     calibrated would miss the layer.
     """
     found = {}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from slimrank.pipeline.prepare import Choices, Prepared
     from slimrank.pipeline.state import State
 
-RUNS = {"once": 1, "twice": 2}  # eigen-problems per weight, of methods that solve as often as that
+SOLVES_PER_WEIGHT = {"once": 1, "twice": 2}  # eigen-problems per weight, of methods that solve as often as that
 
 
 class Calibrate(Stage):
@@ -40,7 +40,7 @@ class Calibrate(Stage):
 
     def cost(self, prepared: Prepared, shape: Shape) -> Cost:
         method, recipe = prepared.choices.method, prepared.recipe
-        solves = RUNS.get(method.method.solves, 1 + -(-recipe.samples // recipe.batch_size))
+        solves = SOLVES_PER_WEIGHT.get(method.method.solves, 1 + -(-recipe.samples // recipe.batch_size))
         return Cost(
             float32=_operations(prepared, shape),
             float64=solves * shape.decompose(),

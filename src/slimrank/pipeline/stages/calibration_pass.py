@@ -19,7 +19,7 @@ from slimrank.models.targets import Target
 from slimrank.pipeline.stages.statistics_cache import StatisticsCache
 from slimrank.pipeline.units import Unit
 from slimrank.statistics.collector import Collector
-from slimrank.statistics.experts import UNREACHED, lean_on_each_other
+from slimrank.statistics.experts import UNREACHED, shrink_rare_experts
 from slimrank.statistics.layer_statistics import LayerStatistics
 from slimrank.statistics.routing import Routing
 from slimrank.store import Stage as Store
@@ -43,7 +43,7 @@ class CalibrationPass(ABC):
         """Do all of it."""
 
     def collector(self, index: int) -> Collector:
-        """A collector for the targets of a block."""
+        """Make a collector for the targets of a block."""
         state, targets = self.state, self.state.prepared.targets.in_block(index)
         layers = {t.path: state.model.get_submodule(t.path) for t in targets}
         routed = frozenset(path for kind in self.runner.experts(index, layers) for path in kind)
@@ -65,7 +65,7 @@ class CalibrationPass(ABC):
         if needs & {"column", "gram"}:
             shapes = {target.path: target.shape for target in self.state.prepared.targets.in_block(index)}
             kinds = [{path: shapes[path] for path in kind} for kind in self.runner.experts(index, shapes)]
-            lean_on_each_other(collector.statistics, kinds, needs)
+            shrink_rare_experts(collector.statistics, kinds, needs)
         if self.cache is not None:
             self.cache.save(index, collector.statistics, collector.leaders, collector.gathering)
         self.gathered |= collector.statistics

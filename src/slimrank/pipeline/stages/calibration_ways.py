@@ -62,7 +62,7 @@ class Backwards(CalibrationPass):
     """For methods that need gradients: the inputs of every block are stored, then blocks are taken from the last."""
 
     def run(self) -> None:
-        """Forwards to the loss, and back."""
+        """Run forwards to the loss, and back."""
         runner, state = self.runner, self.state
         with state.timed(TITLE, 2 * len(runner)), runner.session():
             last = int(self.store.load("gradients")[1]["next"]) if self.store.has("gradients") else len(runner)
@@ -126,7 +126,7 @@ class WholeModel(CalibrationPass):
     """For gradients of a model that is resident: nothing is computed twice, all statistics are held at once."""
 
     def run(self) -> None:
-        """All batches, then all blocks."""
+        """Run all batches, then solve for all blocks."""
         runner, state, blocks = self.runner, self.state, len(self.runner)
         with state.timed(TITLE, blocks + len(state.batches("calibration"))), runner.session():
             if all(self.store.has(f"block-{i:04d}") for i in range(blocks)):
@@ -157,7 +157,7 @@ class FromCache(CalibrationPass):
         self.stored, self.sources = kept, sources
 
     def run(self) -> None:
-        """Every block whose spectra are not stored yet, in the order in which they would have been gathered."""
+        """Solve for every block whose spectra are not stored yet, in the order in which they would be gathered."""
         state, blocks = self.state, len(self.runner)
         backwards = state.prepared.backwards
         missing = {index for index in range(blocks) if not self.store.has(f"block-{index:04d}")}

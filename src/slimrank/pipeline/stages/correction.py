@@ -5,7 +5,7 @@ those that calibrate, refined layers are nearer to the original than anywhere el
 every factored layer it gives the gradient of the divergence by its weight and the gram of its inputs; its factors move
 along the tangent step of `linalg.tangent`, all by the same length. The first that is tried is half of that of Polyak
 (1987): the divergence itself over what the whole step would take off it to first order. It is halved as long as that
-brings windows kept aside nearer to the original; a round that never does is left out.
+brings held-out windows nearer to the original. A round that never does is left out.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 
 TITLE, REMEMBER = "correct", "remember the original"
-HELD_OUT = 4  # search windows that judge a round
-LENGTH = 0.5  # of Polyak's step, to begin with
+HELD_OUT_WINDOWS = 4  # search windows that judge a round
+FIRST_STEP_LENGTH = 0.5  # of Polyak's step, to begin with
 DAMPING = 1.0  # of the form on the inputs, in units of the energy of each channel
-TRIALS = 6
+MAX_TRIALS = 6
 
 
 class Correction:
-    """Rounds of correction, to be made after the cut; what the original answers is to be remembered before it.
+    """Rounds of correction, made on the factorised model; the outputs of the original are stored before.
 
     Args:
         state: knows the model; its plan says which layers are factored.
@@ -54,13 +54,13 @@ class Correction:
     def __init__(self, state: State, store: Store) -> None:
         self.state, self.store = state, store
         self.runner = state.runner(resident=False)
-        self.held_out = HeldOutCheck(state, HELD_OUT, store)
+        self.held_out = HeldOutCheck(state, HELD_OUT_WINDOWS, store)
         self.rounds: list[dict[str, Any]] = []
         assert state.texts.get("correction") is not None
         self._windows = state.texts["correction"].split(state.prepared.recipe.correction_windows)
 
     def remember(self) -> None:
-        """Take the windows of all rounds, and those kept aside, through the original model."""
+        """Run the windows of all rounds, and the held-out ones, through the original model."""
         state, rounds = self.state, self.state.prepared.recipe.corrections
         with state.timed(REMEMBER, rounds + 1), self.runner.session():
             self.held_out.start()
@@ -76,7 +76,7 @@ class Correction:
         """Correct the cut model.
 
         Returns:
-            For each round its divergence `here` before, the divergence on windows kept aside `before` and
+            For each round its divergence `here` before, the divergence on held-out windows `before` and
             `after`, the `length` of the step, and `kept`: whether it was made.
         """
         state, runner = self.state, self.runner
@@ -96,7 +96,7 @@ class Correction:
         self.runner.embed([Batch(ids) for ids in self._windows[number].split(self.state.prepared.recipe.batch_size)])
 
     def _gather(self, number: int) -> tuple[float, float]:
-        """Steps of all layers into the store; the divergence, and what whole steps take off it to first order."""
+        """Store the steps of all layers; return the divergence, and what whole steps take off it to first order."""
         runner, state, store = self.runner, self.state, self.store
         self._embed(number)
         for index in range(len(runner)):
@@ -116,7 +116,7 @@ class Correction:
         return divergence, decrease
 
     def _block(self, index: int, gradients: list[Hidden]) -> float:
-        """Steps of the layers of a block into the store, and what they take off the divergence to first order."""
+        """Store the steps of the layers of a block; return what they take off the divergence to first order."""
         layers = {t.path: self._layer(t) for t in self._targets(index)}
         collector = Collector(layers, GatherOptions(needs=frozenset({"gram", "slope"})), self.state.prepared.solver)
         inputs = states_named(self.store.load(f"input-{index:04d}")[0], "", len(self.runner.batches))
@@ -148,14 +148,14 @@ class Correction:
     # moving -------------------------------------------------------------------------------------------------
 
     def _move(self, before: float, divergence: float, decrease: float) -> dict[str, Any]:
-        """Take the steps, as far as windows kept aside get nearer to the original."""
+        """Take the steps, as far as held-out windows get nearer to the original."""
         tokens = self._windows[0].numel()
         row = {"here": divergence / tokens, "before": before, "after": before, "length": 0.0, "kept": False}
         if not decrease > 0:
             return row
         states = {t.path: dict(self._layer(t).state_dict()) for i in range(len(self.runner)) for t in self._targets(i)}
-        nearest, length = before, LENGTH * divergence / decrease
-        for _ in range(TRIALS):
+        nearest, length = before, FIRST_STEP_LENGTH * divergence / decrease
+        for _ in range(MAX_TRIALS):
             self._step(states, length)
             found = self.held_out.divergence(0)
             if not found < nearest and nearest < before:
@@ -167,7 +167,7 @@ class Correction:
         return row
 
     def _step(self, states: Mapping[str, Mapping[str, Tensor]], length: float) -> None:
-        """All layers at so much of their steps from what they held."""
+        """Move all layers by a fraction of their steps from what they held."""
         state = self.state
         for index in range(len(self.runner)):
             steps, _ = self.store.load(f"step-{index:04d}")
@@ -187,7 +187,7 @@ class Correction:
     # layers and resuming ------------------------------------------------------------------------------------
 
     def _targets(self, index: int) -> list[Target]:
-        """Factored targets of a block; weights that stand in several places are left as they are."""
+        """Factored targets of a block; tied weights are left as they are."""
         inside = self.state.prepared.targets.in_block(index)
         return [t for t in inside if self.state.plan.targets[t.path].rank != "dense" and not t.ties]
 

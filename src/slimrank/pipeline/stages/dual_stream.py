@@ -44,7 +44,7 @@ class _Both:
     last: bool
 
     def at(self, place: Place) -> list[str]:
-        """Layers that add to the residual stream there."""
+        """Return the layers that add to the residual stream there."""
         return [path for path, found in self.places.items() if found == place]
 
 
@@ -79,7 +79,7 @@ class DualStream:
         self.original = list(self.compressed) if self.following.anchor else []
 
     def stages(self, index: int, paths: list[str]) -> list[list[str]]:
-        """Layers whose sums are gathered in one go, in order; at least one stage, for the streams to go on."""
+        """Return the layers whose sums are gathered in one go, in order; at least one group."""
         layers = {path: self.state.model.get_submodule(path) for path in paths}
         run = partial(self.runner.run, index, 0, self.compressed[0])
         with self.runner.placed_block(index):
@@ -89,7 +89,7 @@ class DualStream:
     def gather(
         self, index: int, originals: Mapping[str, nn.Module], paths: list[str], last: bool
     ) -> list[StreamCollector]:
-        """Sums of these layers, of each part of the text; after the last of a block, the original stream is through it.
+        """Gather the sums of these layers for each part of the text; the last of a block move the original stream on.
 
         Args:
             index: the block, which holds the compressed layers.
@@ -103,13 +103,13 @@ class DualStream:
             return [self._gathered(both, part) for part in self._parts]
 
     def step(self, index: int) -> None:
-        """The compressed stream goes through the block."""
+        """Run the compressed stream through the block."""
         with self.runner.placed_block(index):
             for b, state in enumerate(self.compressed):
-                self.compressed[b] = self.runner.kept(self.runner.run(index, b, state))
+                self.compressed[b] = self.runner.to_host(self.runner.run(index, b, state))
 
     def _dealt(self) -> list[Sequence[Batch]]:
-        """The windows in batches, those of each part of the text that is summed by itself."""
+        """Return the windows in batches, for each part of the text that is summed by itself."""
         batches = self.state.batches("refinement") or self.state.batches("calibration")
         if self.following.ridge != "auto":
             return [batches]
@@ -117,7 +117,7 @@ class DualStream:
         return [[Batch(ids) for ids in half.split(self.state.prepared.recipe.batch_size)] for half in halves]
 
     def _gathered(self, both: _Both, part: range) -> StreamCollector:
-        """Sums over these batches."""
+        """Gather the sums over these batches."""
         following = self.following
         collector = StreamCollector(
             originals={path: both.originals[path] for path in both.layers} if following.anchor else {},
@@ -136,7 +136,7 @@ class DualStream:
         return collector
 
     def _run(self, both: _Both, b: int, collector: StreamCollector) -> None:
-        """One batch through the block, first as it was, then as it is; no further than is needed."""
+        """Run one batch through the original and the compressed block, no further than is needed."""
         layers, originals, exits = both.layers, both.originals, both.at("exit")
         calls = list(Counter({path: self._times[path] for path in layers}).elements())
         rest = {path: self.original[b].hidden for path in both.at("entry")}  # noqa: C420  (there may be no original stream)
@@ -146,7 +146,7 @@ class DualStream:
                 if both.last or exits:
                     after = run(self.original[b])
                     rest |= {path: after.hidden - answers[path].view_as(after.hidden) for path in exits}
-                    self.original[b] = self.runner.kept(after) if both.last else self.original[b]
+                    self.original[b] = self.runner.to_host(after) if both.last else self.original[b]
                 else:
                     run_until_read([originals[path] for path in calls], partial(run, self.original[b]))
         if exits:
@@ -159,7 +159,7 @@ class DualStream:
             collector.add_lack(path, following.anchor * (before.to(now) - now))
 
     def _places(self, index: int, originals: Mapping[str, nn.Module], paths: list[str]) -> dict[str, Place]:
-        """Which of these layers are to make up for the residual stream, by what the first of their role does."""
+        """Find the layers that compensate errors of the residual stream, by what the first of their role does."""
         if not (self.following.anchor and self.following.residual):
             return {}
         routed = {path for kind in self.runner.experts(index, paths) for path in kind}

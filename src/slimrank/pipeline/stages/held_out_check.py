@@ -1,4 +1,4 @@
-"""How far the model is from the original on windows kept aside, while block after block is compressed."""
+"""How far the model is from the original on held-out windows, while block after block is compressed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class HeldOutCheck:
             self.store.save("held-out", {str(b): final for b, final in enumerate(self._scorer.original)})
 
     def divergence(self, index: int) -> float:
-        """Divergence from the original in nats a token, the model from block `index` on as it is now.
+        """Return the divergence from the original in nats a token, the model from block `index` on as it is now.
 
         Infinite where the model no longer computes finite numbers.
         """
@@ -61,8 +61,8 @@ class HeldOutCheck:
             return math.inf
 
     def step(self, index: int) -> None:
-        """The windows go through block `index` as it is now."""
+        """Run the windows through block `index` as it is now."""
         self.states = self.runner.through(self.states, index, index + 1)
 
     def _finals(self, index: int) -> list[Tensor]:
-        return self._scorer.kept(self.runner.finals(self.states, index))
+        return self._scorer.to_host(self.runner.finals(self.states, index))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from slimrank.pipeline.state import State
 
 
-HELD = 2**30  # bytes of final hidden states, of cuts that are compared at a time
+MAX_HELD_BYTES = 2**30  # bytes of final hidden states, of cuts that are compared at a time
 Cut = tuple[str, int]  # path and rank
 
 
@@ -73,7 +73,7 @@ class ModelProbe:
     # divergence ---------------------------------------------------------------------------------------------
 
     def single(self, ranks: Mapping[str, Sequence[int]]) -> dict[str, list[Effect]]:
-        """Effects of each target alone at some ranks."""
+        """Measure the effects of each target alone at some ranks."""
         known = self._known("effects")
         missing = {p: [r for r in found if str(r) not in known.get(p, {})] for p, found in ranks.items()}
         self.forecast.did(sum(self._share(p) * (len(found) - len(missing[p])) for p, found in ranks.items()))
@@ -90,24 +90,24 @@ class ModelProbe:
         return {p: [Effect(*known[p][str(r)]) for r in found] for p, found in ranks.items()}
 
     def _share(self, path: str) -> float:
-        """The part of a forward pass that a cut of this target takes: from its own block on."""
+        """Return the part of a forward pass that measuring this target takes: from its own block on."""
         return 1 - min(self.units[path].blocks) / len(self.runner)
 
     def _groups(self, cuts: Sequence[Cut]) -> list[Sequence[Cut]]:
-        """As many cuts at a time as their final hidden states may be held of."""
+        """Group cuts, so that the final hidden states of a group fit into memory."""
         one = sum(hidden.nbytes for hidden in self._scorer.original)
-        count = max(1, HELD // max(1, one))
+        count = max(1, MAX_HELD_BYTES // max(1, one))
         return [cuts[start : start + count] for start in range(0, len(cuts), count)]
 
     def _block(
         self, index: int, states: list[Hidden], cuts: Sequence[Cut]
     ) -> dict[str, dict[str, tuple[float, float]]]:
-        """Effects of some cuts that begin in this block, all compared with the original at once."""
+        """Measure the effects of some cuts that begin in this block, all compared with the original at once."""
         finals = []
         for path, rank in cuts:
             layers = self.spectra.layers(self.units[path], rank)
             with _measuring(f"'{path}' cut to rank {rank}"), swapped(self.state.model, layers):
-                finals.append(self._scorer.kept(self.runner.finals(states, index)))
+                finals.append(self._scorer.to_host(self.runner.finals(states, index)))
             self.forecast.did(self._share(path))
         found: dict[str, dict[str, tuple[float, float]]] = {}
         for (path, rank), effect in zip(cuts, self._scorer.score(finals), strict=True):
@@ -117,7 +117,7 @@ class ModelProbe:
         return found
 
     def joint(self, ranks: Mapping[str, Rank]) -> Effect:
-        """Effect of all targets at these ranks."""
+        """Measure the effect of all targets at these ranks."""
         known = self._known("plans")
         name = content_key({path: str(rank) for path, rank in ranks.items() if rank != "dense"})
         if name not in known:
@@ -133,25 +133,25 @@ class ModelProbe:
         for path, rank in ranks.items():
             layers |= self.spectra.layers(self.units[path], rank) if rank != "dense" else {}
         with _measuring("a plan of the allocation"), swapped(self.state.model, layers):
-            final = self._scorer.kept(self.runner.finals(self._embedded, 0))
+            final = self._scorer.to_host(self.runner.finals(self._embedded, 0))
         return self._scorer.score([final])[0]
 
     def _known(self, name: str) -> dict[str, Any]:
-        """What was measured before: effects by path and rank, or those of plans by a digest of their ranks."""
+        """Return what was measured before: effects by path and rank, or those of plans by a digest of their ranks."""
         return self.store.load(name)[1] if self.store.has(name) else {}
 
     def _embed(self) -> None:
-        """The windows' embeddings, and the original's final hidden states; once."""
+        """Compute the windows' embeddings and the original's final hidden states, once."""
         if self._embedded:
             return
         self.runner.embed(self._batches)
         self._embedded = list(self.runner.states)
-        self._scorer.original = self._scorer.kept(self.runner.finals(self._embedded, 0))
+        self._scorer.original = self._scorer.to_host(self.runner.finals(self._embedded, 0))
 
     # influence ----------------------------------------------------------------------------------------------
 
     def influence(self) -> list[float]:
-        """Of each decoder block: the mean over tokens of the cosine of its input and its output."""
+        """Measure for each decoder block the mean over tokens of the cosine of its input and its output."""
         self.runner.embed(self._batches)
         states, found = list(self.runner.states), []
         for index in range(len(self.runner)):
@@ -166,17 +166,17 @@ class ModelProbe:
     # gradients ----------------------------------------------------------------------------------------------
 
     def batches(self) -> int:
-        """How many batches of search windows there are."""
+        """Count the batches of search windows."""
         return len(self._batches)
 
     def factors(self, path: str) -> tuple[Tensor, Tensor]:
-        """A and B of a target at its full rank, on the device that the model is run on."""
+        """Return A and B of a target at its full rank, on the device that the model is run on."""
         unit = self.units[path]
         a, parts = self.spectra.factors(unit, self.spectra.of(unit)[0].full_rank)
         return a.to(self.state.prepared.device), torch.cat(list(parts)).to(self.state.prepared.device)
 
     def loss(self, transforms: Mapping[str, Transform], batch: int) -> Tensor:
-        """Next-token loss in nats a token, with these layers answering what their transforms say."""
+        """Compute the next-token loss in nats a token, with the outputs of these layers transformed."""
         ids = self._batches[batch].input_ids
         with self._whole(), _as_placed(), _transformed(self.state.model, self.units, transforms), torch.enable_grad():
             logits = logits_of(self.state.model, Batch(ids), self.state.prepared.device)
@@ -185,14 +185,14 @@ class ModelProbe:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """The whole model on the device, its weights frozen."""
+        """Hold the whole model on the device, its weights frozen."""
         with frozen(self.state.model), self.runner.placed(self.state.model):
             yield
 
 
 @contextmanager
 def _measuring(what: str) -> Iterator[None]:
-    """Whatever is not finite on the way says what was being measured."""
+    """Add what was being measured to the error of what is not finite."""
     try:
         yield
     except NonFiniteError as error:
@@ -200,13 +200,13 @@ def _measuring(what: str) -> Iterator[None]:
 
 
 def _as_placed() -> Any:
-    """Autograd keeps what weights were in the forward pass: when it goes back, they are no longer placed."""
+    """Keep the weights of the forward pass for autograd: when it goes back, they are no longer placed."""
     return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
 
 
 @contextmanager
 def _transformed(model: nn.Module, units: Mapping[str, Unit], transforms: Mapping[str, Transform]) -> Iterator[None]:
-    """Layers that answer something else."""
+    """Transform the outputs of some layers."""
     handles = []
     for path, transform in transforms.items():
         start = 0

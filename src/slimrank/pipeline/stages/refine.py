@@ -1,4 +1,4 @@
-"""Refine: solve for the factors again, in closed form, on what each layer reads in the compressed model."""
+"""Refine: solve for the factors again, in closed form, on each layer's inputs in the compressed model."""
 
 from __future__ import annotations
 

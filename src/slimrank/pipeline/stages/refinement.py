@@ -36,11 +36,11 @@ TITLE = "cut and refine factors"
 _MORE_OUTPUTS = "more outputs than inputs: it does not make up for the residual stream"
 UNSEEN = 1e-3  # ridge besides a chosen one, for what the text does not show
 _ROUTED = "experts are sent other tokens in either model: refined towards the original weight on their own inputs"
-_UNDONE = "refining was undone in {count} of {blocks} blocks, no nearer to the original with it on windows kept aside "
+_UNDONE = "refining was undone in {count} of {blocks} blocks: no nearer to the original on held-out windows with it "
 
 
 class Refinement:
-    """Cuts the blocks in order and refines the factors of each, on both streams.
+    """Factorises the blocks in order and refines the factors of each, on both streams.
 
     Layers of a block are solved for in the order in which they read, each with what the refined layers before it give
     it: the block runs again for each stage, as far as the layers of that stage. In the end it runs on the second stream
@@ -57,7 +57,7 @@ class Refinement:
         self.undone: dict[int, tuple[float, float]] = {}  # block -> divergence without and with what refining found
 
     def run(self) -> None:
-        """Cut and refine all blocks in order."""
+        """Factorise and refine all blocks in order."""
         state, runner = self.state, self.runner
         with state.timed(TITLE, len(runner)), runner.session():
             first = int(self.store.load("streams")[1]["next"]) if self.store.has("streams") else 0
@@ -96,7 +96,7 @@ class Refinement:
             self.state.progress.step()
 
     def _told(self, index: int, about: Mapping[str, Any]) -> None:
-        """What there is to report of a block."""
+        """Add what there is to report of a block to the results."""
         if about["undone"]:
             self.undone[index] = about["undone"]
         for path, errors in about["errors"].items():
@@ -107,7 +107,7 @@ class Refinement:
         self.state.notes.append(f"{target.path}: no calibration token reached this layer: not refined")
 
     def _let_go(self, index: int) -> dict[str, nn.Module]:
-        """The original layers of a block, tied ones of other blocks' targets included; nobody keeps them after this."""
+        """Return the original layers of a block, tied ones of other blocks' targets included, and forget them."""
         inside = f"{self.runner.path}.{index}."
         mine = {path: layer for path, layer in self.factorizer.originals.items() if path.startswith(inside)}
         for path in mine:
@@ -156,7 +156,7 @@ class Refinement:
         refined: Mapping[str, Mapping[str, Tensor]],
         about: dict[str, Any],
     ) -> bool:
-        """Whether the block as it was cut is nearer to the original on windows kept aside; if so it is that again."""
+        """Undo refining if the block without it is nearer to the original on held-out windows; tell whether it is."""
         assert self.held_out is not None
         after = self.held_out.divergence(index)
         for path in refined:
@@ -171,7 +171,7 @@ class Refinement:
         return False
 
     def _state(self, path: str) -> dict[str, Tensor]:
-        """What a layer holds: tensors that stay as they are when others are put in their place."""
+        """Return the tensors that a layer holds; they stay as they are when the layer gets others."""
         return dict(self.state.model.get_submodule(path).state_dict())
 
     def _put_back(self, target: Target, cut: Mapping[str, Tensor]) -> None:
@@ -193,13 +193,13 @@ class Refinement:
         self.store.save("streams", both, {"next": index + 1})
 
     def _row(self, target: Target) -> Form:
-        """The form on the outputs that counts."""
+        """Return the form on the outputs that errors are measured in."""
         return self.factorizer.spectra.row(target) if self.refiner.in_metric else Form()
 
     def _refined(
         self, target: Target, original: Tensor, parts: list[LayerSums], notes: list[str]
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """What the refined layer holds, cast to the dtype it is stored in, and its relative errors and its ridge."""
+        """Return the tensors of the refined layer in their stored dtype, and its relative errors and its ridge."""
         layer: CompressedLinear = self.state.model.get_submodule(target.path)
         following, row, weight = self.refiner.following, self._row(target), original.to(self.state.prepared.solver)
         if row.seen and any(part.lack is not None for part in parts):
@@ -223,7 +223,7 @@ class Refinement:
         return new.state_dict(), errors
 
     def _stored(self, problem: Regression, a: Tensor, b: Tensor) -> CompressedLinear:
-        """The layer of refined factors, where B is fitted again to what casting leaves of A."""
+        """Make the layer of refined factors; B is fitted again to what casting leaves of A."""
         layer = layer_form(self.state.plan.stored_as).build(a, b, None, dtype=self.state.prepared.dtype)
         cast, _ = layer.factors()
         if not torch.equal(cast, a):
@@ -248,7 +248,7 @@ def _of_undone(undone: Mapping[int, tuple[float, float]], blocks: int) -> str:
 
 
 def _of_routed(gathered: list[StreamCollector]) -> list[str]:
-    """A note for each kind of experts whose target is self though there is an anchor."""
+    """Make a note for each kind of experts whose target is self though there is an anchor."""
     routed = {path for collector in gathered if collector.anchor for path in collector.routed}
     return [f"{role}: {_ROUTED}" for role in sorted({without_numbers(path) for path in routed})]
 
@@ -256,7 +256,7 @@ def _of_routed(gathered: list[StreamCollector]) -> list[str]:
 def _damped(
     problem: Regression, halves: list[Regression], weight: Tensor, following: RefineOptions
 ) -> tuple[Regression, float]:
-    """The problem with a pull towards the original weight, and the ridge of that.
+    """Return the problem with a pull towards the original weight, and the ridge of that.
 
     What only one half of the text reaches (an expert) shows nothing of how far to go: the largest ridge.
     """

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from slimrank.pipeline.state import State
 
 
-FILES = 2  # that are kept in memory
-POINTS = 32  # of a spectrum, for a report
+MAX_FILES_IN_MEMORY = 2  # that are kept in memory
+OUTLINE_POINTS = 32  # of a spectrum, for a report
 
 
 def outline(spectrum: Spectrum) -> dict[str, list[Any]]:
-    """What a report draws of a spectrum: ranks from 1 to the full one, log-spaced, and the relative error at each."""
-    steps = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+    """Return what a report draws of a spectrum: log-spaced ranks, and the relative error at each."""
+    steps = torch.linspace(0, 1, OUTLINE_POINTS, dtype=torch.float64)
     ranks = sorted({round(spectrum.full_rank**step) for step in steps.tolist()})
     return {"ranks": ranks, "errors": [float(f"{spectrum.relative_error(rank):.4g}") for rank in ranks]}
 
@@ -36,7 +36,7 @@ class SpectrumStore:
         self._files: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
 
     def of(self, unit: Unit) -> tuple[Spectrum, dict[str, Any]]:
-        """The spectrum of a unit, and what was noted beside it."""
+        """Return the spectrum of a unit, and what was noted beside it."""
         tensors, about = self._file(f"block-{self._stored_under(unit):04d}")
         mine = about[unit.path]
         spectrum = Spectrum(
@@ -52,19 +52,19 @@ class SpectrumStore:
         return spectrum, mine
 
     def row(self, target: Target) -> Form:
-        """The form on the outputs that a target was solved in; the identity for one that shares a factor."""
+        """Return the form on the outputs that a target was solved in; the identity for one that shares a factor."""
         unit = next(unit for unit in self.state.prepared.units if target in unit.targets)
         return self.of(unit)[0].row() if len(unit.targets) == 1 else Form()
 
     def factors(self, unit: Unit, rank: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """A (rank x n), and B (m x rank) of each target; float32, or float64 where the weight is."""
+        """Return A (rank x n), and B (m x rank) of each target; float32, or float64 where the weight is."""
         weight = unit.weight(self.state.model, self.state.prepared.solver)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         a, b = self.of(unit)[0].factors(weight, rank, dtype)
         return a, b.split([t.shape[0] for t in unit.targets])
 
     def layers(self, unit: Unit, rank: int) -> dict[str, nn.Module]:
-        """Low-rank layers for the targets of a unit, ties included, in the dtype of their weights."""
+        """Return low-rank layers for the targets of a unit, ties included, in the dtype of their weights."""
         a, parts = self.factors(unit, rank)
         found: dict[str, nn.Module] = {}
         for target, part in zip(unit.targets, parts, strict=True):
@@ -78,7 +78,7 @@ class SpectrumStore:
 
     def _file(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if name not in self._files:
-            while len(self._files) >= FILES:
+            while len(self._files) >= MAX_FILES_IN_MEMORY:
                 self._files.pop(next(iter(self._files)))
             self._files[name] = self.store.load(name, str(self.state.prepared.solver))
         return self._files[name]

@@ -58,7 +58,7 @@ class StatisticsCache:
     def load(
         self, index: int, sources: Sequence[Need], gathering: GatherOptions, ranks: Mapping[str, int]
     ) -> tuple[dict[str, LayerStatistics], dict[str, str]]:
-        """Statistics of the layers of a block, of the kinds that `sources` names, and who reads the same as whom."""
+        """Return the statistics of the layers of a block, of the kinds in `sources`, and which share their inputs."""
         found: dict[str, LayerStatistics] = {}
         leaders: dict[str, str] = {}
         for source in sources:
@@ -74,7 +74,7 @@ class StatisticsCache:
         return found, leaders
 
     def sources(self, gathering: GatherOptions) -> list[Need] | None:
-        """Kinds that hold, for all blocks, what a method gathers; None if something is missing.
+        """Return the kinds that hold, for all blocks, what a method gathers; None if something is missing.
 
         The whole gram serves as a column's, too.
         """
@@ -95,7 +95,7 @@ class StatisticsCache:
 
 
 def _name(index: int, need: Need, gathering: GatherOptions) -> str:
-    """A file for each block, kind and settings that steer it."""
+    """Name the file of a block, a kind and the settings that steer it."""
     settings = "".join(f"-{getattr(gathering, name)}" for name in NEEDS[need].settings)
     return f"{need}{settings}-{index:04d}".replace(" ", "")
 
