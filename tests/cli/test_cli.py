@@ -162,7 +162,7 @@ def test_methods(capsys):
         (["evaluate", "{model}", "--text", "/no/text.txt"], "does not exist"),
         (["evaluate", "{model}", "--windows", "1000000", "--seq-len", "24"], "need 24,000,000"),
         (["evaluate", "{model}", "--dtype", "int3"], "dtype"),
-        (["evaluate", "{model}", "--text", "self"], "sampled itself"),
+        (["evaluate", "{model}", "--text", "self"], "wrote itself"),
         (["evaluate", "{model}", "--tasks", "sums", "--limit", "0"], "--limit must be 1 or more, got 0"),
         (["evaluate", "{model}", "--tasks", "sums", "--shots", "-1"], "--shots must be 0 or more, got -1"),
         (["evaluate", "{model}", "--tasks", ""], "no name"),

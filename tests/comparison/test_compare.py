@@ -139,7 +139,7 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(made, error, me
         ({}, {"tasks": TaskRequest(("smus", "wrods"))}, "no task 'smus', 'wrods'"),
         ({}, {"tasks": TaskRequest(("sums",), "/no/tasks")}, "'/no/tasks' does not exist"),
         ({}, {"texts": ["demo", "/no/text.txt"]}, "'/no/text.txt' does not exist"),
-        ({}, {"texts": ["self"]}, "sampled itself"),
+        ({}, {"texts": ["self"]}, "wrote itself"),
         ({"method": "svd_llm", "calibration": "/no/words.txt"}, {}, "'/no/words.txt' does not exist"),
         ({"allocation": "ada_cr", "calibration": "/no/words.txt"}, {}, "'/no/words.txt' does not exist"),
     ],

@@ -368,13 +368,13 @@ def test_a_run_directory_may_be_in_the_home_folder(tiny_folder, tmp_path, monkey
         ({"calibration": "no-such.txt"}, DataError, "does not exist"),
         ({"seq_len": 2000}, RecipeError, "more than the model's context of 128"),
         ({"device": "quantum"}, RecipeError, "not a device"),
-        ({"evaluation": "self"}, DataError, "sampled itself"),
+        ({"evaluation": "self"}, DataError, "wrote itself"),
         ({"ignore": ["q_porj"]}, RecipeError, "matches no linear"),
         ({"ignore": ["re:("]}, RecipeError, "not a regular expression"),
         ({"keep_ratio": None, "max_bytes": 20_000}, BudgetError, "already take"),
         ({"plan": "none.json", "keep_ratio": None}, PlanError, "cannot be read"),
-        ({"plan": "none.json", "keep_ratio": None, "rank_multiple": 8}, RecipeError, "ranks of a plan are fixed"),
-        ({"plan": "none.json", "keep_ratio": None, "ranks": {"*": "dense"}}, RecipeError, "ranks of a plan are fixed"),
+        ({"plan": "none.json", "keep_ratio": None, "rank_multiple": 8}, RecipeError, "a plan fixes the ranks"),
+        ({"plan": "none.json", "keep_ratio": None, "ranks": {"*": "dense"}}, RecipeError, "a plan fixes the ranks"),
     ],
 )  # fmt: skip
 def test_bad_options_fail_before_any_work(tiny_folder, tmp_path, text_file, change, error, message, monkeypatch):

@@ -66,7 +66,7 @@ def check_files(folder: Path, named: str | None = None) -> list[Path]:
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise ModelError(
-            f"'{folder}' misses {len(missing)} of {len(files)} weight files: {', '.join(missing[:3])}.", _AGAIN
+            f"'{folder}' lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:3])}.", _AGAIN
         )
     for path in files:
         _refuse_pointer(path)

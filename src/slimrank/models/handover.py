@@ -224,7 +224,7 @@ class _Lesson:
         if not math.isfinite(limit):
             return  # the run itself says where
         if found.hidden.shape != expected.shape or not float((found.hidden - expected).abs().max()) <= limit:
-            self.wrong.append(f"block '{self.path}.{index}' has another output when it is run alone.")
+            self.wrong.append(f"block '{self.path}.{index}' computes something else when it is run alone.")
 
 
 def _versions(tree: Any, name: str = "", depth: int = 3) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -107,7 +107,7 @@ def _refuse_custom_code(spec: str | Path, content: Mapping[str, Any]) -> None:
     if content.get("model_type") in CONFIG_MAPPING and set(map(str.lower, named)) <= _names_of_transformers():
         return
     raise ModelError(
-        f"the model '{spec}' ({', '.join(named) or content.get('model_type')}) needs code from its own files, which "
+        f"the model '{spec}' ({', '.join(named) or content.get('model_type')}) needs custom code, which "
         "slimrank never runs.",
         "use a model that transformers itself supports, or a newer transformers",
     )

@@ -53,12 +53,12 @@ def check_taken(spec: str | Path, model: Any, info: Mapping[str, Any], untaken: 
     missing = sorted(info.get("missing_keys") or [])
     if missing:
         raise ModelError(
-            f"the checkpoint '{spec}' misses {len(missing)} weights, e.g. '{missing[0]}'.",
+            f"the checkpoint '{spec}' lacks {len(missing)} weights, e.g. '{missing[0]}'.",
             "it may belong to another architecture, or be incomplete; download it again",
         )
     for name, stored, wanted in sorted(info.get("mismatched_keys") or []):
         raise ModelError(
-            f"the weight '{name}' of '{spec}' is {tuple(stored)} in the files, but {tuple(wanted)} by config.json.",
+            f"the weight '{name}' of '{spec}' is {tuple(stored)} in the files and {tuple(wanted)} by config.json.",
             "the weight files belong to another configuration; download the model again",
         )
     declared = set(untaken) - set(info.get("unexpected_keys") or [])

@@ -144,7 +144,7 @@ class _Source:
         if not self.kind.widened:
             return list(self.kind.notes)
         size = f"; its files take {self.file_bytes():,} bytes" if self.files else ""
-        return [*self.kind.notes, f"the model is quantised ({self.kind.widened}); its weights were made dense{size}"]
+        return [*self.kind.notes, f"the model is quantised ({self.kind.widened}), and widened to dense weights{size}"]
 
 
 def _read(spec: str | Path, progress: Progress | None) -> _Source:

@@ -122,7 +122,7 @@ def find_targets(
         key = id(module.weight)
         reason = _reason_to_leave(path, module, around, targets, ignore, form)
         if not reason and type(module) in odd:
-            reason = "linears that compute something else"
+            reason = "linears that compute something of their own"
         if reason:
             reasons[key] = reason
         elif key in found:
@@ -213,7 +213,7 @@ def _reason_to_leave(
     if not module.weight.is_floating_point():  # type: ignore[operator]
         return "quantised linears"
     if {name for name, _ in module.named_parameters()} - {"weight", "bias"} or any(True for _ in module.buffers()):
-        return "linears with modules inside"
+        return "linears with parts of their own"
     if _is_router(m, around):
         return "routers"
     if matches(path, ignore) or (targets and not matches(path, targets)):
@@ -277,7 +277,7 @@ def _reason_of(
     if id(p) in embeddings:
         return "embeddings and lm_head"
     if _is_bank(p) and in_block and id(p) not in convolutions:
-        return "expert banks (3-D, of a class that is not split)"
+        return "expert banks (3-D, of a class of their own)"
     if id(p) in convolutions:
         return "convolutions"
     if p.dim() >= 2:

@@ -1,4 +1,4 @@
-"""Read the tokenizer of a model without running code from its files, and check that both fit."""
+"""Read the tokenizer of a model without custom code, and check that both fit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_tokenizer(spec: str | Path, place: Mapping[str, Any]) -> Any:
         place: `pretrained_model_name_or_path`, and `gguf_file` for a GGUF file.
 
     Raises:
-        ModelError: there is none, it cannot be read, or it needs code from its own files.
+        ModelError: there is none, it cannot be read, or it needs custom code.
     """
     folder = Path(str(place["pretrained_model_name_or_path"]))
     local = folder.is_dir() and "gguf_file" not in place
@@ -38,7 +38,7 @@ def load_tokenizer(spec: str | Path, place: Mapping[str, Any]) -> Any:
             if "trust_remote_code" not in str(error):
                 raise
             raise ModelError(
-                f"the tokenizer of '{spec}' needs code from its own files, which slimrank never runs.",
+                f"the tokenizer of '{spec}' needs custom code, which slimrank never runs.",
                 "save it as tokenizer.json, which needs no code",
             ) from error
 

@@ -55,7 +55,7 @@ def check_tokens(tokens: Tensor, tokenizer: Any, model: Any) -> None:
     if largest >= rows:
         raise ModelError(
             f"the tokenizer makes token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) of the text, "
-            f"but the largest token of the model's embedding is {rows - 1}.",
+            f"but the embedding of the model ends at {rows - 1}.",
             "use the tokenizer that belongs to the model, or save the model after "
             "model.resize_token_embeddings(len(tokenizer))",
         )
