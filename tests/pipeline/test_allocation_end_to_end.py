@@ -416,7 +416,7 @@ def test_plan_computes_what_the_allocation_needs_and_compress_goes_on_from_there
             kept = 100 * target.cost(plan.stored_as) / (target.shape[0] * target.shape[1])
             assert cell.strip() == ("--" if target.rank == "dense" else f"{kept:.0f}")
     assert "predicted error" in shown
-    assert "no plan that it may choose is better by more than" in shown
+    assert "no allowed plan is better by more than" in shown
     (mine,) = re.findall(r"0\.60 +([\d.e-]+) .* <- this plan", shown)
     record = json.loads(run(capsys, "plan", *shared, "--json")[1])
     assert record["allocation"]["id"] == "lems"

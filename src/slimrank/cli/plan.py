@@ -27,7 +27,7 @@ def plan(
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """Show what compress would do: sizes, ranks by block and layer, time, memory, and layers that it leaves out.
+    """Show what compress would do: sizes, ranks by block and layer, time, memory, layers left out.
 
     It loads no weights and shows uniform ranks where an allocation needs spectra or measurements. With --run-dir or
     --save it computes these ranks.
