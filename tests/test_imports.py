@@ -171,6 +171,20 @@ assert seconds < 0.3, seconds
     assert result.returncode == 0, result.stderr
 
 
+def test_the_help_of_slimrank_reads_no_recipe():
+    program = """
+import sys
+from slimrank.cli import main
+try:
+    main(["--help"])
+finally:
+    assert not {"torch", "pydantic", "slimrank.recipe"} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(f" {name} " in result.stdout for name in ("compress", "plan", "doctor"))
+
+
 def test_extras_are_optional():
     """Every module imports where only the core dependencies are to be had."""
     program = """

@@ -40,6 +40,12 @@ BETTER = {  # a pattern of what not to write -> what to write
     r"goes by (the|a|what|spectra)": "uses",
     r"so much more is done": "advance by",
     r"at fault": "wrong",
+    r"but for (?!that|this reason)": "except",
+    r"once more": "again",
+    r"(does|do) not go with": "cannot be combined",
+    r"whatever else": "anything else",
+    r"what there is to (tell|say|report|allocate)": "name it",
+    r"knows (the )?model\b": "holds the model",
     r"the words?,? the rooms?": "packages",
 }
 

@@ -13,9 +13,9 @@ class Progress:
         """Announce all stages and their predicted cost in seconds (only the proportions matter)."""
 
     def stage(self, name: str, steps: int) -> None:
-        """Begin a stage of so many steps, and end the one before it.
+        """Begin a stage of that many steps, and end the one before it.
 
-        The name of the current stage again: what is left of it has so many steps.
+        The name of the current stage again: what is left of it has that many steps.
         """
 
     def step(self, done: int = 1) -> None:

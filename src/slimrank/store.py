@@ -95,7 +95,7 @@ def usable_folder(run_dir: str | Path, output: Path | None = None) -> Path:
 
     Args:
         run_dir: as the user named it.
-        output: the folder that the model is written to. It is replaced as a whole in the end.
+        output: the folder that the model is written to. It is replaced as a whole at the end.
 
     Raises:
         RunError: it is in the output folder, or holds something else.
@@ -124,7 +124,7 @@ def _unusable(folder: str | Path, error: Exception) -> OutputError:
 
 
 def remove_run(folder: Path) -> None:
-    """Delete what a run has stored; whatever else lies in the folder stays.
+    """Delete what a run has stored; anything else in the folder stays.
 
     Raises:
         OutputError: it cannot be deleted.

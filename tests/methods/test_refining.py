@@ -314,7 +314,7 @@ def test_a_large_ridge_by_halves_leaves_the_target_to_the_original_weight(monkey
 
 def test_a_ridge_chosen_by_halves_with_one_window():
     options = {"refine": "update", "refine_options": {"ridge": "auto"}}
-    with pytest.raises(RecipeError, match="there is one window"):
+    with pytest.raises(RecipeError, match="there is only one window"):
         compress(samples=1, **options)
     assert all(row["refined"]["ridge"] > 0 for row in compress(samples=2, **options).report["targets"])
     options["refine_options"]["samples_factor"] = 2

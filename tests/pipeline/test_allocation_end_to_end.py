@@ -346,7 +346,7 @@ def test_limits_of_layers_that_share_a_factor_must_overlap(second):
         (
             {"allocation": "shared", "allocation_options": {"monotone": True}},
             RecipeError,
-            "do not go with ranks shared",
+            "cannot be combined with ranks shared",
         ),
         (
             {"allocation": "shared", "ranks": {"layers.0.*.q_proj": 3, "layers.1.*.q_proj": 5}},

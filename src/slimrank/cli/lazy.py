@@ -35,6 +35,9 @@ class _Commands(MutableMapping[str, Any]):
     def __delitem__(self, name: str) -> None:
         del self.functions[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.functions
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.functions)
 
@@ -64,6 +67,10 @@ class LazyGroup(TyperGroup):
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self.commands: Any = _Commands(self.functions, dict(self.context_settings))
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands, without building any."""
+        return list(self.commands)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command as the help lists it."""

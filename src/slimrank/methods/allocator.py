@@ -55,7 +55,7 @@ class Allocator:
         allocate: (Problem, **options) -> Allocation.
         passes: (options, layers, batches of search text) -> estimated forward passes over the search text.
         options: their names, types, ranges and defaults.
-        check: (Problem without spectra, options) -> None; raises if they do not go together.
+        check: (Problem without spectra, options) -> None; raises if they cannot be combined.
         gradient_passes: estimated forward passes over as much text that a loss and its gradient take.
     """
 
@@ -113,7 +113,7 @@ class ConfiguredAllocator:
         Raises:
             BudgetError: the smallest ranks store more than the budget, or a block cannot meet its constraints.
             PlanError: limits leave a target no rank.
-            RecipeError: options that do not go together.
+            RecipeError: options that cannot be combined.
         """
         if self.needs:  # without any it is a fixed plan, which checks itself
             problem.check()

@@ -84,7 +84,7 @@ class Refiner:
         id: its name in recipes.
         title: one line for people.
         paper: its source.
-        changes_a: whether A changes, too; if so, methods whose targets share A refuse it.
+        changes_a: whether A changes, too; if so it cannot be combined with methods whose targets share A.
         refine: (problem, weight m x n, A, B, **options) -> A, B. B is solved for again after A is cast.
         options: their names, types, ranges and defaults, those of `RefineOptions` included.
     """

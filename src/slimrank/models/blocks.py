@@ -33,7 +33,7 @@ class BlockRunner:
         resident: keep the whole model on the device (inside `self.session()`), instead of one block at a time.
             The results are the same.
 
-    `states[b]` is what enters the next block, for batch b: hidden states, and whatever else earlier blocks pass on.
+    `states[b]` is what enters the next block, for batch b: hidden states, and what else earlier blocks pass on.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, upcast: bool, resident: bool) -> None:

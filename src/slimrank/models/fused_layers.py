@@ -44,8 +44,8 @@ def sizes_of_parts(model: nn.Module, wanted: Mapping[str, Parts]) -> dict[str, l
 
     Args:
         model: a decoder; its weights may be on the meta device.
-        wanted: pattern (as for targets) -> so many equal parts, the outputs of each part, or "qkv": heads of queries,
-            keys and values as the configuration counts them. Of several patterns that match, the last counts.
+        wanted: pattern (as for targets) -> a number of equal parts, the outputs of each part, or "qkv": heads of
+            queries, keys and values as the configuration counts them. Of several patterns that match, the last counts.
 
     Raises:
         RecipeError: a pattern that matches no linear layer, parts that do not add up to a layer, or a layer whose
@@ -62,7 +62,7 @@ def sizes_of_parts(model: nn.Module, wanted: Mapping[str, Parts]) -> dict[str, l
             raise RecipeError(f"the pattern '{pattern}' of 'split' matches no linear layer.", f"paths look like {some}")
         for path in matching:
             if places[id(layers[path].weight)] > 1:
-                raise RecipeError(f"'{path}' cannot be split: its weight is tied.", "leave it whole")
+                raise RecipeError(f"'{path}' cannot be split: its weight is tied to other layers.", "leave it whole")
             found[path] = _sizes(path, weight_of(layers[path]).shape[0], parts, model)
     return found
 

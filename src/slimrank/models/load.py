@@ -53,7 +53,7 @@ def load(spec: str | Path, dtype: str = "auto", progress: Progress | None = None
 
 
 def load_model(spec: str | Path, dtype: str = "auto", progress: Progress | None = None) -> Loaded:
-    """Load a causal language model on the CPU, its tokenizer, and notes about it.
+    """Load a causal language model on the CPU, its tokenizer, and notes on both.
 
     Args:
         spec: hub id, local folder, .gguf file, or "demo".

@@ -1,4 +1,4 @@
-"""What enters a block: hidden states, and whatever else earlier blocks pass to later ones."""
+"""What enters a block: hidden states, and anything else that earlier blocks pass to later ones."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def _expert_lists(block: nn.Module) -> Iterator[str]:
 
 
 def _has_router(parent: nn.Module, count: int) -> bool:
-    """Tell whether a module, or one directly inside it, has a matrix of so many rows."""
+    """Tell whether a module, or one directly inside it, has a matrix of that many rows."""
     matrices = (p for m in parent.children() for p in m.parameters(recurse=False) if p.dim() == 2)
     return count > 1 and any(len(matrix) == count for matrix in matrices)
 

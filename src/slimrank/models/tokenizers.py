@@ -44,7 +44,7 @@ def load_tokenizer(spec: str | Path, place: Mapping[str, Any]) -> Any:
 
 
 def _refuse_missing(spec: str | Path, folder: Path) -> None:
-    """Refuse a folder without a vocabulary, but for one whose tokenizer class needs no file (bytes, for example)."""
+    """Refuse a folder without a vocabulary, unless its tokenizer class needs no file (bytes, for example)."""
     with explained(spec, "tokenizer of"):
         try:
             names = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).vocab_files_names

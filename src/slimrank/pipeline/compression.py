@@ -49,7 +49,7 @@ class CompressionResult:
 
 
 class Storage(TypedDict, total=False):
-    """Options of `compress` about the disk, besides `out`."""
+    """Options of `compress` about the disk, in addition to `out`."""
 
     run_dir: str | Path | None
     overwrite: bool
@@ -117,7 +117,7 @@ def find_plan(
     `compress` does not compute it again.
 
     Returns:
-        The plan, and what there is to tell of the allocation ("gap", "trade_off", "additivity", ...).
+        The plan, and facts about the allocation ("gap", "trade_off", "additivity", ...).
 
     Raises:
         SlimrankError: see `slimrank.errors`.
@@ -149,7 +149,7 @@ class _Disk:
 
 @contextmanager
 def _opened(inputs: Inputs, stages: Sequence[Stage], progress: Progress, disk: _Disk) -> Iterator[State]:
-    """Open the run directory, announce the stages and make sure that there is room for what they store."""
+    """Open the run directory, announce the stages and check that there is room for what they store."""
     prepared = inputs.prepared
     with run_folder(disk.output, disk.run_dir) as folder, Run(folder, inputs.identity()) as run:
         state = State(

@@ -39,7 +39,7 @@ class Cost:
     Attributes:
         float32: operations in single precision.
         float64: operations in double precision.
-        written: bytes written to disk in the end.
+        written: bytes written to disk at the end.
         peak: bytes of memory at most, besides the libraries and the weights of the model.
         stored: bytes that it leaves in the run directory.
     """
@@ -114,38 +114,38 @@ class Shape:
 
     @property
     def width(self) -> int:
-        """The numbers in a hidden state."""
+        """Return the numbers in a hidden state."""
         return self.targets[0].shape[1]
 
     @property
     def widest(self) -> int:
-        """The longer side of the largest target."""
+        """Return the longer side of the largest target."""
         return max(max(t.shape) for t in self.targets)
 
     @property
     def logits(self) -> int:
-        """The elements of the logits of one evaluation pass."""
+        """Return the elements of the logits of one evaluation pass."""
         return max(LOGITS_AT_ONCE, self.seq_len * self.vocabulary)
 
     @cached_property
     def first(self) -> list[Target]:
-        """The targets of the first block that has any."""
+        """Return the targets of the first block that has any."""
         block = min(t.block for t in self.targets)
         return [t for t in self.targets if t.block == block]
 
     @property
     def compressed_blocks(self) -> int:
-        """The number of blocks that have targets."""
+        """Return the number of blocks that have targets."""
         return len({t.block for t in self.targets})
 
     @property
     def compute_bytes(self) -> int:
-        """The bytes of a number while a block is computed."""
+        """Return the bytes of a number while a block is computed."""
         return 4 if self.upcast else self.itemsize
 
     @property
     def copies(self) -> int:
-        """The bytes of the copies of weights that are computed in another dtype than they are stored in."""
+        """Return the bytes of the weight copies that are computed in another dtype than the stored one."""
         if self.compute_bytes == self.itemsize:
             return 0
         block = self.matrices // max(1, self.compressed_blocks) * self.compute_bytes
@@ -153,7 +153,7 @@ class Shape:
 
     @property
     def solving(self) -> int:
-        """The bytes that the largest eigen-problem takes."""
+        """Return the bytes that the largest eigenproblem takes."""
         return 8 * 5 * self.widest * min(self.widest, max(min(t.shape) for t in self.targets))
 
     def forward(self, tokens: int) -> float:
@@ -169,7 +169,7 @@ class Shape:
         return 2 * GRAM_SHARE * tokens * sum(n * n for n in group_widths(self.targets))
 
     def decompose(self) -> float:
-        """Count the operations of one eigen-problem for every target."""
+        """Count the operations of one eigenproblem for every target."""
         return sum(solve_flops(*t.shape) for t in self.targets)
 
 
@@ -206,9 +206,10 @@ def measure_machine(device: torch.device) -> Machine:
 
 
 def group_widths(targets: Iterable[Target]) -> list[int]:
-    """Return the input widths of the groups that will share a gram: siblings of equal width, except the last to run.
+    """Guess the input widths of the groups that share a gram, without running the model.
 
-    This is a guess without running the model; calibration itself compares the tensors.
+    Siblings of equal width form a group, except the last to run. Calibration itself groups layers by the identity
+    of their input tensors.
     """
     seen: dict[tuple[str, int], int] = {}
     for target in targets:
@@ -218,7 +219,7 @@ def group_widths(targets: Iterable[Target]) -> list[int]:
 
 
 def solve_flops(m: int, n: int) -> float:
-    """Count the operations of the eigen-problem of an m x n weight."""
+    """Count the operations of the eigenproblem of an m x n weight."""
     k, widest = min(m, n), max(m, n)
     return 40 * k**3 + 4 * k * k * widest + (2 * k * widest * widest if n > m else 0)
 

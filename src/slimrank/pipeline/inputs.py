@@ -1,4 +1,4 @@
-"""Load what a compression needs: texts, model, tokenizer. All that can fail, fails here, before any long work."""
+"""Load what a compression needs: texts, model, tokenizer. Whatever can fail does so here, before any long work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from slimrank.pipeline.state import Inputs
 from slimrank.progress import Progress
 from slimrank.text.texts import Texts, WindowRequest, read_texts
 
-_ONE_BY_ONE = "experts are computed one by one, each as linear layers, also while the original is measured"
+_ONE_BY_ONE = "experts run one by one, each as linear layers; the original is measured in the same way"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _load(model: Any, tokenizer: Any, dtype: str, progress: Progress) -> _Loaded
         loaded = load_model(model, dtype, progress)
         return _Loaded(loaded.model, loaded.tokenizer, loaded.file_bytes, list(loaded.notes))
     if dtype != "auto":
-        raise RecipeError("a loaded model keeps its dtype.", "model.to(dtype) before, or give its name or folder")
+        raise RecipeError("a loaded model keeps its dtype.", "call model.to(dtype) first, or give its name or folder")
     check_dense(model)
     if isinstance(getattr(model, "config", None), PreTrainedConfig):
         check_decoder(type(model).__name__, model.config)
@@ -81,7 +81,7 @@ def _load(model: Any, tokenizer: Any, dtype: str, progress: Progress) -> _Loaded
 
 
 def _check_blocks(prepared: Prepared, texts: Texts) -> None:
-    """Make sure that the blocks compute alone what they compute in the model.
+    """Check that each block computes the same alone as in the model.
 
     Raises:
         ModelError: they do not.

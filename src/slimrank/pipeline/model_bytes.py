@@ -41,12 +41,12 @@ class ModelBytes:
 
     @property
     def rest(self) -> int:
-        """Bytes of everything that is not a target."""
+        """Return the bytes of everything that is not a target."""
         return self.total - self.targets
 
     @property
     def largest_item(self) -> int:
-        """Bytes per parameter of the widest target."""
+        """Return the bytes per parameter of the widest target."""
         return max(self.itemsizes.values())
 
     def compressed(self, recipe: Recipe, plan: RankPlan, targets: TargetSet) -> int:
@@ -79,12 +79,12 @@ def new_biases(recipe: Recipe, targets: Iterable[Target]) -> int:
 
 
 def index_bytes(form: str, targets: Iterable[Target]) -> int:
-    """Count the bytes that layers of a form take besides numbers, for every place that a target stands in."""
+    """Count the bytes of indices that layers of a form store, for every place of a target."""
     return sum(layer_form(form).index_bytes(*t.shape) * (1 + len(t.ties)) for t in targets)
 
 
 def _header_bytes(form: str, model: Any, targets: TargetSet) -> int:
-    """Bytes of a model's files besides parameters, or more."""
+    """Estimate from above the bytes of a model's files that are not parameters."""
     added = sum(layer_form(form).more_tensors(1 + len(t.ties)) for t in targets)
     names = list(saved_tensors(model))
     each = max(HEADER_BYTES, FIELD_BYTES + PART_NAME + max(map(len, names)))

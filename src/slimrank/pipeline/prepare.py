@@ -58,7 +58,7 @@ class Choices:
         """Resolve a recipe, and let its stages check it.
 
         Raises:
-            RecipeError: an unknown method or option, a value out of range, or choices that do not go together.
+            RecipeError: an unknown method or option, a value out of range, or choices that cannot be combined.
             PlanError: a plan that cannot be read.
         """
         made = cls(
@@ -88,23 +88,23 @@ class Choices:
 
     @property
     def measures(self) -> bool:
-        """Whether the allocation measures the model on text."""
+        """Tell whether the allocation measures the model on text."""
         return self.recipe.plan is None and self.allocator.measures
 
     @property
     def computes_ranks(self) -> bool:
-        """Whether ranks are not known without spectra or measurements."""
+        """Tell whether ranks depend on spectra or measurements."""
         return self.recipe.plan is None and bool(self.allocator.needs)
 
     @property
     def reads_text(self) -> bool:
-        """Whether calibration text is needed to factorize (a measured allocation may need some besides)."""
+        """Tell whether factorizing needs calibration text; a measured allocation may need more text."""
         recipe = self.recipe
         return self.method.gathering.calibrates or recipe.refine is not None or recipe.corrections > 0
 
     @property
     def differentiates(self) -> bool:
-        """Whether something takes gradients of the model."""
+        """Tell whether something takes gradients of the model."""
         descends = self.recipe.plan is None and "gradient" in self.allocator.needs
         return self.method.gathering.backward or self.recipe.corrections > 0 or descends
 
@@ -120,7 +120,7 @@ class Prepared:
         targets: the weights to compress.
         units: the targets that are decomposed together.
         size: bytes of the model as it is.
-        problem: what there is to allocate; None if the recipe names a plan.
+        problem: the rank problem; None if the recipe names a plan.
         plan: the plan that is given or known already, else provisional ranks.
         unfused: whether any fused layer was taken apart.
         dtype: the dtype that the model is stored in.
@@ -142,7 +142,7 @@ class Prepared:
         """Resolve a recipe for a model, in which fused layers are taken apart.
 
         Raises:
-            SlimrankError: whatever does not fit: windows, patterns, budget, plan, or the model itself.
+            SlimrankError: anything that does not fit: windows, patterns, budget, plan, or the model itself.
         """
         unfused = bool(split_layers(model, choices.recipe.split))
         recipe = choices.recipe.model_copy(update={"seq_len": window_length(model, choices.recipe.seq_len)})
@@ -158,22 +158,22 @@ class Prepared:
 
     @cached_property
     def device(self) -> torch.device:
-        """The device that computes."""
+        """Return the device that computes."""
         return resolve_device(self.recipe.device)
 
     @cached_property
     def solver(self) -> torch.device:
-        """The device that solves in float64."""
+        """Return the device that solves in float64."""
         return solving_device(self.device)
 
     @cached_property
     def upcast(self) -> bool:
-        """Whether blocks are computed in float32 whatever they are stored in."""
+        """Tell whether blocks are computed in float32, whatever their stored dtype."""
         return self.device.type == "cpu" or (self.choices.differentiates and self.dtype == torch.float16)
 
     @property
     def backwards(self) -> bool:
-        """Whether calibration takes the blocks from the last to the first."""
+        """Tell whether calibration takes the blocks from the last to the first."""
         return self.choices.method.gathering.backward and not self.recipe.resident
 
     def plan_of(self, allocation: Allocation) -> RankPlan:

@@ -1,4 +1,4 @@
-"""What a compression would do: sizes, ranks, memory, time and what is left out. No weights are loaded."""
+"""Estimate what a compression does: sizes, ranks, memory, time and what is left out. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slimrank.text.texts import merged
 def preview(
     model: str | Path, recipe: Recipe | None = None, progress: Progress | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Tell what `compress` would do with the same arguments.
+    """Estimate what `compress` would do with the same arguments.
 
     Returns:
         A record with "plan" (as `RankPlan`), "blocks_path", "size", "coverage", "kinds" (one row for each layer name),

@@ -49,7 +49,7 @@ def _named_plan(recipe: Recipe) -> RankPlan | None:
 
 
 def given_plan(recipe: Recipe, targets: TargetSet, units: list[Unit]) -> RankPlan | None:
-    """Return the plan that the recipe names, checked against the model; None if it names none.
+    """Return the plan that the recipe names, with the recipe's stored form; check it against the model.
 
     Raises:
         PlanError: it does not fit the model.
@@ -62,7 +62,7 @@ def given_plan(recipe: Recipe, targets: TargetSet, units: list[Unit]) -> RankPla
 
 
 def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: list[Unit], size: ModelBytes) -> Problem:
-    """Make the rank problem of a model, without spectra.
+    """Make the rank problem, without spectra.
 
     Raises:
         PlanError: the recipe's `ranks` leave targets that share a factor no common one.
@@ -83,7 +83,7 @@ def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str, widths: Ma
 
 
 def _common(unit: Unit, limits: Mapping[str, Limits]) -> Limits:
-    """Return what all targets of a unit allow; where they have no common rank, two of them have none."""
+    """Return the limits that all targets of a unit allow."""
     for one, other in combinations([t.path for t in unit.targets], 2):
         if limits[one].both(limits[other]) is None:
             raise PlanError(
@@ -111,7 +111,7 @@ def _budget(recipe: Recipe, model: Any, targets: TargetSet, size: ModelBytes) ->
 def plan_of(
     allocation: Allocation, recipe: Recipe, problem: Problem, targets: TargetSet, units: list[Unit]
 ) -> RankPlan:
-    """Return ranks of units as a plan of targets."""
+    """Return the ranks of units as a plan of targets."""
     every = {t.path: allocation.ranks[unit.path] for unit in units for t in unit.targets}
     shapes = {t.path: t.shape for t in targets}
     return RankPlan.build(
@@ -127,7 +127,7 @@ def plan_of(
 
 
 def initial_allocation(problem: Problem, allocator: ConfiguredAllocator) -> Allocation:
-    """Allocate where the allocator needs nothing else; otherwise return provisional ranks.
+    """Allocate now if nothing else is needed; otherwise return provisional ranks.
 
     Raises:
         BudgetError: the budget, or what is asked of blocks, cannot be met.
@@ -140,12 +140,12 @@ def initial_allocation(problem: Problem, allocator: ConfiguredAllocator) -> Allo
 
 
 def provisional(problem: Problem) -> Allocation:
-    """Return uniform ranks, for whatever needs some before the allocation is known; any feasible budget has them."""
+    """Return uniform ranks for use until the allocation is known; every feasible budget has them."""
     return Allocation(ranks_from_fractions(problem, np.zeros(len(problem.items))))
 
 
 def _limits(recipe: Recipe, paths: Sequence[str]) -> dict[str, Limits]:
-    """Return the ranks that each target may have; of several patterns that match, the last counts."""
+    """Return the limits of each target's rank; of several patterns that match, the last counts."""
     found = dict.fromkeys(paths, Limits())
     for pattern, limit in recipe.ranks.items():
         matching = [path for path in paths if matches(path, [pattern])]

@@ -1,4 +1,4 @@
-"""The record of a run out of its state."""
+"""Make the record of a run from its state."""
 
 from __future__ import annotations
 

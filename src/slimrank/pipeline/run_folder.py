@@ -1,4 +1,4 @@
-"""Where a run stores finished parts, and what becomes of that place in the end."""
+"""Where a run stores finished parts, and what happens to that folder at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slimrank.store import remove_run, usable_folder
 
 
 def place_of_run(output: OutputFolder | None, run_dir: str | Path | None) -> Path | None:
-    """Return the run directory that is named, None if nobody named one; refuse what cannot be used."""
+    """Return the named run directory, or None if there is none; refuse one that cannot be used."""
     if run_dir is not None:
         return usable_folder(run_dir, output.path if output else None)
     if output is not None:
@@ -22,7 +22,7 @@ def place_of_run(output: OutputFolder | None, run_dir: str | Path | None) -> Pat
 
 @contextmanager
 def run_folder(output: OutputFolder | None, run_dir: Path | None) -> Iterator[Path]:
-    """Yield the run directory. One that nobody asked for is removed when all is done, and stays when it is not."""
+    """Yield the run directory. A directory that nobody named is removed if the run finishes."""
     if run_dir is not None:
         yield run_dir
     elif output is None:

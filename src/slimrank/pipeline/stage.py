@@ -62,7 +62,7 @@ class Stage:
         """Refuse what cannot work, before any work and without a model.
 
         Raises:
-            RecipeError: options that do not go together.
+            RecipeError: options that cannot be combined.
         """
 
     def windows(self, choices: Choices) -> list[WindowRequest]:
@@ -89,7 +89,7 @@ class Stage:
         """Look at the original model, right before it is factorized."""
 
     def run(self, state: State) -> Section | None:
-        """Do the work on `state.model`; return a section for the report, if there is something to tell."""
+        """Do the work on `state.model`; return a section for the report, if there is something to report."""
         raise NotImplementedError
 
 

@@ -66,7 +66,7 @@ class Results:
         rows: target -> its errors and its group.
         spectra: unit -> the outline of its spectrum.
         new_biases: parameters of biases that the original model does not have.
-        allocation: what there is to tell of the allocation.
+        allocation: what the report says of the allocation.
         corrections: the rounds of correction.
         sections: what other stages tell.
         record: the content of report.json, once it is made.
@@ -113,17 +113,17 @@ class State:
 
     @property
     def prepared(self) -> Prepared:
-        """The recipe, resolved for the model."""
+        """Return the recipe, resolved for the model."""
         return self.inputs.prepared
 
     @property
     def model(self) -> Any:
-        """The model, as far as it is compressed."""
+        """Return the model in its present state of compression."""
         return self.prepared.model
 
     @property
     def texts(self) -> Texts:
-        """The token windows."""
+        """Return the token windows."""
         return self.inputs.texts
 
     # keys and stores ----------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class State:
 
     @contextmanager
     def timed(self, title: str, steps: int) -> Iterator[None]:
-        """Announce a part of so many steps; its seconds go into the report."""
+        """Announce a part of that many steps; its seconds go into the report."""
         self.progress.stage(title, steps)
         start = time.perf_counter()
         yield

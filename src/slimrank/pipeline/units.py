@@ -22,12 +22,12 @@ class Unit:
 
     @property
     def path(self) -> str:
-        """The path of the first target, which names the unit."""
+        """Return the path of the first target, which names the unit."""
         return self.targets[0].path
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape (m, n) of the stacked weight."""
+        """Return the shape (m, n) of the stacked weight."""
         return sum(t.shape[0] for t in self.targets), self.targets[0].shape[1]
 
     def weight(self, model: nn.Module, device: torch.device) -> Tensor:
@@ -36,7 +36,7 @@ class Unit:
 
     @property
     def blocks(self) -> set[int]:
-        """The decoder blocks of its targets."""
+        """Return the decoder blocks of its targets."""
         return {t.block for t in self.targets}
 
 

@@ -39,7 +39,7 @@ class Draws(ABC):
 
     @abstractmethod
     def refinement(self, count: int) -> Tensor:
-        """Draw up to so many windows to refine on (... x seq_len), none of them a held-out window."""
+        """Draw up to that many windows to refine on (... x seq_len), none of them a held-out window."""
 
     @abstractmethod
     def holds(self, windows: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def leading_windows(tokens: Tensor, windows: int, seq_len: int, bos: int | None 
     """Return the first windows of the text, without overlap (windows x seq_len).
 
     Raises:
-        DataError: fewer tokens than so many windows need.
+        DataError: fewer tokens than that many windows need.
     """
     length = _length(tokens, seq_len, bos, needed=windows)
     return _with_bos(tokens[: windows * length].reshape(windows, length), bos)

@@ -296,7 +296,7 @@ def test_shared_ranks():
     for role, half in itertools.product(SHAPES, range(2)):
         assert len({ranks[f"layers.{3 * half + b}.{role}"] for b in range(3)}) == 1
     assert allocate("shared", given, layers=1).ranks == allocate("spectrum", given).ranks
-    with pytest.raises(RecipeError, match="do not go with ranks shared"):
+    with pytest.raises(RecipeError, match="cannot be combined with ranks shared"):
         ALLOCATORS.get("shared").configured({"monotone": True}).check(replace(given, spectra={}))
     bounded = {"layers.0.mlp.up": Limits(3, 3), "layers.1.mlp.up": Limits(5, 5)}
     items = tuple(replace(i, limits=bounded.get(i.path, i.limits)) for i in given.items)

@@ -30,7 +30,7 @@ def check_groups(problem: Problem, options: Mapping[str, Any]) -> None:
     if options["layers"] == 1:
         return
     if options["monotone"] or options["block_floor"] > 0 or options["block_cap"] < 1:
-        raise RecipeError("side constraints by block do not go with ranks shared between blocks.", "layers=1")
+        raise RecipeError("side constraints by block cannot be combined with ranks shared between blocks.", "layers=1")
     curves = {curve.path: curve for curve in problem.flat_curves()}
     problem.check([_sum([curves[item.path] for item in members]) for members in _groups(problem, options["layers"])])
 

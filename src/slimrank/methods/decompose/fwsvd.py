@@ -21,7 +21,7 @@ def fwsvd(weight: Tensor, statistics: LayerStatistics) -> Spectrum:
     """Minimise sum_j I_j || column j of W - W' ||^2, I_j the squared gradients of column j summed over windows.
 
     The true element-wise weighting has no closed form; the sum over outputs makes it a diagonal metric.
-    Spectra hold it over the number of outputs, which makes the sum a mean that stands for each of them.
+    Spectra hold it over the number of outputs, which makes the sum a mean over outputs.
     """
     information = statistics.weight_squares
     column = Form(torch.zeros(weight.shape[1]) if information is None else information)

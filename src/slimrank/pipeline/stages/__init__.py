@@ -1,4 +1,4 @@
-"""The stages of a compression, each in a file of its own, beside what only one of them uses."""
+"""The stages of a compression, each in a file of its own, beside the helpers of a single stage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from slimrank.pipeline.stage import Stage
 
 
 def built_in() -> list[Stage]:
-    """Return the stages of slimrank itself, in order; each tells whether a recipe wants it."""
+    """Return slimrank's own stages, in order; each tells whether a recipe wants it."""
     from slimrank.pipeline.stages.allocate import Allocate
     from slimrank.pipeline.stages.calibrate import Calibrate
     from slimrank.pipeline.stages.correct import Correct

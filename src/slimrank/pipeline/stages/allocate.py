@@ -1,4 +1,4 @@
-"""From spectra, and measurements of the model, to the rank plan."""
+"""Find the rank plan from spectra and measurements of the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Allocate(Stage):
-    """Find the ranks and make them the plan, unless it was there from the start."""
+    """Find the ranks and make them the plan, unless the recipe gave them."""
 
     id, title = "allocate", "allocate"
 
@@ -59,7 +59,7 @@ class Allocate(Stage):
 
 
 def search_windows(choices: Choices) -> WindowRequest:
-    """Return the request for windows that plans, refined blocks and corrections are judged on."""
+    """Return the request for the windows that measure plans, refined blocks and corrections."""
     return WindowRequest("search", choices.recipe.search_samples, disjoint=True)
 
 
@@ -92,7 +92,7 @@ def _key(state: State, problem: Problem) -> dict[str, Any]:
 
 
 def _found(state: State, problem: Problem, forecast: Forecast) -> dict[str, Any]:
-    """Return the ranks, and what there is to tell of them, as they are stored."""
+    """Compute the ranks, and what the report says about them, for the run directory."""
     spectra = SpectrumStore(state)
     with ExitStack() as stack:
         problem = with_spectra(problem, spectra, state)
@@ -106,7 +106,7 @@ def _found(state: State, problem: Problem, forecast: Forecast) -> dict[str, Any]
 
 
 def _bent(state: State) -> list[str]:
-    """Options of measuring that the windows do not allow."""
+    """Name the measuring options that the windows do not allow."""
     wanted = state.prepared.choices.allocator.measuring.dropped
     if not state.prepared.choices.allocator.measures or wanted is None or state.texts.get("search") is None:
         return []
@@ -126,7 +126,7 @@ def _about(state: State, problem: Problem, found: Allocation) -> dict[str, Any]:
 
 
 def _sketch(path: TradeOff, whole: float) -> list[dict[str, float]]:
-    """Predicted error at some sizes along the whole path."""
+    """Return the predicted error at several sizes along the whole path."""
     sizes = [k / 20 for k in range(1, 21)]
     places = np.searchsorted(path.costs, [size * whole for size in sizes], side="right") - 1
     return [
@@ -137,8 +137,9 @@ def _sketch(path: TradeOff, whole: float) -> list[dict[str, float]]:
 
 
 def with_spectra(problem: Problem, spectra: SpectrumStore, state: State) -> Problem:
-    """Add the singular values of all items to the problem; none where the metric was zero: no token that
-    calibrated would miss the layer.
+    """Return the problem with the singular values of all its items.
+
+    Items whose metric was zero have no energy: no calibration token would miss the layer.
     """
     found = {}
     for unit in state.prepared.units:

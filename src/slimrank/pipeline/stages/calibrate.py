@@ -1,8 +1,8 @@
-"""Calibrate and decompose: spectra of all targets into the store, block after block.
+"""Calibrate and decompose: compute the spectra of all targets, block by block, and store them.
 
-Three ways, by what the method needs: forwards; forwards and then backwards, each block's forward computed again; or,
-for gradients of a resident model, batch after batch through the whole model. A fourth, where another method has
-gathered everything already: from statistics that are stored.
+The method's needs choose the way: forwards; forwards and then backwards, with each block's forward computed again; or,
+for gradients of a resident model, batch by batch through the whole model. If another method has gathered all statistics
+already, stored statistics are used instead.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ class Calibrate(Stage):
 
 
 def _surroundings(state: State) -> dict[str, Any]:
-    """Return what statistics depend on besides the inputs; there are more targets where pivot layers may be small."""
+    """Return what statistics depend on besides the inputs. Pivot layers may add targets."""
     return {**state.environment(), "count": len(state.prepared.targets)}
 
 
 def decompose(state: State, store: Store, cache: StatisticsCache | None = None) -> None:
-    """Put the spectra of all targets into the store; finished blocks are not done again.
+    """Put the spectra of all targets into the store; finished blocks are not repeated.
 
     Args:
-        state: knows model, text and method.
+        state: holds model, text and method.
         store: where spectra are stored.
         cache: statistics of other methods over the same text, which this one's are added to. If all that the method
             needs is there the text is not read.

@@ -1,4 +1,4 @@
-"""What all passes over the calibration text share: collectors, units that wait for their last member, and the store."""
+"""What all passes over the calibration text share: collectors, units with missing members, and the store."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class CalibrationPass(ABC):
-    """What all ways share: collectors, units that wait for their last member, and the store."""
+    """What all passes share: collectors, units with missing members, and the store."""
 
     def __init__(self, state: State, store: Store, cache: StatisticsCache | None) -> None:
         self.state, self.store, self.cache = state, store, cache
@@ -40,7 +40,7 @@ class CalibrationPass(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Do all of it."""
+        """Gather all statistics, and solve and store every unit."""
 
     def collector(self, index: int) -> Collector:
         """Make a collector for the targets of a block."""
@@ -60,7 +60,7 @@ class CalibrationPass(ABC):
         )
 
     def take(self, collector: Collector, index: int) -> None:
-        """Keep what a collector has gathered in block `index` until it is used."""
+        """Hold the statistics that a collector gathered in block `index` until they are used."""
         needs = collector.gathering.needs
         if needs & {"column", "gram"}:
             shapes = {target.path: target.shape for target in self.state.prepared.targets.in_block(index)}
@@ -119,7 +119,7 @@ class CalibrationPass(ABC):
 
 
 def alone(targets: Iterable[Target]) -> frozenset[str]:
-    """Targets of a block that have no sibling of the same input width, so that no other can read their input."""
+    """Return the targets of a block without a sibling of equal input width; no other layer can share their input."""
     places = {t.path: (t.path.rpartition(".")[0], t.shape[1]) for t in targets}
     count = Counter(places.values())
     return frozenset(path for path, place in places.items() if count[place] == 1)

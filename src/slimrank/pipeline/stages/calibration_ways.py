@@ -1,4 +1,4 @@
-"""The ways through the blocks that gather statistics: forwards, backwards, the whole model at once, from a cache."""
+"""The passes that gather statistics: forwards, backwards, the whole model at once, and from a cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Forwards(CalibrationPass):
     """For methods that need no gradients, or no text at all."""
 
     def run(self) -> None:
-        """Block after block; hidden states are stored whenever no unit waits for a later block."""
+        """Run the blocks in order. Hidden states are stored whenever no unit waits for a later block."""
         runner, state = self.runner, self.state
         with state.timed(TITLE, len(runner)), runner.session():
             first = _finished(self.store, len(runner))
@@ -59,10 +59,10 @@ class Forwards(CalibrationPass):
 
 
 class Backwards(CalibrationPass):
-    """For methods that need gradients: the inputs of every block are stored, then blocks are taken from the last."""
+    """For methods that need gradients: store the inputs of every block, then run the blocks from the last."""
 
     def run(self) -> None:
-        """Run forwards to the loss, and back."""
+        """Run forwards to the loss, then backwards."""
         runner, state = self.runner, self.state
         with state.timed(TITLE, 2 * len(runner)), runner.session():
             last = int(self.store.load("gradients")[1]["next"]) if self.store.has("gradients") else len(runner)
@@ -77,7 +77,10 @@ class Backwards(CalibrationPass):
                     state.progress.step()
 
     def _forwards(self, last: int) -> list[Hidden]:
-        """Store the inputs of blocks up to `last`; the gradients by its inputs (of the loss, after the last block)."""
+        """Store the inputs of blocks up to `last`; return the gradients by its inputs.
+
+        If `last` is beyond the last block, these are the gradients of the loss by the final hidden states.
+        """
         runner, state, store = self.runner, self.state, self.store
         _resume_note(state, len(runner) - last, len(runner))
         top = last if last == len(runner) else last - 1
@@ -123,10 +126,10 @@ class Backwards(CalibrationPass):
 
 
 class WholeModel(CalibrationPass):
-    """For gradients of a model that is resident: nothing is computed twice, all statistics are held at once."""
+    """For gradients of a resident model: nothing is computed twice, and all statistics are held at once."""
 
     def run(self) -> None:
-        """Run all batches, then solve for all blocks."""
+        """Run all batches, then solve all blocks."""
         runner, state, blocks = self.runner, self.state, len(self.runner)
         with state.timed(TITLE, blocks + len(state.batches("calibration"))), runner.session():
             if all(self.store.has(f"block-{i:04d}") for i in range(blocks)):
@@ -150,14 +153,14 @@ class WholeModel(CalibrationPass):
 
 
 class FromCache(CalibrationPass):
-    """For methods whose statistics are there already: nothing is run."""
+    """For methods whose statistics are stored already: the model does not run."""
 
     def __init__(self, state: State, store: Store, kept: StatisticsCache, sources: Sequence[Need]) -> None:
         super().__init__(state, store, kept)
         self.stored, self.sources = kept, sources
 
     def run(self) -> None:
-        """Solve for every block whose spectra are not stored yet, in the order in which they would be gathered."""
+        """Solve every block without stored spectra, in the order in which a run would gather them."""
         state, blocks = self.state, len(self.runner)
         backwards = state.prepared.backwards
         missing = {index for index in range(blocks) if not self.store.has(f"block-{index:04d}")}
@@ -179,7 +182,7 @@ class FromCache(CalibrationPass):
 
 
 def _finished(store: Store, blocks: int) -> int:
-    """Blocks whose spectra are stored, and whose outputs are stored as the next block's inputs."""
+    """Count the leading blocks whose spectra and outputs are stored."""
     done = int(store.load("hidden")[1]["next"]) if store.has("hidden") else 0
     return done if all(store.has(f"block-{i:04d}") for i in range(done)) and done <= blocks else 0
 

@@ -1,11 +1,12 @@
-"""Correct all factors at once against the divergence of the whole model from the original, a few times.
+"""Move all factors at once against the divergence of the whole model from the original, a few times.
 
-Each round takes some windows forwards and backwards through the compressed model. They are windows of their own: on
-those that calibrate, refined layers are nearer to the original than anywhere else, and the gradient tells little. For
-every factored layer it gives the gradient of the divergence by its weight and the gram of its inputs; its factors move
-along the tangent step of `linalg.tangent`, all by the same length. The first that is tried is half of that of Polyak
-(1987): the divergence itself over what the whole step would take off it to first order. It is halved as long as that
-brings held-out windows nearer to the original. A round that never does is left out.
+Each round takes some windows forwards and backwards through the compressed model. These windows do not calibrate: on
+calibration windows refined layers are nearer to the original than elsewhere, so the gradient tells little.
+
+A round gives, for every factored layer, the gradient of the divergence by its weight and the gram of its inputs. All
+factors move along the tangent step of `linalg.tangent`, by the same length. The first length is half of Polyak's
+(1987): the divergence over its decrease by the whole step, to first order. It is halved as long as that brings held-out
+windows nearer to the original. A round that never does is left out.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ MAX_TRIALS = 6
 
 
 class Correction:
-    """Rounds of correction, made on the factorised model; the outputs of the original are stored before.
+    """Rounds of correction of a factorized model. Call `remember` before it is factorized, `run` afterwards.
 
     Args:
-        state: knows the model; its plan says which layers are factored.
-        store: where gradients, steps and the factors of the last round are kept.
+        state: holds the model and the plan, which says which layers are factored.
+        store: where gradients, steps and the factors of the last round are stored.
     """
 
     def __init__(self, state: State, store: Store) -> None:
@@ -60,7 +61,7 @@ class Correction:
         self._windows = state.texts["correction"].split(state.prepared.recipe.correction_windows)
 
     def remember(self) -> None:
-        """Run the windows of all rounds, and the held-out ones, through the original model."""
+        """Take the windows of all rounds, and the held-out windows, through the original model."""
         state, rounds = self.state, self.state.prepared.recipe.corrections
         with state.timed(REMEMBER, rounds + 1), self.runner.session():
             self.held_out.start()
@@ -73,11 +74,11 @@ class Correction:
                 state.progress.step()
 
     def run(self) -> list[dict[str, Any]]:
-        """Correct the cut model.
+        """Correct the factorized model.
 
         Returns:
-            For each round its divergence `here` before, the divergence on held-out windows `before` and
-            `after`, the `length` of the step, and `kept`: whether it was made.
+            For each round: its divergence `here` before the step, the divergence on held-out windows `before` and
+            `after`, the `length` of the step, and `kept`: whether the step was accepted.
         """
         state, runner = self.state, self.runner
         with state.timed(TITLE, 2 * len(runner) * state.prepared.recipe.corrections), runner.session():
@@ -96,7 +97,7 @@ class Correction:
         self.runner.embed([Batch(ids) for ids in self._windows[number].split(self.state.prepared.recipe.batch_size)])
 
     def _gather(self, number: int) -> tuple[float, float]:
-        """Store the steps of all layers; return the divergence, and what whole steps take off it to first order."""
+        """Store the steps of all layers; return the divergence, and its decrease by whole steps to first order."""
         runner, state, store = self.runner, self.state, self.store
         self._embed(number)
         for index in range(len(runner)):
@@ -116,7 +117,7 @@ class Correction:
         return divergence, decrease
 
     def _block(self, index: int, gradients: list[Hidden]) -> float:
-        """Store the steps of the layers of a block; return what they take off the divergence to first order."""
+        """Store the steps of a block's layers; return the decrease of the divergence by them, to first order."""
         layers = {t.path: self._layer(t) for t in self._targets(index)}
         collector = Collector(layers, GatherOptions(needs=frozenset({"gram", "slope"})), self.state.prepared.solver)
         inputs = states_named(self.store.load(f"input-{index:04d}")[0], "", len(self.runner.batches))
@@ -148,7 +149,7 @@ class Correction:
     # moving -------------------------------------------------------------------------------------------------
 
     def _move(self, before: float, divergence: float, decrease: float) -> dict[str, Any]:
-        """Take the steps, as far as held-out windows get nearer to the original."""
+        """Take the steps, as long as held-out windows get nearer to the original."""
         tokens = self._windows[0].numel()
         row = {"here": divergence / tokens, "before": before, "after": before, "length": 0.0, "kept": False}
         if not decrease > 0:
@@ -167,7 +168,7 @@ class Correction:
         return row
 
     def _step(self, states: Mapping[str, Mapping[str, Tensor]], length: float) -> None:
-        """Move all layers by a fraction of their steps from what they held."""
+        """Set all layers to their former factors plus `length` times their steps."""
         state = self.state
         for index in range(len(self.runner)):
             steps, _ = self.store.load(f"step-{index:04d}")
@@ -187,7 +188,7 @@ class Correction:
     # layers and resuming ------------------------------------------------------------------------------------
 
     def _targets(self, index: int) -> list[Target]:
-        """Factored targets of a block; tied weights are left as they are."""
+        """Return the factored targets of a block, without tied weights."""
         inside = self.state.prepared.targets.in_block(index)
         return [t for t in inside if self.state.plan.targets[t.path].rank != "dense" and not t.ties]
 
@@ -205,7 +206,7 @@ class Correction:
                 self.store.drop(f"factors-{number - 1}-{index:04d}")
 
     def _take_up(self) -> None:
-        """Go on after the rounds that are stored."""
+        """Resume after the stored rounds."""
         if not self.store.has("rounds"):
             return
         self.rounds = list(self.store.load("rounds")[1]["rounds"])

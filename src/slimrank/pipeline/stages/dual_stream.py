@@ -1,4 +1,4 @@
-"""Two streams of hidden states through the blocks: the original model's, and the compressed model's."""
+"""Two streams of hidden states through the blocks: those of the original model and of the compressed model."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class _Both:
     Attributes:
         index: its number.
         originals: module path -> original layer, of all that were compressed.
-        layers: module path -> compressed layer, of those that sums are gathered of.
+        layers: module path -> compressed layer, of those whose sums are gathered.
         places: which of these add to the residual stream, and where.
-        last: whether the original stream goes through to its end.
+        last: whether the original stream passes through the whole block.
     """
 
     index: int
@@ -44,16 +44,16 @@ class _Both:
     last: bool
 
     def at(self, place: Place) -> list[str]:
-        """Return the layers that add to the residual stream there."""
+        """Return the layers that add to the residual stream at this place."""
         return [path for path, found in self.places.items() if found == place]
 
 
 class DualStream:
-    """What enters the next block in both models, and the sums over both that layers are refined by.
+    """The inputs of the next block in both models, and the sums over both that refine its layers.
 
     Args:
-        state: knows the model; its runner computes one block at a time.
-        following: how refining goes about it. Without an anchor there is no original stream.
+        state: holds the model; its runner computes one block at a time.
+        following: the options of refining. Without an anchor there is no original stream.
 
     Attributes:
         original: states of the original model, one for each batch; empty without an anchor.
@@ -79,7 +79,7 @@ class DualStream:
         self.original = list(self.compressed) if self.following.anchor else []
 
     def stages(self, index: int, paths: list[str]) -> list[list[str]]:
-        """Return the layers whose sums are gathered in one go, in order; at least one group."""
+        """Return the layers whose sums are gathered together, in order; at least one group."""
         layers = {path: self.state.model.get_submodule(path) for path in paths}
         run = partial(self.runner.run, index, 0, self.compressed[0])
         with self.runner.placed_block(index):
@@ -89,7 +89,9 @@ class DualStream:
     def gather(
         self, index: int, originals: Mapping[str, nn.Module], paths: list[str], last: bool
     ) -> list[StreamCollector]:
-        """Gather the sums of these layers for each part of the text; the last of a block move the original stream on.
+        """Gather the sums of these layers, for each part of the text.
+
+        After the last layers of a block the original stream has passed through the block.
 
         Args:
             index: the block, which holds the compressed layers.
@@ -103,7 +105,7 @@ class DualStream:
             return [self._gathered(both, part) for part in self._parts]
 
     def step(self, index: int) -> None:
-        """Run the compressed stream through the block."""
+        """Take the compressed stream through the block."""
         with self.runner.placed_block(index):
             for b, state in enumerate(self.compressed):
                 self.compressed[b] = self.runner.to_host(self.runner.run(index, b, state))
@@ -136,7 +138,7 @@ class DualStream:
         return collector
 
     def _run(self, both: _Both, b: int, collector: StreamCollector) -> None:
-        """Run one batch through the original and the compressed block, no further than is needed."""
+        """Run one batch through the block of both models, the original first, only as far as needed."""
         layers, originals, exits = both.layers, both.originals, both.at("exit")
         calls = list(Counter({path: self._times[path] for path in layers}).elements())
         rest = {path: self.original[b].hidden for path in both.at("entry")}  # noqa: C420  (there may be no original stream)
@@ -159,7 +161,7 @@ class DualStream:
             collector.add_lack(path, following.anchor * (before.to(now) - now))
 
     def _places(self, index: int, originals: Mapping[str, nn.Module], paths: list[str]) -> dict[str, Place]:
-        """Find the layers that compensate errors of the residual stream, by what the first of their role does."""
+        """Find which of these layers compensate for the residual stream; the first of each role is tried."""
         if not (self.following.anchor and self.following.residual):
             return {}
         routed = {path for kind in self.runner.experts(index, paths) for path in kind}

@@ -1,4 +1,4 @@
-"""Factorize: put factors of the planned ranks into the model instead of the weights."""
+"""Factorize: replace the weights by factors of the planned ranks."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Factorize(Stage):
 
 
 def factorizing(prepared: Prepared, shape: Shape) -> float:
-    """Count the operations of taking factors from spectra; pivot layers are decomposed once more."""
+    """Count the operations of computing factors from spectra; pivot layers are decomposed again."""
     return (2 if prepared.recipe.stored_as == "pivot" else 1) * shape.decompose() / 4
 
 
 @contextmanager
 def marked(state: State) -> Iterator[None]:
-    """Mark the model as compressed in the end, also where it is so in part.
+    """Mark the model as compressed at the end, even if it is so only in part.
 
     Saved as a native one, a model that is factorized in part would load with random weights.
     """
@@ -58,9 +58,9 @@ def marked(state: State) -> Iterator[None]:
 
 
 class Factorizer:
-    """Replace weights, unit by unit, and hold the originals until they are let go.
+    """Replace weights, unit by unit, and hold the originals until they are released.
 
-    What there is to report goes to the results of the state.
+    What the report needs goes to the results of the state.
     """
 
     def __init__(self, state: State) -> None:

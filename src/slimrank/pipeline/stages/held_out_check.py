@@ -1,4 +1,4 @@
-"""How far the model is from the original on held-out windows, while block after block is compressed."""
+"""Measure the divergence of the model from the original on held-out windows, while it is compressed block by block."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class HeldOutCheck:
-    """The divergence of the model from the original, blocks from some block on as they are now.
+    """The divergence of the model from the original on held-out windows.
 
-    States of the windows follow the compressed model from block to block, so that only what comes after is run.
+    The windows' states follow the compressed model from block to block, so that only later blocks run.
 
     Args:
         state: has search windows, and the model.
-        count: how many of them are used.
-        store: where the original's final hidden states are kept; the model is cut when a run goes on.
+        count: the number of search windows to use.
+        store: where the original's final hidden states are stored; a resumed run has only the factorized model.
     """
 
     def __init__(self, state: State, count: int, store: Store) -> None:
@@ -53,7 +53,7 @@ class HeldOutCheck:
     def divergence(self, index: int) -> float:
         """Return the divergence from the original in nats a token, the model from block `index` on as it is now.
 
-        Infinite where the model no longer computes finite numbers.
+        It is infinite if the model no longer computes finite numbers.
         """
         try:
             return self._scorer.score([self._finals(index)])[0][0]
@@ -61,7 +61,7 @@ class HeldOutCheck:
             return math.inf
 
     def step(self, index: int) -> None:
-        """Run the windows through block `index` as it is now."""
+        """Take the windows through block `index` as it is now."""
         self.states = self.runner.through(self.states, index, index + 1)
 
     def _finals(self, index: int) -> list[Tensor]:

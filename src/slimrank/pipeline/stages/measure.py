@@ -1,4 +1,4 @@
-"""Measure the original model, and the compressed one in the end."""
+"""Measure the original model, and later the compressed one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that is to be compressed, measured on the search windows: see `allocate.problem.Probe`."""
+"""The model as allocations measure it on the search windows: see `budget.problem.Probe`."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ Cut = tuple[str, int]  # path and rank
 
 
 class ModelProbe:
-    """Effects of cutting targets, on search windows.
+    """Effects of truncating targets, on search windows.
 
-    A change in block b leaves everything before b as it was: the original's hidden states go through the blocks once,
-    and for each target only the blocks from its own on are run. What was measured is stored at least after every block,
-    and after every plan of all targets.
+    A change in block b leaves everything before b as it was. So the original's hidden states go through the blocks
+    once, and for each target only the blocks from its own on run. Measurements are stored at least after every
+    block and after every plan of all targets.
 
     Args:
-        state: knows the model and the search windows.
-        spectra: what factors are cut from.
-        store: where measurements are kept.
+        state: holds the model and the search windows.
+        spectra: the source of the factors.
+        store: where measurements are stored.
         measuring: temperature and dropped positions.
-        forecast: told of every forward pass, or part of one.
+        forecast: receives every forward pass, or part of one.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class ModelProbe:
         return {p: [Effect(*known[p][str(r)]) for r in found] for p, found in ranks.items()}
 
     def _share(self, path: str) -> float:
-        """Return the part of a forward pass that measuring this target takes: from its own block on."""
+        """Return the part of a forward pass that one cut of this target takes: from its block on."""
         return 1 - min(self.units[path].blocks) / len(self.runner)
 
     def _groups(self, cuts: Sequence[Cut]) -> list[Sequence[Cut]]:
-        """Group cuts, so that the final hidden states of a group fit into memory."""
+        """Split the cuts into groups whose final hidden states fit in memory."""
         one = sum(hidden.nbytes for hidden in self._scorer.original)
         count = max(1, MAX_HELD_BYTES // max(1, one))
         return [cuts[start : start + count] for start in range(0, len(cuts), count)]
@@ -102,7 +102,7 @@ class ModelProbe:
     def _block(
         self, index: int, states: list[Hidden], cuts: Sequence[Cut]
     ) -> dict[str, dict[str, tuple[float, float]]]:
-        """Measure the effects of some cuts that begin in this block, all compared with the original at once."""
+        """Measure the effects of cuts that begin in this block; compare them with the original together."""
         finals = []
         for path, rank in cuts:
             layers = self.spectra.layers(self.units[path], rank)
@@ -137,11 +137,11 @@ class ModelProbe:
         return self._scorer.score([final])[0]
 
     def _known(self, name: str) -> dict[str, Any]:
-        """Return what was measured before: effects by path and rank, or those of plans by a digest of their ranks."""
+        """Load earlier measurements: effects by path and rank, or effects of plans by a digest of their ranks."""
         return self.store.load(name)[1] if self.store.has(name) else {}
 
     def _embed(self) -> None:
-        """Compute the windows' embeddings and the original's final hidden states, once."""
+        """Embed the windows and compute the original's final hidden states, once."""
         if self._embedded:
             return
         self.runner.embed(self._batches)
@@ -151,7 +151,7 @@ class ModelProbe:
     # influence ----------------------------------------------------------------------------------------------
 
     def influence(self) -> list[float]:
-        """Measure for each decoder block the mean over tokens of the cosine of its input and its output."""
+        """Return, for each decoder block, the mean over tokens of the cosine of its input and output."""
         self.runner.embed(self._batches)
         states, found = list(self.runner.states), []
         for index in range(len(self.runner)):
@@ -170,13 +170,13 @@ class ModelProbe:
         return len(self._batches)
 
     def factors(self, path: str) -> tuple[Tensor, Tensor]:
-        """Return A and B of a target at its full rank, on the device that the model is run on."""
+        """Return A and B of a target at its full rank, on the device that the model runs on."""
         unit = self.units[path]
         a, parts = self.spectra.factors(unit, self.spectra.of(unit)[0].full_rank)
         return a.to(self.state.prepared.device), torch.cat(list(parts)).to(self.state.prepared.device)
 
     def loss(self, transforms: Mapping[str, Transform], batch: int) -> Tensor:
-        """Compute the next-token loss in nats a token, with the outputs of these layers transformed."""
+        """Return the next-token loss in nats a token, with the outputs of these layers transformed."""
         ids = self._batches[batch].input_ids
         with self._whole(), _as_placed(), _transformed(self.state.model, self.units, transforms), torch.enable_grad():
             logits = logits_of(self.state.model, Batch(ids), self.state.prepared.device)
@@ -192,7 +192,7 @@ class ModelProbe:
 
 @contextmanager
 def _measuring(what: str) -> Iterator[None]:
-    """Add what was being measured to the error of what is not finite."""
+    """Add what was being measured to the error about a number that is not finite."""
     try:
         yield
     except NonFiniteError as error:
@@ -200,13 +200,13 @@ def _measuring(what: str) -> Iterator[None]:
 
 
 def _as_placed() -> Any:
-    """Keep the weights of the forward pass for autograd: when it goes back, they are no longer placed."""
+    """Make autograd hold the weights of the forward pass: on the way back they are no longer placed."""
     return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
 
 
 @contextmanager
 def _transformed(model: nn.Module, units: Mapping[str, Unit], transforms: Mapping[str, Transform]) -> Iterator[None]:
-    """Transform the outputs of some layers."""
+    """Transform the outputs of these layers inside the context."""
     handles = []
     for path, transform in transforms.items():
         start = 0

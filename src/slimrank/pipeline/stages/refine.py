@@ -1,4 +1,4 @@
-"""Refine: solve for the factors again, in closed form, on each layer's inputs in the compressed model."""
+"""Refine: solve for the factors again, in closed form, on the inputs of each layer in the compressed model."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Refine(Stage):
 
 
 def _check_windows(choices: Choices, refiner: ConfiguredRefiner) -> None:
-    """Make sure that batches and windows are enough for the options of the refiner.
+    """Check that batches and windows suffice for the options of the refiner.
 
     Raises:
         RecipeError: they are not.
@@ -97,7 +97,7 @@ def _check_windows(choices: Choices, refiner: ConfiguredRefiner) -> None:
         )
     if halves and windows < 2:
         raise RecipeError(
-            "ridge=auto fits on one half of the windows what it tests on the other; there is one window.",
+            "ridge=auto fits on one half of the windows and tests on the other, but there is only one window.",
             "--samples 2 or more, or a number for the ridge",
         )
 

@@ -1,4 +1,4 @@
-"""The refinement of factors, block after block, in closed form."""
+"""Refine the factors block by block, in closed form."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 
 TITLE = "cut and refine factors"
-_MORE_OUTPUTS = "more outputs than inputs: it does not make up for the residual stream"
-UNSEEN = 1e-3  # ridge besides a chosen one, for what the text does not show
-_ROUTED = "experts are sent other tokens in either model: refined towards the original weight on their own inputs"
+_MORE_OUTPUTS = "more outputs than inputs: it does not compensate for errors of the residual stream"
+UNSEEN = 1e-3  # ridge added to a chosen one, for inputs that the text does not show
+_ROUTED = "experts get different tokens in the two models: refined towards the original weight on their own inputs"
 _UNDONE = "refining was undone in {count} of {blocks} blocks: no nearer to the original on held-out windows with it "
 
 
 class Refinement:
-    """Factorises the blocks in order and refines the factors of each, on both streams.
+    """Factorize the blocks in order and refine the factors of each, on both streams.
 
-    Layers of a block are solved for in the order in which they read, each with what the refined layers before it give
-    it: the block runs again for each stage, as far as the layers of that stage. In the end it runs on the second stream
-    once more, to pass on what the refined factors give.
+    Layers of a block are solved in the order in which they run, each on the outputs of the refined layers before
+    it. The block runs again for each group of layers, only as far as that group. At the end it runs on the
+    compressed stream again, to pass on the outputs of the refined factors.
     """
 
     def __init__(self, state: State, factorizer: Factorizer, store: Store) -> None:
@@ -54,10 +54,10 @@ class Refinement:
         self.runner = self.streams.runner
         count = state.prepared.choices.refiner.following.held_out
         self.held_out = HeldOutCheck(state, count, store) if count else None
-        self.undone: dict[int, tuple[float, float]] = {}  # block -> divergence without and with what refining found
+        self.undone: dict[int, tuple[float, float]] = {}  # block -> divergence before and after refining
 
     def run(self) -> None:
-        """Factorise and refine all blocks in order."""
+        """Factorize and refine all blocks in order."""
         state, runner = self.state, self.runner
         with state.timed(TITLE, len(runner)), runner.session():
             first = int(self.store.load("streams")[1]["next"]) if self.store.has("streams") else 0
@@ -96,7 +96,7 @@ class Refinement:
             self.state.progress.step()
 
     def _told(self, index: int, about: Mapping[str, Any]) -> None:
-        """Add what there is to report of a block to the results."""
+        """Add what the report says about a block to the results."""
         if about["undone"]:
             self.undone[index] = about["undone"]
         for path, errors in about["errors"].items():
@@ -107,7 +107,7 @@ class Refinement:
         self.state.notes.append(f"{target.path}: no calibration token reached this layer: not refined")
 
     def _let_go(self, index: int) -> dict[str, nn.Module]:
-        """Return the original layers of a block, tied ones of other blocks' targets included, and forget them."""
+        """Release and return the original layers of a block, including tied layers of other blocks' targets."""
         inside = f"{self.runner.path}.{index}."
         mine = {path: layer for path, layer in self.factorizer.originals.items() if path.startswith(inside)}
         for path in mine:
@@ -156,7 +156,7 @@ class Refinement:
         refined: Mapping[str, Mapping[str, Tensor]],
         about: dict[str, Any],
     ) -> bool:
-        """Undo refining if the block without it is nearer to the original on held-out windows; tell whether it is."""
+        """Undo the refinement of a block if that is nearer to the original on held-out windows; tell whether it is."""
         assert self.held_out is not None
         after = self.held_out.divergence(index)
         for path in refined:
@@ -171,11 +171,11 @@ class Refinement:
         return False
 
     def _state(self, path: str) -> dict[str, Tensor]:
-        """Return the tensors that a layer holds; they stay as they are when the layer gets others."""
+        """Return the tensors of a layer; they stay the same when others replace them."""
         return dict(self.state.model.get_submodule(path).state_dict())
 
     def _put_back(self, target: Target, cut: Mapping[str, Tensor]) -> None:
-        """Give a layer what it held before it was refined; a bias that refining gave it is taken away."""
+        """Restore the tensors that a layer had before refining; remove a bias that refining added."""
         for path in (target.path, *target.ties):
             layer: CompressedLinear = self.state.model.get_submodule(path)
             if layer.bias is not None and not any(name.endswith("bias") for name in cut):
@@ -193,13 +193,13 @@ class Refinement:
         self.store.save("streams", both, {"next": index + 1})
 
     def _row(self, target: Target) -> Form:
-        """Return the form on the outputs that errors are measured in."""
+        """Return the form on the outputs that refining minimises in."""
         return self.factorizer.spectra.row(target) if self.refiner.in_metric else Form()
 
     def _refined(
         self, target: Target, original: Tensor, parts: list[LayerSums], notes: list[str]
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the tensors of the refined layer in their stored dtype, and its relative errors and its ridge."""
+        """Return the tensors of the refined layer in the stored dtype, its relative errors and its ridge."""
         layer: CompressedLinear = self.state.model.get_submodule(target.path)
         following, row, weight = self.refiner.following, self._row(target), original.to(self.state.prepared.solver)
         if row.seen and any(part.lack is not None for part in parts):
@@ -223,7 +223,7 @@ class Refinement:
         return new.state_dict(), errors
 
     def _stored(self, problem: Regression, a: Tensor, b: Tensor) -> CompressedLinear:
-        """Make the layer of refined factors; B is fitted again to what casting leaves of A."""
+        """Make the layer of refined factors; B is fitted again to the cast A."""
         layer = layer_form(self.state.plan.stored_as).build(a, b, None, dtype=self.state.prepared.dtype)
         cast, _ = layer.factors()
         if not torch.equal(cast, a):
@@ -231,7 +231,7 @@ class Refinement:
         return layer
 
     def _put(self, target: Target, new: Mapping[str, Tensor]) -> None:
-        """Give the layer, and those tied to it, what a refined one holds; a bias that is not in it stays."""
+        """Load tensors into a layer and those tied to it; a bias without a new tensor stays."""
         layers = [self.state.model.get_submodule(path) for path in (target.path, *target.ties)]
         bias = next((tensor for name, tensor in new.items() if name.endswith("bias")), None)
         if bias is not None and layers[0].bias is None:
@@ -248,7 +248,7 @@ def _of_undone(undone: Mapping[int, tuple[float, float]], blocks: int) -> str:
 
 
 def _of_routed(gathered: list[StreamCollector]) -> list[str]:
-    """Make a note for each kind of experts whose target is self though there is an anchor."""
+    """Write a note for each kind of experts whose target is self in spite of an anchor."""
     routed = {path for collector in gathered if collector.anchor for path in collector.routed}
     return [f"{role}: {_ROUTED}" for role in sorted({without_numbers(path) for path in routed})]
 
@@ -256,9 +256,9 @@ def _of_routed(gathered: list[StreamCollector]) -> list[str]:
 def _damped(
     problem: Regression, halves: list[Regression], weight: Tensor, following: RefineOptions
 ) -> tuple[Regression, float]:
-    """Return the problem with a pull towards the original weight, and the ridge of that.
+    """Return the problem with a pull towards the original weight, and its ridge.
 
-    What only one half of the text reaches (an expert) shows nothing of how far to go: the largest ridge.
+    If only one half of the text reaches a layer (an expert), nothing can choose a ridge: it is the largest.
     """
     ridge, unit = following.ridge, following.ridge_unit
     if ridge != "auto":

@@ -1,4 +1,4 @@
-"""Write the compressed model, what loads it, and the reports about it."""
+"""Write the compressed model, its loader and the reports about it."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class Save(Stage):
             write_reports(record, partial)
 
     def _write_card(self, record: dict[str, Any], folder: Any) -> None:
-        """Write the model card; one that slimrank did not write stays as it is."""
+        """Write the model card; a card that slimrank did not write stays unchanged."""
         assert self.output is not None
         if self.output.keeps_card:
-            record["notes"].append(f"{CARD} in the output folder is not as slimrank wrote it, and stays")
+            record["notes"].append(f"{CARD} in the output folder was changed by someone else and stays as it is")
         else:
             write_text(folder / CARD, model_card(record))

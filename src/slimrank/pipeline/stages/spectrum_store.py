@@ -1,4 +1,4 @@
-"""Spectra as the run has stored them, and factors cut from them."""
+"""Read the stored spectra of a run, and compute factors from them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SpectrumStore:
         self._files: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
 
     def of(self, unit: Unit) -> tuple[Spectrum, dict[str, Any]]:
-        """Return the spectrum of a unit, and what was noted beside it."""
+        """Return the spectrum of a unit, and the notes beside it."""
         tensors, about = self._file(f"block-{self._stored_under(unit):04d}")
         mine = about[unit.path]
         spectrum = Spectrum(
@@ -52,19 +52,19 @@ class SpectrumStore:
         return spectrum, mine
 
     def row(self, target: Target) -> Form:
-        """Return the form on the outputs that a target was solved in; the identity for one that shares a factor."""
+        """Return the form on the outputs that a target was solved in; the identity if it shares a factor."""
         unit = next(unit for unit in self.state.prepared.units if target in unit.targets)
         return self.of(unit)[0].row() if len(unit.targets) == 1 else Form()
 
     def factors(self, unit: Unit, rank: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return A (rank x n), and B (m x rank) of each target; float32, or float64 where the weight is."""
+        """Return A (rank x n), and B (m x rank) of each target, in float32; in float64 for a float64 weight."""
         weight = unit.weight(self.state.model, self.state.prepared.solver)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         a, b = self.of(unit)[0].factors(weight, rank, dtype)
         return a, b.split([t.shape[0] for t in unit.targets])
 
     def layers(self, unit: Unit, rank: int) -> dict[str, nn.Module]:
-        """Return low-rank layers for the targets of a unit, ties included, in the dtype of their weights."""
+        """Make low-rank layers for the targets of a unit, ties included, in the dtype of their weights."""
         a, parts = self.factors(unit, rank)
         found: dict[str, nn.Module] = {}
         for target, part in zip(unit.targets, parts, strict=True):

@@ -1,7 +1,7 @@
-"""Statistics of all blocks, kept so that other methods over the same text need not run the model again.
+"""Store the statistics of all blocks, so that other methods on the same text need not run the model again.
 
-One file for each block and kind of statistics, as they were summed, in float64: a method finds what it needs whichever
-method has gathered it.
+There is one file for each block and kind of statistics, holding the sums in float64. A method finds the kinds that it
+needs, whichever method gathered them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SUMS: dict[str, Any] = {"gram": GramSum, "channels": ChannelSums}
 
 
 class StatisticsCache:
-    """What has been gathered of a text.
+    """The stored statistics of a text.
 
     Args:
-        store: of everything that statistics depend on but for how they are gathered.
+        store: under a key of everything that statistics depend on, except how they are gathered.
         blocks: blocks of the model.
-        device: where sums are loaded to.
+        device: the device that sums are loaded to.
     """
 
     def __init__(self, store: Store, blocks: int, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class StatisticsCache:
         leaders: Mapping[str, str],
         gathering: GatherOptions,
     ) -> None:
-        """Keep what was gathered in a block; of methods whose statistics depend on ranks, nothing."""
+        """Store the statistics of a block; nothing for methods whose statistics depend on ranks."""
         if "projectors" in gathering.needs:
             return
         for need in gathering.needs & KINDS.keys():
@@ -58,7 +58,7 @@ class StatisticsCache:
     def load(
         self, index: int, sources: Sequence[Need], gathering: GatherOptions, ranks: Mapping[str, int]
     ) -> tuple[dict[str, LayerStatistics], dict[str, str]]:
-        """Return the statistics of the layers of a block, of the kinds in `sources`, and which share their inputs."""
+        """Load the statistics of a block's layers, of the kinds in `sources`, and which layers share an input."""
         found: dict[str, LayerStatistics] = {}
         leaders: dict[str, str] = {}
         for source in sources:
@@ -74,9 +74,9 @@ class StatisticsCache:
         return found, leaders
 
     def sources(self, gathering: GatherOptions) -> list[Need] | None:
-        """Return the kinds that hold, for all blocks, what a method gathers; None if something is missing.
+        """Return the stored kinds that cover what a method gathers, for all blocks; None if some are missing.
 
-        The whole gram serves as a column's, too.
+        A whole gram also serves as a column's.
         """
         wanted = {need for need in gathering.needs if NEEDS[need].takes != "none"}
         if not wanted or not wanted <= KINDS.keys():
@@ -95,13 +95,13 @@ class StatisticsCache:
 
 
 def _name(index: int, need: Need, gathering: GatherOptions) -> str:
-    """Name the file of a block, a kind and the settings that steer it."""
+    """Name the file of a block, kind and the settings that steer it."""
     settings = "".join(f"-{getattr(gathering, name)}" for name in NEEDS[need].settings)
     return f"{need}{settings}-{index:04d}".replace(" ", "")
 
 
 class _Packed:
-    """Fields of layers for JSON, tensors aside; sums that layers share are there once."""
+    """The fields of layers for JSON, without tensors; sums that layers share are stored once."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
