@@ -362,7 +362,7 @@ def run(capsys, *arguments):
 def test_the_command_shows_everything(machine, capsys, tiny_folder):
     code, shown, _ = run(capsys, tiny_folder, "--keep", 0.5)
     assert code == 0
-    for words in ("torch", ">=2.6", "devices", "cpu", "run directory", "memory: about", "all that is needed"):
+    for words in ("torch", ">=2.6", "devices", "cpu", "run directory", "memory: about", "everything that is needed"):
         assert words in shown
     installed(machine, torch="2.5", gguf=None)
     code, shown, _ = run(capsys)

@@ -4,8 +4,10 @@ import sys
 import pytest
 import torch
 
+from slimrank.cli.recipe_flags import recipe_flags
 from slimrank.errors import OutputError, RecipeError, RunError
-from slimrank.recipe import PRESETS, Recipe
+from slimrank.recipe import Recipe
+from slimrank.recipe_presets import PRESETS
 from slimrank.store import Run, content_key, remove_run
 
 
@@ -86,6 +88,24 @@ def test_options_that_are_no_mapping(wrong):
 
 def test_every_option_is_described():
     assert all(field.description for field in Recipe.model_fields.values())
+
+
+def test_former_names_are_accepted(tmp_path):
+    (tmp_path / "r.yaml").write_text("keep_ratio: 0.5\nfactor_form: pair\nsecondary: pivot\n")
+    options = Recipe.read(tmp_path / "r.yaml")
+    assert options == {"keep_ratio": 0.5, "form": "pair", "store_form": "pivot"}
+    recipe = Recipe(keep_ratio=0.5, factor_form="pair", secondary="pivot")
+    assert recipe == Recipe.make(options) == Recipe.merged(Recipe(keep_ratio=0.5), options)
+    assert (recipe.factor_form, recipe.secondary, recipe.stored_as) == ("pair", "pivot", "pivot")
+    assert not {"factor_form", "secondary"} & recipe.described().keys()
+    assert recipe_flags(keep_ratio=0.5, factor_form="pair", secondary="pivot") == options
+
+
+def test_an_option_under_both_its_names_is_refused():
+    given = {"keep_ratio": 0.5, "form": "pair", "factor_form": "pivot"}
+    for attempt in (Recipe.make, lambda options: recipe_flags(**options)):
+        with pytest.raises(RecipeError, match="'factor_form' is the former name of 'form'"):
+            attempt(given)
 
 
 def test_key_changes_with_every_part():

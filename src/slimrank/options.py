@@ -13,7 +13,7 @@ from slimrank.errors import RecipeError, nearest
 
 
 def options_of(function: Callable[..., Any], settings: Mapping[str, FieldInfo]) -> type[BaseModel]:
-    """Make a model of a function's keyword-only parameters and of some settings: annotations, ranges and defaults.
+    """Make a model from the keyword-only parameters of a function (annotations, ranges, defaults) and some settings.
 
     Args:
         function: the method.
@@ -36,14 +36,14 @@ def options_of(function: Callable[..., Any], settings: Mapping[str, FieldInfo]) 
 
 
 def validated(model: type[BaseModel], given: Mapping[str, Any], owner: str) -> BaseModel:
-    """Return options made of the given values.
+    """Validate the given values.
 
     Raises:
         RecipeError: an unknown option (the nearest known name is in the hint), or a value out of range.
     """
     for name in given:
         if name not in model.model_fields:
-            hint = nearest(name, model.model_fields) if model.model_fields else "it takes none"
+            hint = nearest(name, model.model_fields) if model.model_fields else "it has no options"
             raise RecipeError(f"{owner} has no option '{name}'.", hint)
     try:
         return model.model_validate(dict(given))
@@ -57,7 +57,7 @@ def validated(model: type[BaseModel], given: Mapping[str, Any], owner: str) -> B
 
 
 def table(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
-    """Return the options of a method for people and JSON: default, range and description by name."""
+    """Describe the options of a method: default, range and description by name."""
     properties = model.model_json_schema()["properties"] if model.model_fields else {}
     return {
         name: {

@@ -1,9 +1,9 @@
-"""The recipe: everything a compression is made of. The same object stands behind YAML, flags and Python."""
+"""The recipe: every option of a compression. YAML, flags and Python arguments all become this object."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,20 +21,31 @@ from pydantic import (
 
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import RecipeError, nearest
-from slimrank.recipe_values import check_patterns, check_rank_bounds, form_name, split_parts
+from slimrank.recipe_presets import PRESETS, with_balanced
+from slimrank.recipe_values import FORMER_NAMES, check_patterns, check_rank_bounds, form_name, renamed, split_parts
 
-PRESETS = Path(__file__).parent / "recipes"
 BUDGETS = ("keep_ratio", "keep_total", "max_bytes", "plan")
-FORMER_NAMES = {"factor_form": "form", "secondary": "store_form"}
 
 Parts = Annotated[int | list[int] | Literal["qkv"], BeforeValidator(split_parts)]
 Form = Annotated[str, BeforeValidator(form_name)]
 
 
-def _option(panel: str, default: Any, description: str, flag: str = "", **bounds: Any) -> Any:
-    """Declare an option: its description is also the help of its flag, which stands in a panel of the help."""
-    extra: dict[str, Any] = {"panel": panel, "flag": flag}
+def _option(panel: str, default: Any, description: str, flag: str = "", shape: str = "", **bounds: Any) -> Any:
+    """Declare an option of a recipe and its flag.
+
+    Args:
+        panel: the group of the help that lists the flag.
+        default: of the option.
+        description: of the option; also the help of the flag.
+        flag: its name, where it is not that of the option.
+        shape: how to write one value of a repeatable flag, where it is not just the value.
+        bounds: of the value, as pydantic takes them.
+    """
+    extra: dict[str, Any] = {"panel": panel, "flag": flag, "shape": shape}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
+
+
+_NAMED, _BY_PATTERN = "NAME=VALUE", "PATTERN=VALUE"
 
 
 _how_small = partial(_option, "How small")
@@ -62,45 +73,55 @@ class Recipe(BaseModel):
     )
     method: str = _what(
         "svd_llm",
-        "Decomposition method by itself: see 'slimrank methods'. Without one, options that are not given are those "
-        "of the preset balanced.",
+        "Decomposition method, used alone: see 'slimrank methods'. Without it, options that you do not give come from "
+        "the preset balanced.",
     )
-    method_options: dict[str, Any] = _what({}, "Options of the method: see 'slimrank methods ID'.", flag="--option")
+    method_options: dict[str, Any] = _what(
+        {}, "Options of the method: see 'slimrank methods ID'.", flag="--option", shape=_NAMED
+    )
     refine: str | None = _what(
         None, "Closed-form update of the factors after truncation: see 'slimrank methods'; or none."
     )
     refine_options: dict[str, Any] = _what(
-        {}, "Options of the refiner: see 'slimrank methods ID'.", flag="--refine-option"
+        {}, "Options of the refiner: see 'slimrank methods ID'.", flag="--refine-option", shape=_NAMED
     )
     corrections: int = _what(
         0, "Rounds that move all factors against the gradient of the divergence from the original.", ge=0
     )
     correction_windows: int = _what(16, "Windows of one round of correction.", ge=1)
     stages: dict[str, dict[str, Any]] = _what(
-        {}, "Further stages to run, registered from outside, and their options (docs/extending.md).", flag="--stage"
+        {},
+        "Your own stages to run, and their options: see docs/extending.md.",
+        flag="--stage",
+        shape="NAME, or NAME={OPTION: VALUE}",
     )
     allocation: str = _what("uniform", "Rank allocation: see 'slimrank methods'.")
     allocation_options: dict[str, Any] = _what(
-        {}, "Options of the allocation: see 'slimrank methods ID'.", flag="--allocation-option"
+        {}, "Options of the allocation: see 'slimrank methods ID'.", flag="--allocation-option", shape=_NAMED
     )
     ranks: dict[str, str | int] = _what(
-        {}, "Bounds of ranks by pattern: N, MIN..MAX (either may be left out), or dense.", flag="--rank"
+        {},
+        "Bounds of ranks by pattern: N, MIN..MAX (either may be left out), or dense.",
+        flag="--rank",
+        shape=_BY_PATTERN,
     )
     form: Form = _what(
         "pair",
-        "What ranks are chosen for and stored as: pair (two thin factors), or pivot (fewer parameters at the same "
-        "rank).",
+        "Form that ranks are chosen for and stored in: pair (two thin factors), or pivot (fewer parameters at the "
+        "same rank).",
     )
     store_form: Form | None = _what(
-        None, "Store ranks that were chosen for pairs in a smaller form: pivot. The model stays the same."
+        None, "Smaller form to store ranks in that were chosen for pairs: pivot. The model computes the same."
     )
     rank_multiple: int = _what(1, "Make ranks multiples of this: 8 or 16 suit GPUs.", ge=1)
     targets: tuple[str, ...] = _what(
         (), "Compress only layers that match a pattern: '*.mlp.*', 'q_proj', 're:...'.", flag="--target"
     )
-    ignore: tuple[str, ...] = _what((), "Leave layers as they are that match a pattern.")
+    ignore: tuple[str, ...] = _what((), "Do not compress layers that match a pattern.")
     split: dict[str, Parts] = _what(
-        {}, "Treat fused layers as several, by pattern: 2 (equal parts), [64,32,32] (outputs of each), or qkv."
+        {},
+        "Treat a fused layer as several layers, by pattern: 2 (equal parts), [64,32,32] (outputs of each), or qkv.",
+        shape=_BY_PATTERN,
     )
     calibration: str | tuple[str, ...] = _text(
         "demo",
@@ -108,11 +129,11 @@ class Recipe(BaseModel):
         "self (the model writes it). Use text like your own.",
     )
     samples: int = _text(128, "Calibration windows.", ge=1)
-    search_samples: int = _text(16, "Held-out windows that allocations measure plans on; they do not calibrate.", ge=1)
+    search_samples: int = _text(16, "Held-out windows that allocations measure plans on.", ge=1)
     seq_len: int | None = _text(
-        None, "Tokens per window, in calibration and evaluation; 512 or the model's context.", ge=2
+        None, "Tokens per window, in calibration and evaluation; by default 512, or the model's context.", ge=2
     )
-    batch_size: int = _text(8, "Windows that run through a block at a time.", ge=1)
+    batch_size: int = _text(8, "Windows that run through a block at once.", ge=1)
     seed: int = _text(0, "Seed of the calibration windows, and of text that the model writes.", ge=0)
     evaluation: str | None = _text(
         "demo",
@@ -124,17 +145,17 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _where(
         "auto", "Stored dtype: auto (that of the checkpoint), float32, bfloat16 or float16."
     )
-    resident: bool = _where(False, "Keep the whole model on the device, instead of one block at a time.")
-    max_shard_size: str = _where("5GB", "Largest weight file to write.", pattern=r"^\d+(KB|MB|GB)$")
+    resident: bool = _where(False, "Keep the whole model on the device instead of one block at a time.")
+    max_shard_size: str = _where("5GB", "Size of the largest weight file.", pattern=r"^\d+(KB|MB|GB)$")
 
     @model_validator(mode="wrap")
     @classmethod
     def _complete(cls, data: Any, handler: ModelWrapValidatorHandler[Recipe]) -> Recipe:
-        """Take former names; without a method, take what is not given from the preset `balanced`."""
+        """Accept former names; without a method, take what is not given from the preset `balanced`."""
         data = renamed(data) if isinstance(data, Mapping) else data
         if not isinstance(data, dict) or "method" in data:
             return handler(data)
-        made = handler(_filled(data))
+        made = handler(with_balanced(data))
         object.__setattr__(made, "__pydantic_fields_set__", set(data))
         return made
 
@@ -157,24 +178,26 @@ class Recipe(BaseModel):
         if len(given) > 1:
             raise ValueError(f"give only one of {' and '.join(given)}")
         if self.plan is not None and (self.ranks or self.rank_multiple > 1):
-            raise ValueError("ranks and rank_multiple are for an allocation; the ranks of a plan are fixed in it")
+            raise ValueError("a plan fixes the ranks; ranks and rank_multiple cannot be given with it")
         if self.store_form and self.form != "pair":
-            raise ValueError(f"store_form is for form pair; form {self.form} stores {self.form} layers by itself")
+            raise ValueError(
+                f"store_form needs form pair; with form {self.form}, layers are stored as {self.form} already"
+            )
         return self
 
     @property
     def stored_as(self) -> str:
-        """The form that factored targets are stored in."""
+        """Return the form that factored targets are stored in."""
         return self.store_form or self.form
 
     @property
     def factor_form(self) -> str:
-        """The former name of `form`."""
+        """Return `form`, by its former name."""
         return self.form
 
     @property
     def secondary(self) -> str | None:
-        """The former name of `store_form`."""
+        """Return `store_form`, by its former name."""
         return self.store_form
 
     def described(self) -> dict[str, Any]:
@@ -185,17 +208,20 @@ class Recipe(BaseModel):
         return fields
 
     def need_budget(self) -> None:
-        """Make sure that the recipe says how small the model should get.
+        """Make sure that the recipe has a budget.
 
         Raises:
             RecipeError: it does not.
         """
         if all(getattr(self, name) is None for name in BUDGETS):
-            raise RecipeError("nothing says how small the model should get.", "--keep 0.8 keeps 80 % of its linears")
+            raise RecipeError(
+                "the recipe has no budget.",
+                "--keep 0.8 (keep_ratio=0.8 in Python) keeps 80 % of the linears' parameters",
+            )
 
     @classmethod
     def make(cls, options: Mapping[str, Any]) -> Recipe:
-        """Make a recipe out of options.
+        """Make a recipe from options.
 
         Raises:
             RecipeError: an unknown option (the nearest known name is in the hint), or a value out of range.
@@ -215,7 +241,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def merged(cls, recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
-        """Make a recipe with some of its options replaced; it must say how small the model should get.
+        """Make a recipe with some of its options replaced; it must have a budget.
 
         Raises:
             RecipeError: see `make` and `need_budget`.
@@ -230,7 +256,7 @@ class Recipe(BaseModel):
         """Return the options of a shipped recipe.
 
         Raises:
-            RecipeError: there is none of that name.
+            RecipeError: there is no preset of that name.
         """
         known = {path.name.removesuffix(".yaml"): path for path in PRESETS.glob("*.yaml")}
         if name not in known:
@@ -247,50 +273,13 @@ class Recipe(BaseModel):
         try:
             options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise RecipeError(f"the recipe '{path}' cannot be read: {error.strerror}.", "give a YAML file") from error
+            raise RecipeError(f"recipe '{path}' cannot be read: {error.strerror}.", "give a YAML file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(
-                f"the recipe '{path}' is not YAML: {error}", "keys are the options, one a line"
-            ) from error
+            raise RecipeError(f"recipe '{path}' is not YAML: {error}", "write one 'option: value' per line") from error
         if not isinstance(options, dict):
-            raise RecipeError(f"the recipe '{path}' holds no options.", "one 'option: value' a line")
+            raise RecipeError(f"recipe '{path}' holds no options.", "write one 'option: value' per line")
         try:
             cls.make(options)
         except RecipeError as error:
-            raise RecipeError(f"the recipe '{path}': {error.message}", error.hint) from error
+            raise RecipeError(f"recipe '{path}': {error.message}", error.hint) from error
         return renamed(options)
-
-
-def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options under their present names.
-
-    Raises:
-        RecipeError: an option under both its names.
-    """
-    both = [(old, new) for old, new in FORMER_NAMES.items() if old in options and new in options]
-    if both:
-        raise RecipeError(f"'{both[0][0]}' is the former name of '{both[0][1]}'; both are given.", "leave one out")
-    return {FORMER_NAMES.get(name, name): value for name, value in options.items()}
-
-
-@cache
-def balanced_options() -> dict[str, Any]:
-    """Return the options of the preset `balanced`."""
-    options: dict[str, Any] = yaml.safe_load((PRESETS / "balanced.yaml").read_text(encoding="utf-8"))
-    return options
-
-
-def _filled(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `data` and the options of the preset `balanced`, except those that something in `data` settles."""
-    settled = set()
-    if data.get("plan") is not None:
-        settled |= {"allocation", "allocation_options", "form"}
-    if data.get("store_form") is not None:
-        settled |= {"form"}
-    settled |= {f"{name}_options" for name in ("refine", "allocation") if name in data}
-    filled = {name: value for name, value in balanced_options().items() if name not in settled} | dict(data)
-    nested = {"method_options", "refine_options", "allocation_options"}
-    for name in nested & balanced_options().keys() & data.keys() - settled:
-        if isinstance(data[name], Mapping):
-            filled[name] = {**balanced_options()[name], **data[name]}
-    return filled

@@ -1,21 +1,40 @@
-"""Checks of single values of a recipe."""
+"""Former names of options, and checks of single values."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
+
+from slimrank.errors import RecipeError
+
+FORMER_NAMES = {"factor_form": "form", "secondary": "store_form"}
+
+
+def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options under their present names.
+
+    Raises:
+        RecipeError: an option under both its names.
+    """
+    both = [(old, new) for old, new in FORMER_NAMES.items() if old in options and new in options]
+    if both:
+        raise RecipeError(
+            f"'{both[0][0]}' is the former name of '{both[0][1]}'; both are given.", f"give only '{both[0][1]}'"
+        )
+    return {FORMER_NAMES.get(name, name): value for name, value in options.items()}
 
 
 def split_parts(value: Any) -> Any:
-    """Check what a fused layer is split into: a number of equal parts, the outputs of each part, or "qkv".
+    """Check how a fused layer is split: a number of equal parts, the outputs of each part, or "qkv".
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: any other value.
     """
     sizes = value if isinstance(value, (list, tuple)) else [value]
     many = len(sizes) > 1 or (isinstance(value, int) and value > 1)
     if value != "qkv" and not (many and all(type(size) is int and size > 0 for size in sizes)):
-        raise ValueError("neither so many equal parts (2 or more), nor the outputs of each ([64, 32]), nor qkv")
+        raise ValueError("give a number of equal parts (2 or more), the outputs of each part ([64, 32]), or qkv")
     return value
 
 
@@ -32,7 +51,7 @@ def form_name(value: Any) -> Any:
 
     import_neighbours()
     if value not in FORMS:
-        raise ValueError(f"there is no such form; there are {', '.join(sorted(FORMS))}")
+        raise ValueError(f"there is no such form; known: {', '.join(sorted(FORMS))}")
     return value
 
 
@@ -59,7 +78,7 @@ def check_rank_bounds(value: dict[str, str | int]) -> dict[str, str | int]:
     """
     for pattern, limit in value.items():
         if not re.fullmatch(r"dense|\d+|\d*\.\.\d*", str(limit)):
-            raise ValueError(f"'{limit}' for '{pattern}' is neither a rank, nor MIN..MAX, nor dense")
+            raise ValueError(f"'{limit}' for '{pattern}' is not a rank, MIN..MAX or dense")
         if re.search(r"(?<!\d)0+(?!\d)", str(limit)):
             raise ValueError(f"'{limit}' for '{pattern}': the smallest rank is 1")
         least, _, most = str(limit).partition("..")

@@ -78,7 +78,7 @@ def test_plan_without_a_place_for_it_computes_nothing(capsys, tiny_folder, monke
     monkeypatch.setattr("slimrank.pipeline.find_plan", never)
     code, shown, _ = run(capsys, "plan", tiny_folder, "--keep", 0.5)
     assert code == 0
-    assert "'spectrum' finds its own" in shown
+    assert "'spectrum' computes its own" in shown
     record = json.loads(run(capsys, "plan", tiny_folder, "--keep", 0.5, "--json")[1])
     assert record["allocation"] == {"id": "spectrum", "provisional": True}
     assert record["size"]["keep_ratio"] <= 0.5
@@ -151,7 +151,7 @@ def test_methods(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["compress", "{model}", "--out", "{out}"], "nothing says how small"),
+        (["compress", "{model}", "--out", "{out}"], "the recipe has no budget"),
         (["compress", "{model}", "--keep", "0", "--out", "{out}"], "keep_ratio"),
         (["compress", "{model}", "--keep", "1.5", "--out", "{out}"], "less than or equal to 1"),
         (["compress", "{model}", "--keep", "0.8", "--method", "svdllm", "--out", "{out}"], "did you mean"),
@@ -162,7 +162,7 @@ def test_methods(capsys):
         (["evaluate", "{model}", "--text", "/no/text.txt"], "does not exist"),
         (["evaluate", "{model}", "--windows", "1000000", "--seq-len", "24"], "need 24,000,000"),
         (["evaluate", "{model}", "--dtype", "int3"], "dtype"),
-        (["evaluate", "{model}", "--text", "self"], "sampled itself"),
+        (["evaluate", "{model}", "--text", "self"], "wrote itself"),
         (["evaluate", "{model}", "--tasks", "sums", "--limit", "0"], "--limit must be 1 or more, got 0"),
         (["evaluate", "{model}", "--tasks", "sums", "--shots", "-1"], "--shots must be 0 or more, got -1"),
         (["evaluate", "{model}", "--tasks", ""], "no name"),
@@ -230,7 +230,7 @@ def test_an_interrupt_ends_with_130(capsys, tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr("slimrank.pipeline.compress", interrupted)
     code, _, error = run(capsys, "compress", tiny_folder, "--keep", 0.8, "--out", tmp_path / "o")
     assert code == 130
-    assert "resumes" in error
+    assert "to resume" in error
 
 
 def test_progress_tells_the_time_left(monkeypatch):
@@ -269,14 +269,14 @@ def test_steps_that_are_declared_again_lose_and_skip_nothing():
     assert fractions == pytest.approx([0.125, 0.125, 0.15625, 0.15625, 0.203125, 0.25])
 
 
-def test_a_plan_takes_the_place_of_an_allocation(tmp_path):
+def test_a_plan_replaces_an_allocation(tmp_path):
     from slimrank.cli.recipe_flags import recipe_options
 
     file = tmp_path / "recipe.yaml"
     file.write_text("keep_ratio: 0.8\nrank_multiple: 8\nranks: {q_proj: dense}\nallocation: lems\n")
     options = recipe_options(None, file, {"plan": "plan.json"})
     assert options == {"plan": "plan.json", "allocation": "lems"}
-    with pytest.raises(RecipeError, match="no allocation is made"):
+    with pytest.raises(RecipeError, match="a plan fixes the ranks"):
         recipe_options(None, None, {"plan": "plan.json", "allocation": "lems"})
 
 

@@ -139,7 +139,7 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(made, error, me
         ({}, {"tasks": TaskRequest(("smus", "wrods"))}, "no task 'smus', 'wrods'"),
         ({}, {"tasks": TaskRequest(("sums",), "/no/tasks")}, "'/no/tasks' does not exist"),
         ({}, {"texts": ["demo", "/no/text.txt"]}, "'/no/text.txt' does not exist"),
-        ({}, {"texts": ["self"]}, "sampled itself"),
+        ({}, {"texts": ["self"]}, "wrote itself"),
         ({"method": "svd_llm", "calibration": "/no/words.txt"}, {}, "'/no/words.txt' does not exist"),
         ({"allocation": "ada_cr", "calibration": "/no/words.txt"}, {}, "'/no/words.txt' does not exist"),
     ],
@@ -437,7 +437,7 @@ def test_numbers_are_whole_at_80_columns(perplexity, capsys, monkeypatch, tmp_pa
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     _show(a_record(perplexity), tmp_path)
-    table, *_ = capsys.readouterr().out.partition("no room for: seconds")
+    table, *_ = capsys.readouterr().out.partition("columns left out, for lack of room: seconds")
     assert "…" not in table
     assert max(map(len, table.splitlines())) <= 80
     for word in (f"{perplexity:.2f}", f"{perplexity / 10:.3f}", "12.5000", "constrained_exact", "0.8 *"):

@@ -190,9 +190,9 @@ def test_pivots_cost_less(id, options):
     "broken, message",
     [
         (lambda ranks: {**ranks, "layers.0.attn.q": "dense", "layers.0.mlp.up": "dense"}, "parameters, over"),
-        (lambda ranks: {**ranks, "layers.0.attn.q": 0}, "rank 0, which it may not have"),
-        (lambda ranks: dict(list(ranks.items())[1:]), "left out, or made up, 'layers"),
-        (lambda ranks: {**ranks, "nonsense": 3}, "left out, or made up, 'nonsense'"),
+        (lambda ranks: {**ranks, "layers.0.attn.q": 0}, "rank 0, which is not one of its candidates"),
+        (lambda ranks: dict(list(ranks.items())[1:]), "left out, or added, 'layers"),
+        (lambda ranks: {**ranks, "nonsense": 3}, "left out, or added, 'nonsense'"),
     ],
 )
 def test_an_allocator_that_breaks_its_contract_is_refused(broken, message):

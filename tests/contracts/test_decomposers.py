@@ -303,7 +303,7 @@ def test_an_unknown_option_names_the_nearest(method):
             METHODS[method].configured({f"{name}z": 1})
         assert repr(name) in caught.value.hint
     if not names:
-        with pytest.raises(RecipeError, match="it takes none"):
+        with pytest.raises(RecipeError, match="it has no options"):
             METHODS[method].configured({"alpha": 1})
 
 

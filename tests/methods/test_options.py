@@ -19,7 +19,7 @@ BAD_OPTIONS = [
     ("asvd", {"alpha": 2}, "less than or equal to 1, got 2", "alpha: number >= 0, <= 1; 0.5 by default"),
     ("asvd", {"alpah": 0.5}, "has no option 'alpah'", "did you mean 'alpha'"),
     ("asvd", {"scale": "median"}, "'mean' or 'max', got 'median'", "scale: mean, max; mean by default"),
-    ("svd_llm", {"alpha": 0.5}, "has no option 'alpha'", "it takes none"),
+    ("svd_llm", {"alpha": 0.5}, "has no option 'alpha'", "it has no options"),
     ("coala", {"alpha": 0.5}, "has no option 'alpha'", "mu"),
     ("coala", {"mu": -1}, "greater than or equal to 0", "mu: number >= 0 or adaptive"),
     ("kfac_svd", {"row_shrink": 1.5}, "less than or equal to 1", "number >= 0, <= 1; 0.1 by default"),

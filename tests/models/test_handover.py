@@ -138,7 +138,7 @@ def test_hidden_states_in_which_windows_are_not_found():
         runner.embed([Batch(torch.arange(8)[None])])
         runner._handover.axis = None
         assert runner.windows(runner.hidden[0], slice(None)) is runner.hidden[0]
-        with pytest.raises(ModelError, match="do not count windows and tokens"):
+        with pytest.raises(ModelError, match="do not have separate dimensions for windows and tokens"):
             runner.windows(runner.hidden[0], slice(None), 4)
 
 
@@ -152,7 +152,7 @@ def test_what_measures_a_divergence_is_refused_before_any_work(asked, monkeypatc
     monkeypatch.setattr(handover, "_axis", lambda hidden, ids: None)
     monkeypatch.setattr(MeasureBefore, "run", None)
     options = {"method": "kfac_svd", "samples": 4, "search_samples": 2, **asked}
-    with pytest.raises(ModelError, match="do not count windows and tokens"):
+    with pytest.raises(ModelError, match="do not have separate dimensions for windows and tokens"):
         compress(tiny_model(), **options)
 
 
@@ -190,7 +190,7 @@ def counts(index, hidden, keeps, mapping):
 
 
 @pytest.mark.parametrize(
-    "change, reason", [(remembers, "changes an argument"), (counts, "hands 'count' to later blocks")]
+    "change, reason", [(remembers, "changes one of its arguments"), (counts, "passes 'count' to later blocks")]
 )
 def test_what_cannot_be_handed_on_is_refused(monkeypatch, change, reason):
     runner = runner_of(hands(monkeypatch, tiny_model(), change))

@@ -334,7 +334,7 @@ def test_limits_of_layers_that_share_a_factor_must_overlap(second):
     "changes, error, message",
     [
         ({"ranks": {"q_porj": 3}}, RecipeError, "pattern 'q_porj' of 'ranks' matches no target"),
-        ({"ranks": {"q_proj": "a"}}, RecipeError, "neither a rank, nor MIN..MAX, nor dense"),
+        ({"ranks": {"q_proj": "a"}}, RecipeError, "is not a rank, MIN..MAX or dense"),
         ({"ranks": {"q_proj": 0}}, RecipeError, "'0' for 'q_proj': the smallest rank is 1"),
         ({"ranks": {"q_proj": "0..5"}}, RecipeError, r"'0\.\.5' for 'q_proj': the smallest rank is 1"),
         ({"ranks": {"q_proj": "500..600"}}, PlanError, r"no multiple of 1 is a rank of 'model\.layers\.0"),
@@ -416,7 +416,7 @@ def test_plan_computes_what_the_allocation_needs_and_compress_goes_on_from_there
             kept = 100 * target.cost(plan.stored_as) / (target.shape[0] * target.shape[1])
             assert cell.strip() == ("--" if target.rank == "dense" else f"{kept:.0f}")
     assert "predicted error" in shown
-    assert "no plan that it may choose is better by more than" in shown
+    assert "no allowed plan is better by more than" in shown
     (mine,) = re.findall(r"0\.60 +([\d.e-]+) .* <- this plan", shown)
     record = json.loads(run(capsys, "plan", *shared, "--json")[1])
     assert record["allocation"]["id"] == "lems"

@@ -359,7 +359,7 @@ def test_a_run_directory_may_be_in_the_home_folder(tiny_folder, tmp_path, monkey
     [
         ({"keep_ratio": 0}, RecipeError, "keep_ratio: Input should be greater than 0, got 0"),
         ({"keep_ratio": 1.2}, RecipeError, "less than or equal to 1"),
-        ({"keep_ratio": None}, RecipeError, "nothing says how small"),
+        ({"keep_ratio": None}, RecipeError, "the recipe has no budget"),
         ({"keep_total": 0.5}, RecipeError, "give only one of keep_ratio and keep_total"),
         ({"keep_ratoi": 0.5}, RecipeError, "did you mean 'keep_ratio'"),
         ({"keep_ratio": 0.001}, BudgetError, "all layers at that fraction take"),
@@ -368,13 +368,13 @@ def test_a_run_directory_may_be_in_the_home_folder(tiny_folder, tmp_path, monkey
         ({"calibration": "no-such.txt"}, DataError, "does not exist"),
         ({"seq_len": 2000}, RecipeError, "more than the model's context of 128"),
         ({"device": "quantum"}, RecipeError, "not a device"),
-        ({"evaluation": "self"}, DataError, "sampled itself"),
+        ({"evaluation": "self"}, DataError, "wrote itself"),
         ({"ignore": ["q_porj"]}, RecipeError, "matches no linear"),
         ({"ignore": ["re:("]}, RecipeError, "not a regular expression"),
         ({"keep_ratio": None, "max_bytes": 20_000}, BudgetError, "already take"),
         ({"plan": "none.json", "keep_ratio": None}, PlanError, "cannot be read"),
-        ({"plan": "none.json", "keep_ratio": None, "rank_multiple": 8}, RecipeError, "ranks of a plan are fixed"),
-        ({"plan": "none.json", "keep_ratio": None, "ranks": {"*": "dense"}}, RecipeError, "ranks of a plan are fixed"),
+        ({"plan": "none.json", "keep_ratio": None, "rank_multiple": 8}, RecipeError, "a plan fixes the ranks"),
+        ({"plan": "none.json", "keep_ratio": None, "ranks": {"*": "dense"}}, RecipeError, "a plan fixes the ranks"),
     ],
 )  # fmt: skip
 def test_bad_options_fail_before_any_work(tiny_folder, tmp_path, text_file, change, error, message, monkeypatch):

@@ -33,8 +33,8 @@ app = typer.Typer(
     name="slimrank",
     help="""Make large language models smaller and faster by low-rank factorisation.
 
-Begin with [bold]slimrank demo[/bold] (a small real model, no account needed), look ahead with
-[bold]slimrank plan MODEL --keep 0.8[/bold], then [bold]slimrank compress MODEL --keep 0.8 --out smaller[/bold].
+Begin with [bold]slimrank demo[/bold] (a small real model, no account needed). For your own model, estimate with
+[bold]slimrank plan MODEL --keep 0.8[/bold], then run [bold]slimrank compress MODEL --keep 0.8 --out smaller[/bold].
 
 MODEL is a hub id, a local folder, a GGUF file, or the word demo.""",
     rich_markup_mode="rich",
@@ -60,9 +60,12 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 (a slimrank error), 2 (wrong usage) or 130 (interrupted)."""
+    """Run the command line; exit with 0, 1 (a slimrank error), 2 (wrong usage) or 130 (interrupted)."""
     given = sys.argv[1:] if arguments is None else arguments
-    for stream in (sys.stdout, sys.stderr):  # no name of a file and no text of a model ends a command
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # file names and model text may hold any character; showing one must not fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:

@@ -76,7 +76,7 @@ def compare(
                 device=device, dtype=dtype, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt as error:
-        typer.secho("\ninterrupted; the same command again resumes", err=True)
+        typer.secho("\ninterrupted; give the same command again to resume", err=True)
         raise typer.Exit(130) from error
     print_json(record) if json else _show(record, out)
     if any(cell["error"] is not None for cell in record["cells"].values()):
@@ -99,7 +99,7 @@ def _names(given: str) -> list[str]:
 
 
 def _numbers(given: str) -> list[float]:
-    """Fractions out of a list.
+    """Read a list of fractions.
 
     Raises:
         RecipeError: one of them is not a number.

@@ -19,7 +19,7 @@ def compress(
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Keep spectra here, to compress again at another budget without calibrating.  "
+            help="Folder for statistics and spectra. Keep it to compress at another budget without calibrating.  "
             "\\[default: OUT.run, removed at the end]"
         ),
     ] = None,
@@ -31,7 +31,7 @@ def compress(
     """Compress a model and write it to a folder, with a report.
 
     The folder loads with AutoModelForCausalLM.from_pretrained, after `import slimrank` or with trust_remote_code=True.
-    An interrupted run resumes when the same command is given again.
+    To resume an interrupted run, give the same command again.
 
     Example: slimrank compress demo --keep 0.8 --calibration my-text.txt --out smaller
     """
@@ -42,7 +42,7 @@ def compress(
 def run_compress(
     model: str, out: Path, chosen: dict[str, Any], run_dir: Path | None, overwrite: bool
 ) -> dict[str, Any]:
-    """Compress with progress on the screen; gives back the report."""
+    """Compress with progress on the screen and return the report."""
     from slimrank.pipeline import compress as library_compress
     from slimrank.recipe import Recipe
 
@@ -55,13 +55,13 @@ def run_compress(
                 model, recipe=made, out=out, run_dir=run_dir, overwrite=overwrite, progress=progress
             )
     except KeyboardInterrupt as error:
-        typer.secho("\ninterrupted; the same command again resumes", err=True)
+        typer.secho("\ninterrupted; give the same command again to resume", err=True)
         raise typer.Exit(130) from error
     return result.report
 
 
 def show_report(report: dict[str, Any], out: Path) -> None:
-    """Return the headline of a report, and where the rest is."""
+    """Show the headline of a report, and where the rest is."""
     from slimrank.report.number_format import percent
     from slimrank.report.tables import comparison
 
@@ -79,7 +79,7 @@ def show_report(report: dict[str, Any], out: Path) -> None:
         print_text(f"\nwarning: {report['overlap']}")
     asked = report["provenance"]["recipe"]
     if report["before"] and asked["evaluation"] == "demo" and asked["calibration"] != "demo":
-        print_text("\nperplexity is on Python's documentation, not on text like yours: give --eval-text FILE")
+        print_text("\nperplexity was measured on Python's documentation, not on text like yours: give --eval-text FILE")
     if report["notes"]:
-        print_text(f"\nskipped, clamped or unusual: {len(report['notes'])}, see report.html")
+        print_text(f"\nskipped, clamped or unusual: {len(report['notes'])} notes in report.html")
     print_text(f"\nwritten to {out}: the model, report.html (also as .md and .json), README.md, plan.json")

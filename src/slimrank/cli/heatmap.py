@@ -1,4 +1,4 @@
-"""A rank plan as a heat map of blocks and layers, and the curve of error against size."""
+"""Show a rank plan as a heat map of blocks and layers, and the curve of error against size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TINY = 1e-9  # of the largest error: rounding
 
 
 def show_plan(plan: RankPlan, blocks_path: str) -> None:
-    """Percent of its parameters that each layer keeps: a row for each block, a column for each kind of layer."""
+    """Show the percent of its parameters that each layer keeps: a row per block, a column per kind of layer."""
     from slimrank.models.structure import short_names, without_numbers
 
     cells: dict[int, dict[str, list[PlannedTarget]]] = {}
@@ -47,7 +47,7 @@ def _cell(targets: list[PlannedTarget], form: str) -> Text:
 
 
 def show_trade_off(allocation: dict[str, Any], keep_ratio: float) -> None:
-    """Predicted error at several sizes, and of the plan itself, as bars of its logarithm."""
+    """Show the predicted error at several sizes, and of the plan itself, as bars of its logarithm."""
     from math import log10
 
     from slimrank.cli.console import print_text
@@ -55,18 +55,20 @@ def show_trade_off(allocation: dict[str, Any], keep_ratio: float) -> None:
     points = allocation.get("trade_off", [])
     points = [p for p in points if p["error"] > TINY * points[0]["error"]]
     if len(points) < 2:
-        print_text("\nno error is predicted for this plan")
+        print_text("\nthe predicted error of this plan is zero")
         return
     points.append({"keep_ratio": keep_ratio, "error": max(allocation["predicted"], points[-1]["error"]), "mark": True})
     points.sort(key=lambda point: point["keep_ratio"])
     logs = [log10(p["error"]) for p in points]
     span = max(logs) - min(logs) or 1.0
-    print_text("\npredicted error (sum over layers, logarithmic) against the fraction of the linears that is kept")
+    print_text(
+        "\npredicted error (sum over layers, logarithmic) against the fraction of the linears' parameters that is kept"
+    )
     for point, value in zip(points, logs, strict=True):
         bar = "#" * max(1, round(BAR * (value - min(logs)) / span))
         print_text(f"{point['keep_ratio']:5.2f}  {point['error']:10.4g}  {bar}{' <- this plan' * ('mark' in point)}")
     if allocation.get("gap") is not None:
         gap = f"{100 * allocation['gap']:.3f} %"
-        print_text(f"by the errors that it weighs, no plan that it may choose is better by more than {gap}")
+        print_text(f"judged by predicted errors, no allowed plan is better by more than {gap}")
     if allocation.get("additivity", {}).get("spearman") is not None:
         print_text(f"rank correlation of predicted and measured divergence: {allocation['additivity']['spearman']:.2f}")

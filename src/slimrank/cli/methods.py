@@ -16,10 +16,12 @@ FLAGS = {"decompose": "--method", "refine": "--refine", "allocate": "--allocatio
 
 
 def methods(
-    id: Annotated[str | None, typer.Argument(help="One of them, to see its options.", show_default=False)] = None,
+    id: Annotated[
+        str | None, typer.Argument(help="A method, refiner or allocation: show its options.", show_default=False)
+    ] = None,
     json: o.Json = False,
 ) -> None:
-    """List decomposition methods, refiners and rank allocations: what they need, cost, and where they come from.
+    """List decomposition methods, refiners and rank allocations, with what they need, their cost and source.
 
     Example: slimrank methods kfac_svd
     """
@@ -95,7 +97,7 @@ def _tables(listed: dict[str, list[dict[str, Any]]]) -> None:
             about = f"{passes}; {needs}; cost: {entry['cost']}"
             lines = [wrapped for text in (entry["title"], about, entry["paper"]) for wrapped in _wrap(text, width)]
             print_text("\n".join(f"{name:16}{line}" for name, line in zip_longest([entry["id"]], lines, fillvalue="")))
-    print_text("\nOptions of one: slimrank methods ID")
+    print_text("\nTo see the options of one: slimrank methods ID")
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Parameters that several commands share. Those of a recipe are made of `Recipe`: see `cli.recipe_flags`."""
+"""Parameters that several commands share. Those of a recipe are generated: see `cli.recipe_flags`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import typer
 
 _TASKS = "Tasks"
 
-Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or the word demo.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
+Model = Annotated[str, typer.Argument(help="A hub id, a local folder, a .gguf file, or demo.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output, nothing else.")]
 
 Tasks = Annotated[
     str | None,
@@ -23,7 +23,7 @@ Tasks = Annotated[
 TasksDir = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of task files, which win over tasks of the same name; local_NAME is found as NAME.",
+        help="Folder of task files. They win over tasks of the same name; local_NAME is found as NAME.",
         rich_help_panel=_TASKS,
     ),
 ]
@@ -39,12 +39,12 @@ Command = Callable[..., None]
 
 
 def takes_recipe(*fields: str) -> Callable[[Command], Command]:
-    """Give a command the flags of a recipe; they reach it as one mapping, its parameter `chosen`.
+    """Give a command the flags of a recipe; it gets them as one mapping, its parameter `chosen`.
 
-    They are added when the command is looked up, so that `slimrank --help` need not read `Recipe`.
+    They are added when the command is looked up, so that `slimrank --help` does not import `Recipe`.
 
     Args:
-        fields: the options of the recipe that it takes; all, and those that read a recipe, if none is named.
+        fields: the options of the recipe that it takes; without any, all of them, --preset, --recipe and --no-eval.
     """
 
     def mark(command: Command) -> Command:
@@ -55,7 +55,7 @@ def takes_recipe(*fields: str) -> Callable[[Command], Command]:
 
 
 def pairs(given: list[str] | None) -> dict[str, Any] | None:
-    """NAME=VALUE options as a mapping; values are read as YAML, so that numbers are numbers.
+    """Read NAME=VALUE options into a mapping; values are YAML, so that numbers are numbers.
 
     Raises:
         RecipeError: no equals sign.
@@ -68,11 +68,11 @@ def pairs(given: list[str] | None) -> dict[str, Any] | None:
     for text in given or []:
         name, equals, value = text.partition("=")
         if not equals:
-            raise RecipeError(f"'{text}' is not NAME=VALUE.", f"{name}=...")
+            raise RecipeError(f"'{text}' is not NAME=VALUE.", f"write {name}=VALUE")
         try:
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise RecipeError(
-                f"the value of '{text}' cannot be read: {error}", "a number, a word or [a, list]"
+                f"the value of '{text}' cannot be read: {error}", "give a number, a word or [a, list]"
             ) from error
     return found or None

@@ -16,19 +16,21 @@ from slimrank.cli.heatmap import show_plan, show_trade_off
 def plan(
     model: o.Model,
     chosen: dict[str, Any],
-    out: Annotated[Path | None, typer.Option(help="Where compress would write; only looked at.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="As for compress; only looked at.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Output folder of compress: checked, not written.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="As for compress; nothing is replaced.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the rank plan here, for compress --plan.")] = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(help="Compute the ranks of any allocation, and keep what that takes for compress --run-dir."),
+        typer.Option(
+            help="Compute the ranks of any allocation, and store what that takes here, for compress --run-dir."
+        ),
     ] = None,
     json: o.Json = False,
 ) -> None:
     """Show what compress would do: sizes, ranks by block and layer, time, memory, layers left out.
 
-    Loads no weights. Ranks that an allocation finds by spectra or measurements are computed with --run-dir or --save
-    only; without, uniform ones stand for them.
+    It loads no weights and shows uniform ranks where an allocation needs spectra or measurements. With --run-dir or
+    --save it computes these ranks.
 
     Example: slimrank plan demo --keep 0.8 --method kfac_svd --allocation spectrum --save plan.json --run-dir run
     """
@@ -54,14 +56,14 @@ def plan(
     else:
         _show(model, record, save)
         if allocation.get("provisional"):
-            print_text(f"ranks are uniform ones: '{allocation['id']}' finds its own, with --run-dir DIR here and now")
+            print_text(f"these ranks are uniform; with --run-dir DIR, '{allocation['id']}' computes its own")
             return
         show_plan(made, record["blocks_path"])
         show_trade_off(allocation, made.keep_ratio)
 
 
 def _expected(chosen: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the recipe, and whether uniform ranks will stand for those of its allocation."""
+    """Return the recipe, and whether uniform ranks are shown instead of those of its allocation."""
     from slimrank.pipeline.prepare import Choices
     from slimrank.recipe import Recipe
 
@@ -85,52 +87,53 @@ def _computed(
 
 
 def _show(model: str, record: dict[str, Any], save: Path | None) -> None:
-    from slimrank.report.number_format import megabytes, millions, percent
-
-    size, coverage = record["size"], record["coverage"]
-    print_table(
-        f"{model}: would keep {percent(size['keep_ratio'])} of the linears, {percent(size['keep_total'])} of the model",
-        ("", "before", "after"),
-        [
-            (
-                "parameters of the model",
-                millions(size["parameters_before"]),
-                millions(size["parameters_after"]),
-            ),
-            ("size on disk", megabytes(size["bytes_before"]), megabytes(size["bytes_after"])),
-        ],
-    )
-    print_table(
-        "ranks",
-        ("layers", "how many", "shape", "rank", "parameters after"),
-        [
-            (
-                row["name"],
-                str(row["count"]),
-                "{} x {}".format(*row["shape"]),
-                _ranks(row["ranks"]),
-                millions(row["parameters"]),
-            )
-            for row in record["kinds"]
-        ],
-    )
-    rows = [("compressed", millions(coverage["targets"]), percent(coverage["targets"] / coverage["total"]))]
-    for reason, count in sorted(coverage["left_out"].items(), key=lambda item: -item[1]):
-        rows.append((f"not: {reason}", millions(count), percent(count / coverage["total"])))
-    print_table(
-        f"covers {percent(coverage['of_matrices'])} of the decoder's weight matrices",
-        ("", "parameters", "of the model"),
-        rows,
-    )
-    stages = ", ".join(f"{name} {duration(s)}" for name, s in record["seconds"].items() if s >= 0.5)
-    of_these = f" ({stages})" if stages else ""
-    print_text(f"time: about {duration(sum(record['seconds'].values()))}{of_these}")
-    print_text(f"memory: about {record['peak_memory'] / 1e9:.1f} GB")
-    print_text(f"disk: about {record['run_bytes'] / 1e9:.1f} GB while it runs, beside the result")
+    _show_size(model, record["size"])
+    _show_ranks(record["kinds"])
+    _show_coverage(record["coverage"])
+    _show_cost(record)
     for note in record["notes"]:
         print_text(f"note: {note}")
     if save is not None:
         print_text(f"plan written to {save}")
+
+
+def _show_size(model: str, size: dict[str, Any]) -> None:
+    from slimrank.report.number_format import megabytes, millions, percent
+
+    kept = f"{percent(size['keep_ratio'])} of the linears, {percent(size['keep_total'])} of the model"
+    rows = [
+        ("parameters of the model", millions(size["parameters_before"]), millions(size["parameters_after"])),
+        ("size on disk", megabytes(size["bytes_before"]), megabytes(size["bytes_after"])),
+    ]
+    print_table(f"{model}: would keep {kept}", ("", "before", "after"), rows)
+
+
+def _show_ranks(kinds: list[dict[str, Any]]) -> None:
+    from slimrank.report.number_format import millions
+
+    rows = [
+        (k["name"], str(k["count"]), "{} x {}".format(*k["shape"]), _ranks(k["ranks"]), millions(k["parameters"]))
+        for k in kinds
+    ]
+    print_table("ranks", ("layers", "how many", "shape", "rank", "parameters after"), rows)
+
+
+def _show_coverage(coverage: dict[str, Any]) -> None:
+    from slimrank.report.number_format import millions, percent
+
+    left_out = sorted(coverage["left_out"].items(), key=lambda item: -item[1])
+    counts = {"compressed": coverage["targets"]} | {f"not: {reason}": count for reason, count in left_out}
+    rows = [(what, millions(count), percent(count / coverage["total"])) for what, count in counts.items()]
+    title = f"covers {percent(coverage['of_matrices'])} of the decoder's weight matrices"
+    print_table(title, ("", "parameters", "of the model"), rows)
+
+
+def _show_cost(record: dict[str, Any]) -> None:
+    stages = ", ".join(f"{name} {duration(s)}" for name, s in record["seconds"].items() if s >= 0.5)
+    of_these = f" ({stages})" if stages else ""
+    print_text(f"time: about {duration(sum(record['seconds'].values()))}{of_these}")
+    print_text(f"memory: about {record['peak_memory'] / 1e9:.1f} GB")
+    print_text(f"disk: about {record['run_bytes'] / 1e9:.1f} GB while it runs, besides the result")
 
 
 def _ranks(ranks: list[Any]) -> str:

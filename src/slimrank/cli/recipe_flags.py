@@ -13,10 +13,11 @@ from pydantic.fields import FieldInfo
 
 from slimrank.cli.options import Command, pairs
 from slimrank.errors import RecipeError
-from slimrank.recipe import BUDGETS, FORMER_NAMES, Recipe, balanced_options, renamed
+from slimrank.recipe import BUDGETS, Recipe
+from slimrank.recipe_presets import balanced_options
+from slimrank.recipe_values import FORMER_NAMES, renamed
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
-_BY_PATTERN = ("ranks", "split")
 _SOURCES = {
     "preset": Annotated[
         str | None,
@@ -48,30 +49,26 @@ def _value_type(field: FieldInfo) -> Any:
     return next((kind | None for kind in (float, int) if kind in allowed), str | None)
 
 
+def _declared(name: str, field: FieldInfo) -> dict[str, str]:
+    """Return what a field declares of its flag: "flag" (its name), "panel" of the help, and "shape" of a value."""
+    extra: Any = field.json_schema_extra
+    return {**extra, "flag": extra["flag"] or f"--{name.replace('_', '-')}"}
+
+
 def _help(name: str, field: FieldInfo) -> str:
-    """Return the description of a field, how its flag is written, and its default."""
-    text = (field.description or "").replace("[", "\\[")
-    if _is_mapping(field):
-        text += " NAME, or NAME={OPTION: VALUE}" if name == "stages" else " PATTERN" if name in _BY_PATTERN else " NAME"
-        text += "; repeatable." if name == "stages" else "=VALUE; repeatable."
-    elif get_origin(field.annotation) is tuple:
-        text += " Repeatable."
-    if field.default in (None, False, 0, ()) or _is_mapping(field):
+    """Return the description of a field, how to write its flag, and its default."""
+    text, shape = (field.description or "").replace("[", "\\["), _declared(name, field)["shape"]
+    if _value_type(field) == list[str] | None:
+        return f"{text} {shape}; repeatable." if shape else f"{text} Repeatable."
+    if field.default in (None, False, 0) or name == "method":
         return text
     with_method = " with --method" if name in balanced_options() else ""
-    return text if name == "method" else f"{text}  \\[default{with_method}: {field.default}]"
-
-
-def _flag(name: str, field: FieldInfo) -> tuple[str, str]:
-    """Return the flag of a field and the panel of the help that it belongs to."""
-    extra: Any = field.json_schema_extra
-    return extra["flag"] or f"--{name.replace('_', '-')}", extra["panel"]
+    return f"{text}  \\[default{with_method}: {field.default}]"
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    flag, panel = _flag(name, field)
-    kind = _value_type(field)
-    option = typer.Option(flag, help=_help(name, field), rich_help_panel=panel)
+    declared, kind = _declared(name, field), _value_type(field)
+    option = typer.Option(declared["flag"], help=_help(name, field), rich_help_panel=declared["panel"])
     return inspect.Parameter(
         name, _KEYWORD, default=False if kind is bool else None, annotation=Annotated[kind, option]
     )
@@ -101,7 +98,7 @@ def parameters(fields: Sequence[str] = ()) -> dict[str, inspect.Parameter]:
 
 
 def recipe_flags(**flags: Any) -> dict[str, Any]:
-    """Return the options of a recipe out of flags, by the names of the fields.
+    """Return the options of a recipe from flags, by the names of the fields.
 
     Raises:
         RecipeError: a value that cannot be read, or flags that do not go together.
@@ -111,7 +108,7 @@ def recipe_flags(**flags: Any) -> dict[str, Any]:
 
 
 def _read(name: str, value: Any) -> Any:
-    """Return the value of a field out of what its flag holds."""
+    """Return the value of a field from that of its flag."""
     field = Recipe.model_fields.get(name)
     if field is None or not _is_mapping(field):
         return value
@@ -124,7 +121,7 @@ def _stages(given: list[str] | None) -> dict[str, Any] | None:
 
 
 def with_recipe_flags(command: Command) -> Callable[..., None]:
-    """Return a command that has the flags which `takes_recipe` has marked it with."""
+    """Return a command with the flags that `takes_recipe` named."""
     fields: Sequence[str] = getattr(command, "recipe_fields")  # noqa: B009
     own, shared = inspect.signature(command, eval_str=True), parameters(fields)
 
@@ -148,7 +145,7 @@ def recipe_options(
     """Return the options of a recipe: those of the preset, then of the file, then the flags that were given.
 
     Raises:
-        RecipeError: a plan and an allocation are asked for at once.
+        RecipeError: a plan and an allocation are both given.
     """
     options = Recipe.preset(preset) if preset is not None else {}
     if recipe_file is not None:
@@ -156,7 +153,9 @@ def recipe_options(
     given = {name: value for name, value in flags.items() if value is not None and value is not False and value != []}
     given = renamed(given)
     if "plan" in given and given.keys() & {"allocation", "allocation_options"}:
-        raise RecipeError("the ranks of a plan are fixed in it; no allocation is made.", "--plan or --allocation")
+        raise RecipeError(
+            "a plan fixes the ranks; an allocation cannot be given with it.", "give --plan or --allocation, not both"
+        )
     merged = _later(options, given, BUDGETS)
     if no_eval:
         merged["evaluation"] = None
@@ -164,7 +163,7 @@ def recipe_options(
 
 
 def _later(options: dict[str, Any], given: dict[str, Any], budgets: Sequence[str]) -> dict[str, Any]:
-    """Return options with those given later: one budget for another; options of a method that stays are added to."""
+    """Update options by those given later: a budget replaces another; options of a method that stays are merged."""
     if any(name in given for name in budgets):
         replaced = {*budgets, "ranks", "rank_multiple"} if "plan" in given else budgets
         options = {name: value for name, value in options.items() if name not in replaced}

@@ -1,6 +1,6 @@
-"""Whether this machine can do the work: versions, extras, devices, and room for a model. Uses no network.
+"""Check whether this machine can do the work: versions, extras, devices, and room for a model. Uses no network.
 
-Packages may be missing or broken here, so nothing of torch or transformers is imported before it was looked at.
+Packages may be missing or broken here, so torch and transformers are imported only after a check.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ def diagnose(
     out: str | Path | None = None,
     run_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Return what there is, and what is wrong with it.
+    """Describe this machine, and what is wrong with it.
 
     Args:
-        model: also say whether there is memory and disk to compress this one. It has to be on this machine.
-        recipe: how it is to be compressed, with a budget. By default as `compress` does it, everything kept: the most
-            that any budget takes.
+        model: also check memory and disk for compressing this model. It must be on this machine.
+        recipe: how to compress it, with a budget. By default the defaults of `compress` with the largest budget.
         out: where the compressed model would go; the working folder by default.
         run_dir: where the run directory would be; beside `out` by default.
 
     Returns:
         A record with "slimrank" (version), "packages", "extras", "devices", "disks", "model" (None, or what it needs;
         bytes and seconds are estimates), "problems" (each with "message" and "hint") and "ok". Missing extras are
-        not a problem.
+        not problems.
     """
     problems: Problems = []
     packages, extras = distributions(problems)

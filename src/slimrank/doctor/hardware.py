@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def devices() -> list[dict[str, Any]]:
-    """List the CPU and every accelerator: memory in bytes, whether it computes in bfloat16."""
+    """List the CPU and every accelerator: memory in bytes, and whether it computes in bfloat16."""
     import torch
 
     found = [_cpu()]
@@ -24,7 +24,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def _cpu() -> dict[str, Any]:
-    """Memory is that of the container where it has a limit."""
+    """Describe the CPU; its memory is that of the container, if that has a limit."""
     import psutil
     import torch
 
@@ -42,7 +42,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _container_limit(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that a Linux container may take; infinity where nothing limits it."""
+    """Return the bytes that a Linux container may take; infinity without a limit."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         path = root / name
         if path.is_file() and (text := path.read_text().strip()).isdigit():
@@ -64,7 +64,7 @@ def _accelerator(device: torch.device) -> dict[str, Any]:
 
 
 def _bfloat16(module: Any, device: torch.device) -> bool:
-    """Tell whether the device computes in bfloat16 by itself; by trying where there is nothing to ask."""
+    """Tell whether the device computes in bfloat16 itself; if its module does not say, by trying."""
     import torch
 
     if hasattr(module, "is_bf16_supported"):

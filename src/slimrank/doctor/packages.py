@@ -24,7 +24,7 @@ Problems = list[SlimrankError]
 
 
 def distributions(problems: Problems) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Needed packages and extras, as slimrank's own metadata states them."""
+    """List needed packages and extras, as slimrank's own metadata states them."""
     try:
         about = metadata.metadata("slimrank")
     except metadata.PackageNotFoundError:
@@ -40,7 +40,7 @@ def distributions(problems: Problems) -> tuple[list[dict[str, Any]], list[dict[s
     python = _package(Requirement(f"Python{about['Requires-Python']}"), platform.python_version())
     if not python["ok"]:
         message = f"this is Python {python['found']}; slimrank needs {python['required']}."
-        problems.append(SlimrankError(message, "an environment of another Python"))
+        problems.append(SlimrankError(message, "use another version of Python"))
     return [python, *packages], [_extra(name, wanted) for name in about.get_all("Provides-Extra") or []]
 
 
@@ -50,7 +50,7 @@ def _package(requirement: Requirement, found: str | None) -> dict[str, Any]:
 
 
 def _extra(name: str, wanted: list[Requirement]) -> dict[str, Any]:
-    """Return an extra, and which of its packages are missing or too old."""
+    """Describe an extra: which of its packages are missing or too old."""
     own = [r for r in wanted if _asked_for(r, name) and not _asked_for(r, "")]
     missing = sorted({r.name for r in own if not _package(r, _version(r.name))["ok"]})
     return {"name": name, "missing": missing, "disables": DISABLES.get(name, "")}

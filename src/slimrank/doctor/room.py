@@ -1,4 +1,4 @@
-"""Room for a model: what compressing it takes, and what disks and devices have."""
+"""Room for a model: what compressing it needs, and what disks and devices have."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from slimrank.errors import ModelError, SlimrankError
 if TYPE_CHECKING:
     from slimrank.recipe import Recipe
 
-LESS_MEMORY = "a machine with more memory, --dtype bfloat16, a smaller --batch-size or --samples, or no --resident"
+LESS_MEMORY = "use a machine with more memory, --dtype bfloat16, a smaller --batch-size or --samples, or no --resident"
 
 
 def disks(needs: Mapping[str, tuple[Path, int]], problems: Problems) -> list[dict[str, Any]]:
-    """Free and needed bytes of each place; places on one disk share what is free there."""
+    """List free and needed bytes of each place; places on one disk share what is free there."""
     rows: list[dict[str, Any]] = []
     on_disk: dict[int, list[dict[str, Any]]] = {}
     for what, (path, needed) in needs.items():
@@ -26,24 +26,24 @@ def disks(needs: Mapping[str, tuple[Path, int]], problems: Problems) -> list[dic
             whole = path.expanduser().absolute()
             home = next(p for p in (whole, *whole.parents) if p.exists())
         except (OSError, RuntimeError) as error:  # a name that no disk allows, or an unknown user (~name)
-            problems.append(SlimrankError(f"'{path}' cannot be used ({what}): {error}", "another folder"))
+            problems.append(SlimrankError(f"'{path}' cannot be used ({what}): {error}", "choose another folder"))
             continue
         free = shutil.disk_usage(home).free
         rows.append({"what": what, "path": str(path), "free": free, "needed": needed})
         if needed and not os.access(home, os.W_OK):
-            problems.append(SlimrankError(f"'{home}' cannot be written ({what}).", "another folder"))
+            problems.append(SlimrankError(f"'{home}' cannot be written ({what}).", "choose another folder"))
         on_disk.setdefault(home.stat().st_dev, []).append(rows[-1])
     for places in on_disk.values():
         needed, free = sum(row["needed"] for row in places), places[0]["free"]
         if needed > free:
             names = " and ".join(row["what"] for row in places if row["needed"])
             message = f"{names}: {gigabytes(needed)} needed, {gigabytes(free)} free on their disk."
-            problems.append(SlimrankError(message, "free some space, or --out and --run-dir on another disk"))
+            problems.append(SlimrankError(message, "free some space, or choose --out and --run-dir on another disk"))
     return rows
 
 
 def caches() -> dict[str, tuple[Path, int]]:
-    """Tell where models that are fetched are kept."""
+    """List the folders that downloaded models are stored in."""
     from slimrank.models.demo import cache_folder
 
     found = {"cache of slimrank": (cache_folder(), 0)}
@@ -61,7 +61,7 @@ def needs_of(
     needs: dict[str, tuple[Path, int]],
     problems: Problems,
 ) -> dict[str, Any]:
-    """Return what compressing the model takes; places in `needs` are told what they must hold."""
+    """Estimate what compressing the model needs; `needs` is updated by the bytes that each place must hold."""
     from slimrank.models.placement import resolve_device
     from slimrank.pipeline.preview import preview
     from slimrank.recipe import Recipe
@@ -94,8 +94,10 @@ def needs_of(
 
 
 def _memory(record: dict[str, Any], recipe: Recipe, device: str) -> dict[str, int]:
-    """Bytes by device. Weights lie in the memory of the host; an accelerator holds what is computed, and all weights
-    where it runs the whole model.
+    """Estimate bytes by device.
+
+    Weights are in the memory of the host. An accelerator holds what is computed, and all weights if it runs the whole
+    model.
     """
     from slimrank.pipeline.forecast import LIBRARIES
 
@@ -110,7 +112,7 @@ def _on_this_machine(model: str | Path) -> tuple[str, bool]:
     """Return a local path of the model, or of its configuration alone, and whether its weights are here.
 
     Raises:
-        ModelError: not even the configuration is on this machine.
+        ModelError: the configuration is not on this machine.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -119,10 +121,10 @@ def _on_this_machine(model: str | Path) -> tuple[str, bool]:
     from slimrank.models.files import weight_files
     from slimrank.models.load import resolve
 
-    fetching = f"'slimrank plan {model} --keep 0.8' fetches what is needed to look at it"
+    fetching = f"'slimrank plan {model} --keep 0.8' downloads what is needed to check it"
     if str(model) == "demo":
         if not (demo_place() / "config.json").is_file():
-            raise ModelError("the demo model was not fetched yet, and the doctor fetches nothing.", fetching)
+            raise ModelError("the demo model was not downloaded yet, and the doctor downloads nothing.", fetching)
         return str(demo_place()), True
     source = resolve(model)
     if Path(source).exists():
@@ -130,14 +132,16 @@ def _on_this_machine(model: str | Path) -> tuple[str, bool]:
     try:
         config = try_to_load_from_cache(source, "config.json")
     except HFValidationError as error:
-        raise ModelError(f"'{model}' is not a model: {error}", "a hub id, a folder, a .gguf file or demo") from error
+        raise ModelError(
+            f"'{model}' is not a model: {error}", "give a hub id, a folder, a .gguf file or demo"
+        ) from error
     if not isinstance(config, str):
-        raise ModelError(f"'{model}' is not in the cache of the hub, and the doctor fetches nothing.", fetching)
+        raise ModelError(f"'{model}' is not in the cache of the hub, and the doctor downloads nothing.", fetching)
     folder = Path(config).parent
     weights = weight_files(folder)
     return str(folder), bool(weights) and all(path.is_file() for path in weights)
 
 
 def gigabytes(count: float) -> str:
-    """1.24 GB (decimal)."""
+    """Format bytes for people: 1.24 GB (decimal)."""
     return f"{count / 1e9:,.2f} GB"

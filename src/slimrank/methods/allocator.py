@@ -23,9 +23,9 @@ Check = Callable[[Problem, Mapping[str, Any]], None]
 Need = Literal["spectra", "divergence", "influence", "gradient"]
 NEEDS: dict[Need, str] = {
     "spectra": "singular values of every weight in the metric of the method",
-    "divergence": "what the model's predictions lose when targets are cut",
-    "influence": "how far each block turns its input",
-    "gradient": "gradients of the loss by soft ranks",
+    "divergence": "divergence of the model's predictions when targets are truncated",
+    "influence": "cosine between the input and the output of each block",
+    "gradient": "gradients of the loss with respect to soft ranks",
 }
 COSTS: dict[Need, str] = {
     "spectra": "seconds",
@@ -36,7 +36,7 @@ COSTS: dict[Need, str] = {
 
 
 class Traits(TypedDict, total=False):
-    """What `allocator` takes besides: see `Allocator`."""
+    """Rarer arguments of `allocator`: see `Allocator`."""
 
     passes: Passes
     check: Check
@@ -51,7 +51,7 @@ class Allocator:
         id: its name in recipes.
         title: one line for people.
         paper: its source.
-        needs: what it asks for; see `NEEDS`. Without any, a plan can be made before anything is computed.
+        needs: what it needs; see `NEEDS`. Without any, a plan can be made before anything is computed.
         allocate: (Problem, **options) -> Allocation.
         passes: (options, layers, batches of search text) -> estimated forward passes over the search text.
         options: their names, types, ranges and defaults.
@@ -82,9 +82,8 @@ class Allocator:
             RecipeError: an unknown option, or a value out of range.
         """
         chosen = validated(self.options, given, f"the allocation '{self.id}'").model_dump()
-        measuring = DivergenceOptions(
-            **{name: chosen.pop(name) for name in DivergenceOptions.model_fields if name in chosen}
-        )
+        measured = DivergenceOptions.model_fields.keys() & chosen
+        measuring = DivergenceOptions(**{name: chosen.pop(name) for name in measured})
         return ConfiguredAllocator(self, chosen, measuring)
 
 
@@ -109,14 +108,14 @@ class ConfiguredAllocator:
         return found
 
     def check(self, problem: Problem) -> None:
-        """Refuse what no spectra are needed to refuse.
+        """Refuse what can be refused without spectra.
 
         Raises:
             BudgetError: the smallest ranks store more than the budget, or a block cannot meet its constraints.
             PlanError: limits leave a target no rank.
             RecipeError: options that cannot be combined.
         """
-        if self.needs:  # without any it is a certain plan, and says itself what that takes
+        if self.needs:  # without any it is a fixed plan, which checks itself
             problem.check()
         self.allocator.check(problem, self.options)
         if self.options.keys() >= SolverOptions.model_fields.keys():
@@ -124,7 +123,7 @@ class ConfiguredAllocator:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """List what it asks for."""
+        """List what it needs."""
         return self.allocator.needs
 
     @property
@@ -165,7 +164,7 @@ def allocator(
         id: its name in recipes.
         title: one line for people.
         paper: its source.
-        needs: what it asks for, see `NEEDS`.
+        needs: what it needs, see `NEEDS`.
         solves: it takes the options of the budget solver, as `solving`.
         traits: `passes` and `gradient_passes` for the estimate of time, and `check` for what it refuses before any
             work: see `Allocator`.
@@ -189,24 +188,28 @@ def allocator(
 
 
 def _measuring(needs: frozenset[Need]) -> dict[str, Any]:
-    """Return the fields of `DivergenceOptions` that matter: random plans test what spectra predict."""
+    """Return the fields of `DivergenceOptions` that matter.
+
+    Random plans test predictions from single layers and spectra.
+    """
     if "divergence" not in needs:
         return {}
-    return {
-        name: field for name, field in DivergenceOptions.model_fields.items() if name != "plans" or "spectra" in needs
-    }
+    fields = DivergenceOptions.model_fields.items()
+    return {name: field for name, field in fields if name != "plans" or "spectra" in needs}
 
 
 def _check(problem: Problem, found: Allocation, id: str) -> None:
     """Check that any allocator meets the budget and gives every item one of its candidates."""
     wrong = {item.path for item in problem.items} ^ set(found.ranks)
     if wrong:
-        raise PlanError(f"the allocation '{id}' left out, or made up, '{min(wrong)}'.", _REPORT)
+        raise PlanError(f"the allocation '{id}' left out, or added, '{min(wrong)}'.", _REPORT)
     cost = 0
     for item, (candidates, _) in zip(problem.items, problem.choices, strict=True):
         rank = found.ranks[item.path]
         if (DENSE if rank == "dense" else rank) not in candidates:
-            raise PlanError(f"the allocation '{id}' gave '{item.path}' rank {rank}, which it may not have.", _REPORT)
+            raise PlanError(
+                f"the allocation '{id}' gave '{item.path}' rank {rank}, which is not one of its candidates.", _REPORT
+            )
         cost += problem.bits(item, rank)
     if cost > problem.budget:
         raise PlanError(
@@ -216,4 +219,4 @@ def _check(problem: Problem, found: Allocation, id: str) -> None:
         )
 
 
-_REPORT = "this is a mistake in that allocation; another one works"
+_REPORT = "this is a bug of the allocation: report it, and use another --allocation"

@@ -18,7 +18,7 @@ Solve = Callable[..., Spectrum]
 
 
 class Member(NamedTuple):
-    """A target as grouping sees it: its path, its shape (m, n) and its decoder block."""
+    """A target to group: its path, its shape (m, n) and its decoder block."""
 
     path: str
     shape: tuple[int, int]
@@ -30,7 +30,7 @@ Grouping = Callable[..., Sequence[Sequence[str]]]
 
 
 class Traits(TypedDict, total=False):
-    """What `decomposer` takes besides: see `Decomposer`."""
+    """Rarer arguments of `decomposer`: see `Decomposer`."""
 
     cost: str
     solves: Solves
@@ -45,8 +45,8 @@ class Decomposer:
         id: its name in recipes.
         title: one line for people.
         paper: its source.
-        cost: one line for people, besides the pass that its needs take.
-        needs: the statistics it asks for.
+        cost: one line for people, without the pass that its needs take.
+        needs: the statistics that it needs.
         solve: (weight m x n, LayerStatistics, **options) -> Spectrum. Pure; any device.
         solves: how often it solves for a weight, for the forecast of time.
         groups: (members, **options) -> paths that share one factor A, for methods whose targets share it; else None.
@@ -93,7 +93,7 @@ class Configured:
         return self.method.solve(weight, statistics, **self.options)
 
     def groups(self, members: Iterable[Member]) -> list[list[str]]:
-        """Group targets that share a factor; for most methods each one is alone."""
+        """Group targets that share a factor; in most methods every target is a group by itself."""
         members = list(members)
         if self.method.groups is None:
             return [[member.path] for member in members]
@@ -124,10 +124,9 @@ def decomposer(
         id: its name in recipes.
         title: one line for people.
         paper: its source.
-        needs: the statistics it asks for, see `slimrank.statistics.catalogue.NEEDS`.
-        traits: `cost` (one line for people, besides the pass that the needs take), `solves` (once for each weight,
-            twice, or once for each batch as well) and `groups` (for a method whose targets share a factor: which of
-            them do).
+        needs: the statistics that it needs, see `slimrank.statistics.catalogue.NEEDS`.
+        traits: `cost` (one line for people, without the pass that the needs take), `solves` (once for each weight,
+            twice, or once for each batch as well) and `groups` (which targets share a factor).
 
     Raises:
         ValueError: an unknown need.

@@ -64,8 +64,8 @@ class RefineOptions(BaseModel):
         int,
         Field(
             ge=1,
-            description="Windows to read, in multiples of those that calibrate; above 1 these are others, spread "
-            "evenly over the text.",
+            description="Windows to refine on, in multiples of the calibration windows; above 1 these are others, "
+            "spread evenly over the text.",
         ),
     ] = 1
     stack_of_batch: Annotated[
@@ -117,7 +117,7 @@ class ConfiguredRefiner:
 
     @property
     def in_metric(self) -> bool:
-        """Tell whether the method's form on the outputs counts."""
+        """Tell whether errors are measured in the method's form on the outputs."""
         return "metric" in self.refiner.options.model_fields and self.following.metric == "method"
 
     def refine(self, problem: Regression, weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ def refiner(
         title: one line for people.
         paper: its source.
         changes_a: it changes A, which layers may share, and not only B.
-        settings: options of following the compressed model (`RefineOptions`) that it takes besides its own.
+        settings: names of the common options (`RefineOptions`) that it takes besides its own.
 
     Raises:
         TypeError: an option without an annotation or a default.

@@ -1,7 +1,7 @@
 """Run a decoder block by block, with no forward code of any particular model.
 
 The model's own forward runs once per batch with every block replaced by a recorder that notes the arguments
-it was called with (attention mask, position embeddings, caches off ...) and passes its hidden states on. After
+of the call (attention mask, position embeddings, caches off ...) and passes its hidden states on. After
 that each block can run alone with these arguments.
 """
 
@@ -160,8 +160,8 @@ class BlockRunner:
 
     def _no_axis(self) -> ModelError:
         return ModelError(
-            f"hidden states of {type(self.model).__name__} do not count windows and tokens one after the other.",
-            "what needs no divergence works: --allocation uniform, --refine none, --corrections 0",
+            f"hidden states of {type(self.model).__name__} do not have separate dimensions for windows and tokens.",
+            "use options that need no divergence: --allocation uniform, --refine none, --corrections 0",
         )
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:

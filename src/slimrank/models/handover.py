@@ -26,7 +26,7 @@ from slimrank.models.states import State, only_none, tensors_in, with_tensors
 PROBE_TOKENS = 8
 CLOSE = 1e-3  # of the largest output: a block that is run alone gives no more than rounding else
 _KNOWN: WeakKeyDictionary[nn.ModuleList, Handover] = WeakKeyDictionary()  # to find it out reads the whole model
-_HINT = "this layout is not supported yet; --method svd needs no calibration and works"
+_HINT = "this layout is not supported yet; use --method svd, which needs no calibration"
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Handover:
         rest = with_tensors(value, name, tensors)
         if not self.learning or not only_none(rest):
             raise ModelError(
-                f"block {index} hands '{key}' to later blocks, in which there is more than tensors ({rest}).", _HINT
+                f"block {index} passes '{key}' to later blocks; it holds more than tensors ({rest}).", _HINT
             )
         self.values[number, key] = rest
 
@@ -177,7 +177,7 @@ class _Lesson:
             return [], error
 
     def _watch(self, batch: Batch) -> None:
-        """Run the model as it is, with an eye on every block."""
+        """Run the model unchanged and watch every block."""
         handles = []
         for index, block in enumerate(self.blocks):
             handles.append(block.register_forward_pre_hook(self._enters(index), with_kwargs=True))
@@ -208,7 +208,7 @@ class _Lesson:
             into = args[0] if args else kwargs.get("hidden_states")
             self.seen.append((index, into, first_of(output)))
             if dict(_versions((*args, *kwargs.values()))) != self._before:
-                self.wrong.append(f"block '{self.path}.{index}' changes an argument that it is called with, in place.")
+                self.wrong.append(f"block '{self.path}.{index}' changes one of its arguments in place.")
             elif self.calls and len(self.seen) == index + 1:
                 self._alone(index, module, State(into, self._handed), first_of(output))
             self._extras = [(name.removeprefix("output."), t) for name, t in tensors_in(extras_of(output), "output")]
@@ -217,7 +217,7 @@ class _Lesson:
         return hook
 
     def _alone(self, index: int, block: nn.Module, state: State, expected: Tensor) -> None:
-        """Run a block with what it was recorded to be called with, and compare."""
+        """Run a block with its recorded arguments, and compare."""
         found = self.found.run(index, block.forward, self.calls[index], state)
         self._handed = found.handed
         limit = CLOSE * float(expected.abs().max())

@@ -1,4 +1,4 @@
-"""Read from its configuration what a model is; refuse all but decoder language models of transformers itself."""
+"""Read from its configuration what a model is; refuse all but decoder language models of transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slimrank.models.files import ADAPTER
 from slimrank.models.quantised import check_quantisation
 from slimrank.models.text_alone import check_text_alone, reads_images
 
-_DECODERS = "a decoder language model, such as Llama, Qwen, Gemma or GPT-2"
+_DECODERS = "give a decoder language model, such as Llama, Qwen, Gemma or GPT-2"
 _SWITCHED = ("bert-generation",)  # encoders with the switch `is_decoder`, beside those that fill masks
 _COMPUTED = {"attention": (None, "eager", "sdpa"), "experts": (None, "eager", "grouped_mm", "batched_mm")}
 
@@ -90,16 +90,16 @@ def _refuse_adapter(spec: str | Path, source: str) -> None:
     if find_file(source, "config.json") is None:
         raise ModelError(
             f"'{spec}' is an adapter (LoRA), not a model.",
-            "merge it into its model (merge_and_unload of PEFT) and save that to a folder of its own",
+            "merge it into its model (merge_and_unload of PEFT) and save the result to another folder",
         )
     raise ModelError(
-        f"'{spec}' holds a model and an adapter ({ADAPTER}): whether it is merged already is not known.",
-        f"if it is merged, move {ADAPTER} and adapter_model.* elsewhere; else merge it and save to another folder",
+        f"'{spec}' holds a model and an adapter ({ADAPTER}); slimrank does not know whether they are merged.",
+        f"if they are merged, move {ADAPTER} and adapter_model.* elsewhere; else merge it and save to another folder",
     )
 
 
 def _refuse_custom_code(spec: str | Path, content: Mapping[str, Any]) -> None:
-    """Refuse code of the model's own; where transformers has the architecture itself, that is taken instead."""
+    """Refuse code in the model's files, unless transformers has the architecture itself."""
     auto_map = content.get("auto_map")
     if not auto_map or content.get("model_type") == MODEL_TYPE:
         return
@@ -107,15 +107,15 @@ def _refuse_custom_code(spec: str | Path, content: Mapping[str, Any]) -> None:
     if content.get("model_type") in CONFIG_MAPPING and set(map(str.lower, named)) <= _names_of_transformers():
         return
     raise ModelError(
-        f"the model '{spec}' ({', '.join(named) or content.get('model_type')}) comes with code of its own, which "
+        f"the model '{spec}' ({', '.join(named) or content.get('model_type')}) needs custom code, which "
         "slimrank never runs.",
-        "a model that transformers itself supports, or a newer transformers, which may support this one",
+        "use a model that transformers itself supports, or a newer transformers",
     )
 
 
 @functools.cache
 def _names_of_transformers() -> frozenset[str]:
-    """List the names of transformers in small letters: the MPTForCausalLM of the hub is MptForCausalLM there."""
+    """List the class names of transformers in lower case: the MPTForCausalLM of the hub is MptForCausalLM there."""
     return frozenset(name.lower() for name in dir(transformers))
 
 
@@ -135,7 +135,7 @@ def check_decoder(what: str, config: Any) -> None:
         raise ModelError(f"{name} is an encoder-decoder; slimrank compresses decoders.", _DECODERS)
     if any(map(_sees_what_follows, parts)):
         raise ModelError(
-            f"{name} is an encoder: its tokens see those that follow, so it does not predict the next one.", _DECODERS
+            f"{name} is an encoder: its tokens see later ones, so it does not predict the next one.", _DECODERS
         )
 
 
@@ -171,7 +171,7 @@ def _refuse_other_tasks(what: str, config: Any, named: list[str]) -> None:
     if any(hasattr(transformers, name) and name not in allowed for name in named):
         raise ModelError(
             f"{what} is a model of another task (a classifier, for example); its head would be lost.",
-            "the language model that it was made of",
+            "use the language model that it was made from",
         )
 
 

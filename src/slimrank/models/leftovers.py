@@ -1,4 +1,4 @@
-"""Weights of a checkpoint that the model does not take: harmless ones are named, all others are an error."""
+"""Weights of a checkpoint that the model does not use: harmless ones are noted, all others are an error."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check_taken(spec: str | Path, model: Any, info: Mapping[str, Any], untaken: 
     for name, stored, wanted in sorted(info.get("mismatched_keys") or []):
         raise ModelError(
             f"the weight '{name}' of '{spec}' is {tuple(stored)} in the files and {tuple(wanted)} by config.json.",
-            "its weight files belong to another configuration; download it again",
+            "the weight files belong to another configuration; download the model again",
         )
     declared = set(untaken) - set(info.get("unexpected_keys") or [])
     by_reason: dict[str, list[str]] = {}
@@ -70,7 +70,7 @@ def check_taken(spec: str | Path, model: Any, info: Mapping[str, Any], untaken: 
         raise ModelError(
             f"the checkpoint '{spec}' holds {len(lost)} weights that {type(model).__name__} has no place for, e.g. "
             f"{_some(lost)}{_counted(lost, model.config)}.",
-            "correct config.json (layers, biases, architectures), or take the files of the language model alone",
+            "correct config.json (layers, biases, architectures), or use the files of the language model alone",
         )
     return [f"left out: {len(names)} weights, {why}: {_some(names)}" for why, names in by_reason.items()]
 
@@ -88,7 +88,7 @@ def correct_ties(model: Any) -> list[str]:
     if weights[0] is weights[1] or _shape(weights[0]) != _shape(weights[1]):
         return []
     model.config.tie_word_embeddings = False
-    return ["config.json ties the output head to the embedding, and the files hold a head of its own, which is kept"]
+    return ["config.json ties the output head to the embedding, but the files hold a separate head, which is used"]
 
 
 def _shape(weight: Any) -> Any:

@@ -217,7 +217,7 @@ def resolve(spec: str | Path, progress: Progress | None = None) -> str:
         return str(path)
     if path.is_dir() and str(spec):
         if not any((path / name).is_file() for name in ("config.json", ADAPTER)):
-            raise ModelError(f"the folder '{path}' holds no model: it has no config.json.", WHAT_MODEL_MAY_BE)
+            raise ModelError(f"the folder '{path}' is not a model: it has no config.json.", WHAT_MODEL_MAY_BE)
         return str(path)
     if exists or str(spec).startswith((".", "/", "~")) or path.suffix == ".gguf":
         raise ModelError(f"'{spec}' is not a model folder or GGUF file.", WHAT_MODEL_MAY_BE)
@@ -243,7 +243,7 @@ def digest(model: Any) -> str:
 
 
 def _configuration(model: Any) -> str:
-    """Return the part of the configuration that affects the computation, whoever saved it and wherever."""
+    """Return the part of the configuration that affects the computation, wherever it was saved."""
     config = getattr(model, "config", None)
     if config is None:
         return ""

@@ -23,13 +23,13 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RecipeError(f"'{name}' is not a device.", "auto, cpu, cuda, cuda:1, mps, xpu") from error
+        raise RecipeError(f"'{name}' is not a device.", "use auto, cpu, cuda, cuda:1, mps or xpu") from error
     if device.type == "cpu":
         return device
     if accelerator is None or accelerator.type != device.type:
         raise RecipeError(f"this machine has no '{device.type}' device.", "use --device cpu or auto")
     if device.index is not None and device.index >= torch.accelerator.device_count():
-        raise RecipeError(f"this machine has no device '{device}'.", f"--device {device.type}:0")
+        raise RecipeError(f"this machine has no device '{device}'.", f"use --device {device.type}:0")
     return device
 
 

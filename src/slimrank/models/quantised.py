@@ -85,7 +85,7 @@ def widened_config(config: Any) -> None:
 
 
 def forget_quantisation(model: Any) -> None:
-    """Take off a model of dense weights what says that it is quantised; saving would refuse it or write so."""
+    """Remove the quantisation settings of a model with dense weights; saving would refuse or store them."""
     model.hf_quantizer = None
     model.is_quantized = False
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():

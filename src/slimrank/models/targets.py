@@ -105,7 +105,7 @@ def find_targets(
         ignore: patterns; weights whose path matches one are left out.
             A pattern is matched with fnmatch against the whole path and against its end
             ("*.mlp.*", "q_proj"), or is a regular expression after the prefix "re:".
-        form: what ranks are chosen for; weights that no rank makes smaller are left out.
+        form: the layer form that ranks are chosen for; weights that no rank makes smaller are left out.
 
     Raises:
         ModelError: no decoder blocks, or nothing in them to compress.
@@ -135,14 +135,14 @@ def find_targets(
             f"{type(model).__name__} has no weight to compress in '{blocks_path}'.",
             "loosen the target and ignore patterns"
             if targets or ignore
-            else "its linears may be of a class unknown to slimrank (already quantised or compressed?)",
+            else "its linears may be of a class that slimrank does not know (already quantised or compressed?)",
         )
     coverage = _coverage(model, blocks, found, reasons)
     return TargetSet(tuple(found.values()), coverage, blocks_path)
 
 
 def check_uncompressed(model: nn.Module) -> None:
-    """Make sure that a model is none that slimrank has made.
+    """Make sure that a model is not already compressed by slimrank.
 
     Raises:
         ModelError: it is.

@@ -41,7 +41,7 @@ def check_text_alone(model_class: Any, config: Any) -> None:
     except _REFUSALS as error:
         raise ModelError(
             f"{model_class.__name__} cannot compute text without images: {reason_of(error)}",
-            "another version of transformers, or the language model alone",
+            "use another version of transformers, or the language model alone",
         ) from error
     except Exception:  # what a forward pass without weights cannot do
         return

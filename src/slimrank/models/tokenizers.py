@@ -1,4 +1,4 @@
-"""Read the tokenizer of a model without code of its own, and check that both fit."""
+"""Read the tokenizer of a model without custom code, and check that both fit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_tokenizer(spec: str | Path, place: Mapping[str, Any]) -> Any:
         place: `pretrained_model_name_or_path`, and `gguf_file` for a GGUF file.
 
     Raises:
-        ModelError: there is none, it cannot be read, or it is code of its own.
+        ModelError: there is none, it cannot be read, or it needs custom code.
     """
     folder = Path(str(place["pretrained_model_name_or_path"]))
     local = folder.is_dir() and "gguf_file" not in place
@@ -38,7 +38,7 @@ def load_tokenizer(spec: str | Path, place: Mapping[str, Any]) -> Any:
             if "trust_remote_code" not in str(error):
                 raise
             raise ModelError(
-                f"the tokenizer of '{spec}' comes with code of its own, which slimrank never runs.",
+                f"the tokenizer of '{spec}' needs custom code, which slimrank never runs.",
                 "save it as tokenizer.json, which needs no code",
             ) from error
 
@@ -58,7 +58,7 @@ def _refuse_missing(spec: str | Path, folder: Path) -> None:
 
 
 def tokenizer_notes(model: Any, tokenizer: Any) -> list[str]:
-    """Note tokens that the tokenizer has and the model's embedding has not."""
+    """Note tokens that the tokenizer has and the model's embedding does not."""
     embedding = model.get_input_embeddings()
     rows = getattr(getattr(embedding, "weight", None), "shape", (None,))[0]
     count = len(tokenizer)

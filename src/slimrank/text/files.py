@@ -1,4 +1,4 @@
-"""Rows of text in files: plain text, JSON Lines, JSON and parquet."""
+"""Read rows of text from files: plain text, JSON Lines, JSON and parquet."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def file_rows(path: Path) -> Iterator[Row]:
         return _json(path, _text(path))
     if kind == ".parquet":
         return _parquet(path)
-    raise DataError(f"slimrank cannot read text out of '{path}'.", WHAT_A_SOURCE_IS)
+    raise DataError(f"slimrank cannot read text from '{path}'.", WHAT_A_SOURCE_IS)
 
 
 def _text(path: Path) -> str:
@@ -59,7 +59,7 @@ def _text(path: Path) -> str:
     if not mark and content.count(0) > len(content) / 8:
         order = "LE" if content[1::2].count(0) > content[::2].count(0) else "BE"
         raise DataError(
-            f"'{path}' holds NUL bytes: it is UTF-16 without a byte order mark, or no text.",
+            f"'{path}' holds NUL bytes: it is UTF-16 without a byte order mark, or not text.",
             f"if it is text: iconv -f UTF-16{order} -t UTF-8 '{path}' > utf8.txt",
         )
     try:
@@ -88,12 +88,12 @@ def _lines(path: Path, text: str) -> Iterator[Row]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # also numbers that are too long
                 message = f"{where} is not JSON: {getattr(error, 'msg', first_line(error))}."
-                raise DataError(message, "one JSON object per line") from error
+                raise DataError(message, "write one JSON object per line") from error
             yield where, row_value(row, where)
 
 
 def _json(path: Path, text: str) -> Iterator[Row]:
-    """Read a .json file, which holds either one document or, as many published data sets do, one a line."""
+    """Read a .json file: one document or, as in many published data sets, one per line."""
     try:
         whole: Any = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Find windows that a model is measured on in the text that it was calibrated on, whatever the names of the files."""
+"""Find evaluation windows in the calibration text, whatever the files are called."""
 
 from __future__ import annotations
 

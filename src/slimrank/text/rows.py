@@ -1,4 +1,4 @@
-"""Rows of a source as documents. Rows without text are skipped and broken characters replaced; both are reported."""
+"""Read rows of a source as documents. Rows without text are skipped, broken characters replaced; both are reported."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def row_value(row: Any, where: str) -> Any:
         raise DataError(f"{where} is a chat, not text.", RENDER)
     if not isinstance(row, dict):
         raise DataError(
-            f"{where} is neither a string nor an object.", "one JSON object per line, its text under 'text'"
+            f"{where} is neither a string nor an object.", "write one JSON object per line, with its text under 'text'"
         )
     return row[text_column(list(row), where)]
 
@@ -81,7 +81,7 @@ def text_column(names: Sequence[str], where: str) -> str:
     listed = ", ".join(map(str, names))
     if set(names) & set(CHAT_COLUMNS):
         raise DataError(f"{where} holds chats and no text column: {listed}.", RENDER)
-    raise DataError(f"{where} has no text column: {listed}.", f"name it one of {', '.join(TEXT_COLUMNS)}")
+    raise DataError(f"{where} has no text column: {listed}.", f"name the column one of {', '.join(TEXT_COLUMNS)}")
 
 
 def _string(value: Any, where: str) -> str:
@@ -89,7 +89,7 @@ def _string(value: Any, where: str) -> str:
         return value
     if _is_chat(value):
         raise DataError(f"{where} holds a chat where text is expected.", RENDER)
-    raise DataError(f"{where} holds a {type(value).__name__} where text is expected.", "give strings")
+    raise DataError(f"{where} holds a {type(value).__name__} where text is expected.", "give text (strings)")
 
 
 def _is_chat(value: Any) -> bool:

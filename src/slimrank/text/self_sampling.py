@@ -13,7 +13,7 @@ from slimrank.models.contexts import evaluating
 from slimrank.progress import Progress
 from slimrank.text.tokens import check_tokens
 
-MAX_WINDOWS_AT_ONCE = 64  # windows, whose keys and values are held
+MAX_WINDOWS_AT_ONCE = 64  # windows at a time; keys and values of all their tokens are in memory
 
 
 def sample_windows(

@@ -22,11 +22,11 @@ _SPLIT = re.compile(r"(?:^|/)(train|test|validation|valid|val|dev|eval)(?=[-_./]
 
 
 def read_source(source: Source, part: Literal["calibration", "evaluation"], tell: Tell = lambda _: None) -> str:
-    """Read the whole text of a source. Documents are joined by blank lines; a .txt file is taken as it is.
+    """Read the whole text of a source. Documents are joined by blank lines; a .txt file is used as it is.
 
     Args:
         source: see the module's docstring; a list holds one document per item.
-        part: which of the two disjoint parts of the `demo` text is wanted.
+        part: which of the two disjoint parts of the `demo` text to read.
         tell: called with one sentence for each kind of thing that is skipped or changed.
 
     Raises:
@@ -34,7 +34,9 @@ def read_source(source: Source, part: Literal["calibration", "evaluation"], tell
         MissingExtraError: a parquet file or hub data set without the extra `data`.
     """
     if source == "self" and part == "evaluation":
-        raise DataError("a model is not evaluated on text that it sampled itself.", "a text of its own, or demo")
+        raise DataError(
+            "a model cannot be evaluated on text that it wrote itself.", "give another evaluation text, such as demo"
+        )
 
     def named(note: str) -> None:
         tell(f"{part} text {_name(source)}: {note}")
@@ -65,7 +67,8 @@ def _local(name: str, tell: Tell) -> Iterator[Row]:
         return _folder(path, tell)
     if not file:
         raise DataError(
-            f"the text source '{_short(name)}' does not exist.", f"{WHAT_A_SOURCE_IS}; in Python, text in a list"
+            f"the text source '{_short(name)}' does not exist.",
+            f"give {WHAT_A_SOURCE_IS}; in Python, also a list of texts",
         )
     return file_rows(path)
 
@@ -79,7 +82,9 @@ def _folder(path: Path, tell: Tell) -> Iterator[Row]:
     shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     read = [name for name in shown if name.suffix.lower() != ".json"]
     if not read:
-        raise DataError(f"the folder '{path}' holds no text.", WHAT_A_SOURCE_IS + "; a .json file is given by itself")
+        raise DataError(
+            f"the folder '{path}' holds no text.", f"give {WHAT_A_SOURCE_IS}; name a .json file itself, not its folder"
+        )
     if len(read) < len(shown):
         tell(f"{len(shown) - len(read)} .json files in the folder were not read")
     splits = {match[1].lower() for name in read if (match := _SPLIT.search(name.as_posix()))}
@@ -97,7 +102,7 @@ def _hub(source: str) -> Iterator[Row]:
     if not name or any(rest):
         raise DataError(
             f"'{source}' is not a data set.",
-            "hub:ID[:CONFIG[:SPLIT]], e.g. hub:Salesforce/wikitext:wikitext-2-raw-v1:train",
+            "write hub:ID[:CONFIG[:SPLIT]], e.g. hub:Salesforce/wikitext:wikitext-2-raw-v1:train",
         )
     try:
         data = datasets.load_dataset(name, config or None, split=split or "train", trust_remote_code=False)
@@ -110,7 +115,7 @@ def _hub(source: str) -> Iterator[Row]:
 
 
 def demo_documents(part: str) -> list[str]:
-    """Return the language reference that ships with every Python, one document a topic.
+    """Return the language reference that ships with every Python, one document per topic.
 
     Every fourth topic is for evaluation. Topics repeat sections of each other, so calibration leaves out all paragraphs
     that evaluation has.

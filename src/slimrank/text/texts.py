@@ -22,7 +22,9 @@ from slimrank.text.window_draws import Draws, FromModel, FromText
 from slimrank.text.windows import count_windows, leading_windows, tokens_digest
 
 DEFAULT_SEQ_LEN = 512
-TOO_SHORT = "the calibration text is too short for windows of their own to search, judge and correct on: they overlap"
+TOO_SHORT = (
+    "the calibration text is too short for separate windows to calibrate, search, check and correct on: they overlap"
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class WindowRequest:
     """Windows that a stage asks for.
 
     Attributes:
-        name: their use; two requests of one name share their windows.
+        name: their use; requests of one name share their windows.
         count: their number.
         source: the text they come from. Those of the evaluation text are its first windows.
         disjoint: they overlap neither the windows that calibrate nor other disjoint ones.
@@ -102,7 +104,7 @@ class RawTexts:
     notes: list[str]
 
     def tokenised(self, recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Texts:
-        """Make the token windows, of the length that the recipe says.
+        """Make the token windows, of the length in the recipe.
 
         Raises:
             DataError: too little text.
@@ -113,7 +115,7 @@ class RawTexts:
             return Texts()
         if tokenizer is None:
             raise RecipeError(
-                "a tokenizer is needed to read text.", "compress(model, tokenizer, ...), or evaluation=None"
+                "a tokenizer is needed to read text.", "call compress(model, tokenizer, ...), or pass evaluation=None"
             )
         bos, notes = bos_of(tokenizer), list(self.notes)
         windows = {
@@ -207,7 +209,7 @@ def found_note(found: Tensor) -> str:
     """Say how many evaluation windows are found in the calibration text."""
     return (
         f"the calibration text contains {int(found.sum())} of the {len(found)} evaluation windows, so the perplexity "
-        "shows less of the loss than other text would."
+        "hides some of the loss: evaluate on other text."
     )
 
 
@@ -227,7 +229,7 @@ def read_texts(recipe: Recipe, requests: Iterable[WindowRequest]) -> RawTexts:
 
 
 def window_length(model: Any, wanted: int | None) -> int:
-    """Return the tokens per window: what was asked for, else 512 or the model's context, whichever is less.
+    """Return the tokens per window: as asked for, else 512 or the model's context, whichever is less.
 
     Raises:
         RecipeError: a length above the model's context.
@@ -237,6 +239,6 @@ def window_length(model: Any, wanted: int | None) -> int:
         return min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
     if context is not None and context < wanted:
         raise RecipeError(
-            f"seq_len {wanted} is more than the model's context of {context} tokens.", f"--seq-len {context}"
+            f"seq_len {wanted} is more than the model's context of {context} tokens.", f"use --seq-len {context}"
         )
     return wanted
