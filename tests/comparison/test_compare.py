@@ -479,3 +479,8 @@ def test_a_folder_in_the_home_folder(model, tmp_path, monkeypatch, in_this_proce
     assert not (tmp_path / "~").exists()
     with pytest.raises(OutputError, match="home directory"):
         comparison.compare(model, [cell], "~no-such-user/cmp", texts=[str(text_file)], windows=2, seq_len=16)
+
+
+def test_former_names_of_options_do_for_all_cells():
+    (cell,) = comparison.grid([], [], ["fast"], [0.8], {"factor_form": "pair"})
+    assert cell.recipe().form == "pair"

@@ -10,6 +10,7 @@ from typing import Any
 
 from slimrank.errors import BudgetError, PlanError, RecipeError
 from slimrank.recipe import BUDGETS, Recipe
+from slimrank.recipe_values import renamed
 
 _ELSEWHERE = {"device": "--device", "dtype": "--dtype", "evaluation": "--text", "windows": "--windows"}
 _OF_THE_GRID = {"method": "--methods", "allocation": "--allocations"}
@@ -64,6 +65,7 @@ def grid(
         raise RecipeError(
             "allocations are those of methods, and none is named.", "--methods svd_llm, or no allocations"
         )
+    shared = renamed(shared)
     _check_shared(shared, {**_ELSEWHERE, **(_OF_THE_GRID if methods or presets else {})}, keep_ratios)
     if (methods or presets) and not keep_ratios:
         raise RecipeError("methods and presets are compared at some size.", "--keep 0.8,0.6")
@@ -82,6 +84,7 @@ def from_files(paths: Iterable[Path], keep_ratios: Sequence[float], shared: Mapp
     Raises:
         RecipeError: a file that cannot be read, or something shared that `compare` says otherwise.
     """
+    shared = renamed(shared)
     _check_shared(shared, _ELSEWHERE, keep_ratios)
     cells = []
     for path in paths:
