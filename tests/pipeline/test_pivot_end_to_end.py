@@ -307,7 +307,7 @@ def test_shared_factors_are_refused(form, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"form": "pivot", "store_form": "pivot"}, "form pivot stores pivot layers by itself"),
+        ({"form": "pivot", "store_form": "pivot"}, "layers are stored as pivot already"),
         ({"form": "pifa"}, "form"),
         ({"store_form": "pairs"}, "pairs"),
     ],
@@ -393,4 +393,4 @@ def test_flags(capsys, tmp_path):
     assert model.generate(torch.arange(5)[None], max_new_tokens=3, do_sample=False).shape == (1, 8)
     code, _, error = run(capsys, "plan", *shared, "--form", "pivto")
     assert code != 0
-    assert "there are pair, pivot" in error
+    assert "known: pair, pivot" in error
