@@ -108,7 +108,7 @@ class Limits:
             raise PlanError(f"ranks from {self.least} to {self.most} are asked for; there are none.")
 
     def both(self, other: Limits) -> Limits | None:
-        """Return what either allows; None where that is nothing."""
+        """Return what both allow; None where that is nothing."""
         bounded = self.most is not None or other.most is not None
         if self.dense or other.dense:
             return None if bounded else Limits(dense=True)

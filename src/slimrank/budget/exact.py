@@ -53,7 +53,7 @@ def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = MAX_SEC
 
 
 def one_each(curves: Sequence[Curve]) -> LinearConstraint:
-    """Return one candidate of every curve, all candidates in a row."""
+    """Require one candidate of every curve; the variables are all candidates in a row."""
     lengths = [len(c) for c in curves]
     count = sum(lengths)
     matrix = csr_array((np.ones(count), np.arange(count), np.append(0, np.cumsum(lengths))), shape=(len(curves), count))
