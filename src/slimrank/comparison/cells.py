@@ -41,7 +41,7 @@ class Cell:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Errors of its recipe name the cell; those of the model, which all cells share, do not."""
+        """Name the cell in errors of its recipe, but not in those of the model, which all cells share."""
         try:
             yield
         except (RecipeError, BudgetError, PlanError) as error:

@@ -82,7 +82,7 @@ def _check_shapes(found: Tensor, expected: Tensor) -> None:
 
 
 def _differences(found: Tensor, expected: Tensor) -> tuple[float, int]:
-    """KL(expected || found) summed over all positions (batch x tokens x vocabulary), and equal first choices."""
+    """Return KL(expected || found), summed over positions (batch x tokens x vocabulary), and equal first choices."""
     kl, same = 0.0, 0
     for z, z_dense in zip(positions(found), positions(expected), strict=True):
         kl += divergence(log_softmax(z_dense.float(), dim=-1), log_softmax(z.float(), dim=-1))

@@ -104,7 +104,7 @@ def language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
 
 
 def _check_lengths(answers: Sequence[int], context: int) -> None:
-    """Prompts may lose their beginnings; an answer must be there as a whole."""
+    """Refuse answers longer than the context. Prompts may lose their beginnings; answers must be whole."""
     if max(answers, default=0) > context:
         raise DataError(
             f"an answer of {max(answers)} tokens is longer than the model's context of {context} tokens.",

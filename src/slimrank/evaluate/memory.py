@@ -9,12 +9,12 @@ import torch
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the largest resident size of this process so far, or of the device's memory if that is more."""
+    """Return the peak resident bytes of this process, or the peak bytes on the device if that is more."""
     return max(_host_peak(), _device_peak(device))
 
 
 def _device_peak(device: torch.device) -> int:
-    """0 where nobody counts: on a CPU, and on mps in most versions of torch."""
+    """Return the peak bytes on the device; 0 if torch does not count: on a CPU, and on mps in most versions."""
     if device.type == "cpu" or not hasattr(torch.accelerator, "max_memory_allocated"):
         return 0
     try:

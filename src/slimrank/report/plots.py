@@ -66,7 +66,7 @@ def spectrum(title: str, curves: Sequence[SpectrumCurve], label: str) -> str:
 
 
 def depth(grid: LayerGrid, title: str, top: float, width: float, label: str) -> str:
-    """Errors against the index of the block, a curve for each kind of layer.
+    """Draw errors against the index of the block, a curve for each kind of layer.
 
     Args:
         grid: kinds of layers by blocks.
@@ -92,7 +92,7 @@ def depth(grid: LayerGrid, title: str, top: float, width: float, label: str) -> 
 
 
 def sizes(points: Mapping[str, tuple[float, float]], frontier: Sequence[str], dense: float, label: str) -> str:
-    """Perplexity against size, a colour for each series of cells that differ by their size only; the frontier dotted.
+    """Draw perplexity against size, a colour for each series of cells that differ only in size; dot the frontier.
 
     Args:
         points: name of a cell -> (fraction of the model that is kept, perplexity).
