@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from slimrank.errors import RecipeError, nearest
+
+N = TypeVar("N", bound=str)
 
 
 def options_of(function: Callable[..., Any], settings: Mapping[str, FieldInfo]) -> type[BaseModel]:
@@ -33,6 +35,18 @@ def options_of(function: Callable[..., Any], settings: Mapping[str, FieldInfo]) 
         own[name] = (hints[name], parameter.default)
     name = getattr(function, "__name__", "method")
     return create_model(name, __config__=ConfigDict(frozen=True, extra="forbid"), **{**own, **fields})
+
+
+def known_needs(needs: Iterable[N], known: Mapping[N, Any]) -> frozenset[N]:
+    """Return what a method asks for.
+
+    Raises:
+        ValueError: some of it is not known.
+    """
+    asked = frozenset(needs)
+    if unknown := asked - known.keys():
+        raise ValueError(f"unknown needs {sorted(map(str, unknown))}; there are {sorted(map(str, known))}")
+    return asked
 
 
 def validated(model: type[BaseModel], given: Mapping[str, Any], owner: str) -> BaseModel:

@@ -14,7 +14,7 @@ from slimrank.budget.problem import Allocation, Problem
 from slimrank.errors import PlanError
 from slimrank.methods.divergence_options import DivergenceOptions
 from slimrank.methods.solver_options import SolverOptions, check_constraints
-from slimrank.options import options_of, validated
+from slimrank.options import known_needs, options_of, validated
 from slimrank.registry import Registry
 
 Allocate = Callable[..., Allocation]
@@ -173,10 +173,7 @@ def allocator(
         ValueError: an unknown need.
         TypeError: an unknown trait, or an option without an annotation or a default.
     """
-    asked = frozenset(needs)
-    unknown = asked - NEEDS.keys()
-    if unknown:
-        raise ValueError(f"unknown needs {sorted(unknown)}; there are {sorted(NEEDS)}")
+    asked = known_needs(needs, NEEDS)
 
     def register(allocate: Allocate) -> Allocate:
         solving = SolverOptions.model_fields if solves else {}

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from typing_extensions import Unpack
 
 from slimrank.linalg.lowrank import Spectrum
-from slimrank.options import options_of, validated
+from slimrank.options import known_needs, options_of, validated
 from slimrank.registry import Registry
 from slimrank.statistics.catalogue import NEEDS, GatherOptions, Need, Pass
 
@@ -132,10 +132,7 @@ def decomposer(
         ValueError: an unknown need.
         TypeError: an unknown trait, or an option without an annotation or a default.
     """
-    asked = frozenset(needs)
-    unknown = asked - NEEDS.keys()
-    if unknown:
-        raise ValueError(f"unknown needs {sorted(unknown)}; there are {sorted(NEEDS)}")
+    asked = known_needs(needs, NEEDS)
 
     def register(solve: Solve) -> Solve:
         options = options_of(solve, {name: GatherOptions.model_fields[name] for name in _settings(asked)})
