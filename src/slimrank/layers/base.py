@@ -10,10 +10,12 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 KINDS: dict[str, type[CompressedLinear]] = {}
 NEW_FORMAT = 5  # of saved models: the first one that says the kind of each layer
@@ -22,7 +24,8 @@ NEW_FORMAT = 5  # of saved models: the first one that says the kind of each laye
 class CompressedLinear(nn.Module):
     """y = W x + bias, where W (out x in) has a rank and is not stored as it is.
 
-    A subclass sets `kind`, takes the arguments of this constructor, and has `factors`, `set_b` and `forward`.
+    A subclass sets `kind`, and has `factors`, `set_b` and `forward`. Its constructor takes `bias` (whether it has one),
+    `device` and `dtype`, too.
 
     Attributes:
         kind: the name under which it is saved, and found again.
@@ -42,15 +45,7 @@ class CompressedLinear(nn.Module):
         if "kind" in vars(cls):
             KINDS[cls.kind] = cls
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
 
@@ -104,7 +99,11 @@ class CompressedLinear(nn.Module):
         cls, entry: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
     ) -> CompressedLinear:
         """Return a layer without values, to be loaded into."""
-        return cls(entry["in"], entry["out"], entry["rank"], entry["bias"], device=device, dtype=dtype)
+        make: Any = cls  # each kind's constructor takes these
+        layer: CompressedLinear = make(
+            entry["in"], entry["out"], entry["rank"], entry["bias"], device=device, dtype=dtype
+        )
+        return layer
 
     def tied_names(self) -> tuple[str, ...]:
         """Return the names of the parameters that layers which are tied have in common: all but the bias.
@@ -128,13 +127,19 @@ def layer_class(kind: str) -> type[CompressedLinear]:
     Raises:
         ValueError: there is none.
     """
-    if kind not in KINDS:
-        import_neighbours()
-    if kind not in KINDS:
+    found = look_up(KINDS, kind)
+    if found is None:
         raise ValueError(
             f"layers of the kind '{kind}' are not known: import the package that defines them, or upgrade slimrank"
         )
-    return KINDS[kind]
+    return found
+
+
+def look_up(registry: Mapping[str, T], name: str) -> T | None:
+    """Return an entry of a registry of this folder, whose files are imported if need be; None if there is none."""
+    if name not in registry:
+        import_neighbours()
+    return registry.get(name)
 
 
 def import_neighbours() -> None:

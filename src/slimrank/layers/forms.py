@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimrank.errors import RecipeError, nearest
-from slimrank.layers.base import import_neighbours
+from slimrank.layers.base import look_up
 from slimrank.layers.layer_form import FORMS, LayerForm
 from slimrank.layers.low_rank import LowRankLinear
 from slimrank.layers.pivot import PivotLinear
@@ -71,11 +71,10 @@ def layer_form(name: str) -> LayerForm:
     Raises:
         RecipeError: there is none; the nearest names are in the hint.
     """
-    if name not in FORMS:
-        import_neighbours()
-    if name not in FORMS:
+    found = look_up(FORMS, name)
+    if found is None:
         raise RecipeError(f"there is no factor form '{name}'.", nearest(name, FORMS))
-    return FORMS[name]
+    return found
 
 
 def pivot_layer(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from slimrank.layers.base import NEW_FORMAT, import_neighbours
+from slimrank.layers.base import NEW_FORMAT, import_neighbours, look_up
 
 TRANSFORMS: dict[str, Transform] = {}
 
@@ -73,14 +73,13 @@ def transform_of(kind: str) -> Transform:
     Raises:
         ValueError: there is none.
     """
-    if kind not in TRANSFORMS:
-        import_neighbours()
-    if kind not in TRANSFORMS:
+    found = look_up(TRANSFORMS, kind)
+    if found is None:
         raise ValueError(
             f"the model was changed by '{kind}', which is not known: import the package that defines it, or upgrade "
             "slimrank"
         )
-    return TRANSFORMS[kind]
+    return found
 
 
 def found_transforms(model: nn.Module) -> list[tuple[Transform, dict[str, Any]]]:
