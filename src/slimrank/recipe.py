@@ -62,12 +62,8 @@ class Recipe(BaseModel):
     keep_ratio: float | None = _how_small(
         None, "Fraction of the linears' parameters to KEEP: 0.8 keeps 80 %.", flag="--keep", gt=0, le=1
     )
-    keep_total: float | None = _how_small(
-        None, "Fraction of the whole model's parameters to keep, instead of keep_ratio.", gt=0, le=1
-    )
-    max_bytes: int | None = _how_small(
-        None, "Largest size of all weights on disk in bytes, instead of keep_ratio.", gt=0
-    )
+    keep_total: float | None = _how_small(None, "Fraction of the whole model's parameters to keep.", gt=0, le=1)
+    max_bytes: int | None = _how_small(None, "Largest size of all weights on disk, in bytes.", gt=0)
     plan: str | RankPlan | None = _how_small(
         None, "A rank plan (a JSON file from 'slimrank plan --save') to follow, instead of a budget."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import typer
@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 Function = Callable[..., None]
 
 
-class _Commands(MutableMapping[str, Any]):
+class _Commands(Mapping[str, Any]):
     """Commands by name, each built at its first use.
 
     Args:
@@ -28,12 +28,6 @@ class _Commands(MutableMapping[str, Any]):
         if name not in self.built:
             self.built[name] = self._build(self.functions[name])
         return self.built[name]
-
-    def __setitem__(self, name: str, command: Any) -> None:
-        self.built[name] = command
-
-    def __delitem__(self, name: str) -> None:
-        del self.functions[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self.functions

@@ -60,10 +60,11 @@ def _help(name: str, field: FieldInfo) -> str:
     text, shape = (field.description or "").replace("[", "\\["), _declared(name, field)["shape"]
     if _value_type(field) == list[str] | None:
         return f"{text} {shape}; repeatable." if shape else f"{text} Repeatable."
-    if field.default in (None, False, 0) or name == "method":
+    own, preset = field.default, balanced_options().get(name)
+    if name == "method" or (preset is None and (own is None or own is False)):
         return text
-    with_method = " with --method" if name in balanced_options() else ""
-    return f"{text}  \\[default{with_method}: {field.default}]"
+    shown = own if preset is None else f"{preset}; with --method: {'none' if own is None else own}"
+    return f"{text}  \\[default: {shown}]"
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
