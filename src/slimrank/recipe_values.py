@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimrank.errors import RecipeError
+from slimrank.registry import load_plugins
 
 FORMER_NAMES = {"factor_form": "form", "secondary": "store_form"}
 
@@ -50,6 +51,7 @@ def form_name(value: Any) -> Any:
     from slimrank.layers.layer_form import FORMS
 
     import_neighbours()
+    load_plugins()
     if value not in FORMS:
         raise ValueError(f"there is no such form; known: {', '.join(sorted(FORMS))}")
     return value

@@ -1,12 +1,35 @@
-"""Methods by id. Each registers itself in a file of its own; lookups import the files of a package."""
+"""Methods by id. Each registers itself in a file of its own; lookups import the files of a package.
+
+Other packages name a module that registers theirs in an entry point of the group `slimrank`. So the command line and
+the processes of a comparison know them, too.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Generic, Protocol, TypeVar
 
-from slimrank.errors import RecipeError, nearest
+from slimrank.errors import RecipeError, SlimrankError, nearest
+
+
+@cache
+def load_plugins() -> None:
+    """Import the modules that other packages name in entry points of the group `slimrank`, once.
+
+    Raises:
+        SlimrankError: one cannot be imported.
+    """
+    for point in entry_points(group="slimrank"):
+        try:
+            point.load()
+        except Exception as error:  # code of others may raise anything
+            raise SlimrankError(
+                f"the plug-in '{point.name}' ({point.value}) cannot be imported: {error}",
+                f"update or uninstall the package '{point.dist.name if point.dist else point.name}'",
+            ) from error
 
 
 class HasId(Protocol):
@@ -42,6 +65,7 @@ class Registry(Generic[T]):
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
+        load_plugins()
         return dict(sorted(self.entries.items()))
 
     def get(self, id: str) -> T:
