@@ -57,8 +57,8 @@ def calibrate(name, model, tokenizer, args):
         }
     )  # fmt: skip
     choices = Choices.of(recipe)
-    stages = choices.stages()
-    inputs = load_inputs(choices, choices.requests(), model, tokenizer, Progress())
+    stages = choices.stages
+    inputs = load_inputs(choices, choices.requests, model, tokenizer, Progress())
     with tempfile.TemporaryDirectory() as folder:
         state = State(inputs, Run(Path(folder) / "run", {}), stages, Progress(), False, False, inputs.prepared.plan)
         decompose(state, state.store({}))

@@ -116,11 +116,11 @@ def test_key_changes_with_every_part():
 
 
 def test_store_round_trip_and_damage(tmp_path):
-    stage = Run(tmp_path / "run", {"a": 1}).stage({"method": "svd"})
+    stage = Run(tmp_path / "run", {"a": 1}).store({"method": "svd"})
     assert not stage.has("x")
     tensors = {"t": torch.arange(6.0, dtype=torch.float64).reshape(2, 3).t()}
     stage.save("x", tensors, {"about": [1, "two"]})
-    loaded, about = Run(tmp_path / "run", {"a": 1}).stage({"method": "svd"}).load("x")
+    loaded, about = Run(tmp_path / "run", {"a": 1}).store({"method": "svd"}).load("x")
     assert torch.equal(loaded["t"], tensors["t"])
     assert about == {"about": [1, "two"]}
     path = next((tmp_path / "run" / "store").rglob("x.safetensors"))

@@ -85,9 +85,9 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def stage(self, parts: dict[str, Any]) -> Stage:
+    def store(self, parts: dict[str, Any]) -> Store:
         """Return the stored results of one stage, under the key of everything that they depend on."""
-        return Stage(self.folder / "store" / content_key(parts))
+        return Store(self.folder / "store" / content_key(parts))
 
 
 def usable_folder(run_dir: str | Path, output: Path | None = None) -> Path:
@@ -141,7 +141,7 @@ def remove_run(folder: Path) -> None:
         ) from error
 
 
-class Stage:
+class Store:
     """Named tensors and records of one stage."""
 
     def __init__(self, folder: Path) -> None:

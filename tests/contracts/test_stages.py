@@ -1,6 +1,9 @@
 """What every stage keeps to, one from outside the package included."""
 
 import json
+import os
+import subprocess
+import sys
 from typing import Annotated
 
 import pytest
@@ -15,7 +18,6 @@ from slimrank.models.load import skeleton
 from slimrank.pipeline.forecast import Cost, Shape, expected_tokens
 from slimrank.pipeline.prepare import Choices, Prepared
 from slimrank.pipeline.stage import STAGES, Stage
-from slimrank.pipeline.stages import built_in
 from slimrank.pipeline.stages.save import Save
 from slimrank.recipe import Recipe
 from slimrank.report.section import Section
@@ -65,13 +67,16 @@ def prepared(tmp_path):
     return Prepared.of(choices, skeleton(save_tiny(tmp_path / "tiny"), "auto").model)
 
 
-@pytest.mark.parametrize("stage", [*built_in(), Save(None), Rounding()], ids=lambda stage: stage.id)
+ALL = [*(kind() for kind in STAGES.all().values()), Save(None), Rounding()]
+
+
+@pytest.mark.parametrize("stage", ALL, ids=lambda stage: stage.id)
 def test_every_stage_keeps_the_contract(stage, rounding, prepared):
     choices = prepared.choices
     stage.check(choices)
     windows = stage.windows(choices) if stage.wanted(choices) else []
     assert all(isinstance(request, WindowRequest) and request.count > 0 for request in windows)
-    shape = Shape.of(prepared, expected_tokens(choices.requests(), 24))
+    shape = Shape.of(prepared, expected_tokens(choices.requests, 24))
     if stage.wanted(choices):
         cost = stage.cost(prepared, shape)
         assert min(cost.float32, cost.float64, cost.peak, cost.stored, cost.written) >= 0
@@ -82,7 +87,7 @@ def test_every_stage_keeps_the_contract(stage, rounding, prepared):
 
 
 def test_names_of_stages_are_their_own(rounding, prepared):
-    stages = prepared.choices.stages()
+    stages = prepared.choices.stages
     for names in ([s.id for s in stages], [s.title for s in stages]):
         assert len(set(names)) == len(names)
     assert [s.id for s in stages] == [
@@ -113,9 +118,49 @@ def test_a_stage_from_outside_runs_is_stored_saved_loaded_and_reported(rounding,
 
 
 def test_stages_and_their_options_are_checked(rounding):
-    with pytest.raises(RecipeError, match="no stage 'roundin'"):
-        Choices.of(Recipe.make({"keep_ratio": 0.5, "stages": {"roundin": {}}})).stages()
+    with pytest.raises(RecipeError, match=r"no stage 'calibrate' that .*\n.*other options ask for it"):
+        Choices.of(Recipe.make({"keep_ratio": 0.5, "stages": {"calibrate": {}}}))
+    with pytest.raises(RecipeError, match=r"no stage 'roundin' that .*\n.*'rounding'"):
+        Choices.of(Recipe.make({"keep_ratio": 0.5, "stages": {"roundin": {}}}))
     with pytest.raises(RecipeError, match="stage 'rounding' has no option 'stepp'"):
-        Choices.of(Recipe.make({"keep_ratio": 0.5, "stages": {"rounding": {"stepp": 1}}})).stages()
+        Choices.of(Recipe.make({"keep_ratio": 0.5, "stages": {"rounding": {"stepp": 1}}}))
     with pytest.raises(RecipeError, match="option step of the stage 'rounding'"):
-        Choices.of(Recipe.make({"keep_ratio": 0.5, "stages": {"rounding": {"step": 0}}})).stages()
+        Choices.of(Recipe.make({"keep_ratio": 0.5, "stages": {"rounding": {"step": 0}}}))
+
+
+PLUGIN = """
+from slimrank.pipeline.stage import STAGES, Stage
+
+
+@STAGES.add
+class Nothing(Stage):
+    id, title = "nothing", "do nothing"
+
+    def run(self, state):
+        with state.timed(self.title, 1):
+            pass
+"""
+
+
+def installed(folder, code):
+    """A package with an entry point of the group `slimrank`, in a folder of installed packages."""
+    (folder / "plugged.py").write_text(code)
+    about = folder / "plugged-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[slimrank]\nplugged = plugged\n")
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_an_installed_package_brings_stages_to_the_command_line(works, tmp_path):
+    installed(tmp_path, PLUGIN if works else "import nothing_of_this_name")
+    command = [sys.executable, "-m", "slimrank", "compress", str(save_tiny(tmp_path / "tiny")), "--keep", "0.6"]
+    command += ["--method", "svd", "--no-eval", "--stage", "nothing", "--out", str(tmp_path / "out"), "--json"]
+    paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **paths})
+    found = json.loads(done.stdout)
+    if works:
+        assert "do nothing" in found["seconds"]
+    else:
+        assert "the plug-in 'plugged' (plugged) cannot be imported" in found["error"]["message"]
+        assert found["error"]["hint"] == "update or uninstall the package 'plugged'"

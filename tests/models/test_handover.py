@@ -10,7 +10,7 @@ from method_runs import compress
 from slimrank.errors import ModelError
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import loss_gradients, step_back
-from slimrank.models.states import State, named, states_named
+from slimrank.models.states import HiddenState, named, states_named
 from slimrank.models.structure import find_blocks
 
 CPU = torch.device("cpu")
@@ -243,7 +243,7 @@ def test_blocks_that_remember_by_themselves_are_refused(monkeypatch):
 
 
 def test_leaves_are_copies():
-    state = State(torch.ones(2, 3), {"a": torch.ones(2), "chosen": torch.ones(2, dtype=torch.long)})
+    state = HiddenState(torch.ones(2, 3), {"a": torch.ones(2), "chosen": torch.ones(2, dtype=torch.long)})
     leaves = state.leaves(CPU)
     assert leaves.hidden.requires_grad
     assert leaves.handed["a"].requires_grad

@@ -97,7 +97,7 @@ def test_the_report_is_of_the_model_that_comes_out(calibration):
     original = tiny_model()
     result = compress(copy.deepcopy(original), calibration)
     recipe = result_recipe(result)
-    raw = read_texts(recipe, Choices.of(recipe).requests())
+    raw = read_texts(recipe, Choices.of(recipe).requests)
     windows = raw.tokenised(recipe, original, byte_tokenizer(), slimrank.progress.Progress())["search"]
     dropped = 12
     with torch.no_grad():

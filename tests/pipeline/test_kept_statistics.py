@@ -165,7 +165,7 @@ def test_decomposing_from_kept_statistics_goes_on_where_it_was(then, tmp_path, m
 def test_notes_of_all_kinds_come_back(tmp_path):
     """What was unusual about the inputs is not lost where the gradients were gathered by another method."""
     with Run(tmp_path, {}) as run:
-        kept = StatisticsCache(run.stage({}), 1, torch.device("cpu"))
+        kept = StatisticsCache(run.store({}), 1, torch.device("cpu"))
         for need, notes in (("column", ("both", "inputs")), ("row", ("both", "gradients"))):
             gathering = GatherOptions(needs=frozenset({need}))
             kept.save(0, {"q": LayerStatistics((2, 3), gathering.needs, notes=notes)}, {}, gathering)

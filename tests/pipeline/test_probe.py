@@ -9,7 +9,7 @@ from slimrank.cli.console import ConsoleProgress
 from slimrank.errors import NonFiniteError
 from slimrank.pipeline.stages import model_probe as probe
 from slimrank.pipeline.stages.model_probe import _hook
-from slimrank.store import Stage
+from slimrank.store import Store
 from test_allocation_end_to_end import SEARCH, SEQ_LEN, allocated
 
 
@@ -48,12 +48,12 @@ def test_a_loss_that_is_not_finite_names_the_step(id, method, monkeypatch):
 def test_measurements_are_compared_and_stored_a_few_at_a_time(tmp_path, monkeypatch):
     whole = allocated("lems")
     groups, saved = [], []
-    real, save = probe.ModelProbe._block, Stage.save
+    real, save = probe.ModelProbe._block, Store.save
     monkeypatch.setattr(probe, "MAX_HELD_BYTES", 2 * SEARCH * (SEQ_LEN // 2) * 32 * 4)  # two final states
     monkeypatch.setattr(
         probe.ModelProbe, "_block", lambda self, i, h, cuts: (groups.append(len(cuts)), real(self, i, h, cuts))[1]
     )
-    monkeypatch.setattr(Stage, "save", lambda self, name, *a: (saved.append(name), save(self, name, *a))[1])
+    monkeypatch.setattr(Store, "save", lambda self, name, *a: (saved.append(name), save(self, name, *a))[1])
     assert allocated("lems").plan == whole.plan
     assert groups == [2, 2, 2, 1] * 3
     assert saved.count("effects") == len(groups)

@@ -12,7 +12,7 @@ from slimrank.errors import ModelError, NonFiniteError
 from slimrank.layers.dense import weight_of
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import frozen, loss_gradients, next_token_loss, step_back, whole_model_gradients
-from slimrank.models.states import State
+from slimrank.models.states import HiddenState
 from slimrank.models.structure import experts_by_kind, find_blocks
 from slimrank.models.targets import find_targets
 from slimrank.pipeline.stages.calibration_pass import alone
@@ -552,7 +552,7 @@ def test_a_non_finite_gradient_names_the_block():
     runner = BlockRunner(model, CPU, upcast=True, resident=False)
     with runner.session():
         runner.embed(two_batches())
-        gradients = [State(torch.ones_like(h)) for h in runner.hidden]
+        gradients = [HiddenState(torch.ones_like(h)) for h in runner.hidden]
         gradients[1].hidden[0, 3, 0] = float("nan")
         with pytest.raises(NonFiniteError, match=r"input of block 'model\.layers\.0' \(batch 1\)"):
             step_back(runner, 0, runner.states, gradients)

@@ -70,4 +70,4 @@ def run_folder(asked: Mapping[str, Any], folder: Path) -> Path:
 
 def _calibrates(recipe: Recipe) -> bool:
     """Tell whether anything that the recipe asks for looks at calibration text."""
-    return any(request.source == "calibration" for request in Choices.of(recipe).requests())
+    return any(request.source == "calibration" for request in Choices.of(recipe).requests)

@@ -19,7 +19,7 @@ from slimrank.models.contexts import evaluating
 from slimrank.models.handover import Handover, handover_of
 from slimrank.models.placement import placed
 from slimrank.models.recording import Answer, Batch, Call, Recorder, share
-from slimrank.models.states import State
+from slimrank.models.states import HiddenState
 from slimrank.models.structure import experts_by_kind, find_blocks
 
 
@@ -40,7 +40,7 @@ class BlockRunner:
         self.model, self.device, self.upcast, self.resident = model, device, upcast, resident
         self.path, self.blocks = find_blocks(model)
         self.batches: list[Batch] = []
-        self.states: list[State] = []
+        self.states: list[HiddenState] = []
         self.answer: Answer | None = None
         self._calls: list[list[Call]] = []
         self._handover = Handover(len(self.blocks))
@@ -76,7 +76,7 @@ class BlockRunner:
         with self.placed(*outside, self.blocks[0]), Recorder(self.blocks) as recorder:
             for batch in self.batches:
                 hidden, calls = recorder.record(self.model, batch, self.device)
-                self.states.append(self.to_host(State(hidden)))
+                self.states.append(self.to_host(HiddenState(hidden)))
                 self._calls.append(share(calls, self._calls[-1] if self._calls else None))
             self.answer = recorder.answer
 
@@ -96,7 +96,7 @@ class BlockRunner:
                     before(batch)
                 self.states[b] = self.to_host(self.run(index, b, self.states[b]))
 
-    def run(self, index: int, b: int, state: State) -> State:
+    def run(self, index: int, b: int, state: HiddenState) -> HiddenState:
         """Return the state after block `index`, which is placed already, for batch b and the state that enters it.
 
         Raises:
@@ -110,7 +110,7 @@ class BlockRunner:
             )
         return after
 
-    def through(self, states: Sequence[State], first: int, last: int) -> list[State]:
+    def through(self, states: Sequence[HiddenState], first: int, last: int) -> list[HiddenState]:
         """Return states of all batches after blocks first .. last - 1; the input states do not change.
 
         Raises:
@@ -122,11 +122,11 @@ class BlockRunner:
                 found = [self.to_host(self.run(index, b, state)) for b, state in enumerate(found)]
         return found
 
-    def finals(self, states: Sequence[State], first: int) -> list[Tensor]:
+    def finals(self, states: Sequence[HiddenState], first: int) -> list[Tensor]:
         """Return the output of the last block, of each batch, from the states that enter block `first`."""
         return [state.hidden for state in self.through(states, first, len(self))]
 
-    def to_host(self, state: State) -> State:
+    def to_host(self, state: HiddenState) -> HiddenState:
         """Move a state to where states are stored between blocks."""
         return state if self.resident else state.to(torch.device("cpu"))
 

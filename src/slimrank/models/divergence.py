@@ -19,7 +19,7 @@ from slimrank.models.gradients import (
     through_head,
 )
 from slimrank.models.recording import Batch
-from slimrank.models.states import State
+from slimrank.models.states import HiddenState
 
 CACHED = 2**18  # numbers: of a CPU's cache
 AT_ONCE = 2**26  # numbers: 256 MB of float32, on an accelerator
@@ -117,7 +117,7 @@ def positions(x: Tensor) -> Sequence[Tensor]:
 
 def divergence_gradients(
     runner: BlockRunner, final: Sequence[Tensor], original: Sequence[Tensor]
-) -> tuple[list[State], float]:
+) -> tuple[list[HiddenState], float]:
     """Return KL(original || changed) of the next-token distributions, summed over all positions, and its gradients.
 
     Args:
@@ -132,7 +132,7 @@ def divergence_gradients(
         NonFiniteError: the divergence of a batch is NaN or infinite.
         ModelError: the model gives no logits, or they do not depend on its blocks.
     """
-    gradients: list[State] = []
+    gradients: list[HiddenState] = []
     total = 0.0
     with through_head(runner) as bypass, frozen(runner.model):
         for b, batch in enumerate(runner.batches):
@@ -148,5 +148,5 @@ def divergence_gradients(
                     loss = kl_div(found, expected, reduction="sum", log_target=True)
                 parts.append(gradient_of(loss, bypass.final, runner.model, b))
                 total += _divergence(expected, found.detach(), 1.0)
-            gradients.append(runner.to_host(State(runner.joined(parts))))
+            gradients.append(runner.to_host(HiddenState(runner.joined(parts))))
     return gradients, total

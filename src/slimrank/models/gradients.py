@@ -19,7 +19,7 @@ from slimrank.models.blocks import BlockRunner, parts_outside
 from slimrank.models.contexts import evaluating
 from slimrank.models.handover import PROBE_TOKENS
 from slimrank.models.recording import Answer, Batch, Patched
-from slimrank.models.states import State, pulled_back
+from slimrank.models.states import HiddenState, pulled_back
 
 LOGITS_AT_ONCE = 2**25  # elements
 
@@ -66,7 +66,7 @@ class Bypass(Patched):
         return forward
 
 
-def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[State]:
+def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[HiddenState]:
     """Return gradients of the next-token loss by the state after the last block, one for each batch.
 
     Args:
@@ -77,7 +77,7 @@ def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[State]:
         NonFiniteError: the loss of a batch is NaN or infinite.
         ModelError: the model gives no logits, or they do not depend on its blocks.
     """
-    gradients: list[State] = []
+    gradients: list[HiddenState] = []
     with through_head(runner) as bypass, frozen(runner.model):
         for b, batch in enumerate(runner.batches):
             parts = []
@@ -87,7 +87,7 @@ def loss_gradients(runner: BlockRunner, final: list[Tensor]) -> list[State]:
                 with torch.enable_grad():
                     loss = next_token_loss(logits_of(runner.model, part, runner.device), part)
                 parts.append(gradient_of(loss, bypass.final, runner.model, b))
-            gradients.append(runner.to_host(State(runner.joined(parts))))
+            gradients.append(runner.to_host(HiddenState(runner.joined(parts))))
     return gradients
 
 
@@ -154,8 +154,8 @@ def part_of(batch: Batch, rows: slice) -> Batch:
 def step_back(
     runner: BlockRunner,
     index: int,
-    inputs: list[State],
-    gradients: list[State],
+    inputs: list[HiddenState],
+    gradients: list[HiddenState],
     before: Callable[[Batch], None] | None = None,
 ) -> None:
     """Compute block `index` again and differentiate it; `gradients` become those by the states that enter it.

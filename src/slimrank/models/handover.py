@@ -2,7 +2,7 @@
 
 Two ways are known. Blocks write to a mapping that later ones read (shared keys and values). Or a block returns tensors
 beside its hidden states, and the next one is called with them (chosen tokens, states of routers). Both become named
-tensors in a `State`: every stream of hidden states has its own, and gradients go back through them.
+tensors in a `HiddenState`: every stream of hidden states has its own, and gradients go back through them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from slimrank.errors import ModelError
 from slimrank.models.page_out import page_out
 from slimrank.models.recording import Batch, Call, Container, Recorder, extras_of, first_of, opened
-from slimrank.models.states import State, only_none, tensors_in, with_tensors
+from slimrank.models.states import HiddenState, only_none, tensors_in, with_tensors
 
 PROBE_TOKENS = 8
 CLOSE = 1e-3  # of the largest output: a block that is run alone gives no more than rounding else
@@ -46,7 +46,7 @@ class Handover:
     values: dict[tuple[int, Any], Any] = field(default_factory=dict)
     learning: bool = False
 
-    def run(self, index: int, forward: Callable[..., Any], call: Call, state: State) -> State:
+    def run(self, index: int, forward: Callable[..., Any], call: Call, state: HiddenState) -> HiddenState:
         """Return the state after block `index`.
 
         Args:
@@ -61,10 +61,10 @@ class Handover:
         args, kwargs = opened(call, lambda container: self._copy(container, state, copies))
         before = {number: dict(held) for number, held in copies.items()}
         output = forward(state.hidden, *args, **kwargs)
-        return State(first_of(output), self._handed(index, output, state, before, copies))
+        return HiddenState(first_of(output), self._handed(index, output, state, before, copies))
 
     def _copy(
-        self, container: Container, state: State, copies: dict[int, MutableMapping[Any, Any]]
+        self, container: Container, state: HiddenState, copies: dict[int, MutableMapping[Any, Any]]
     ) -> MutableMapping[Any, Any]:
         """Copy the mapping that a block takes, with what earlier blocks have written to it."""
         number = container.number
@@ -80,7 +80,7 @@ class Handover:
         self,
         index: int,
         output: Any,
-        state: State,
+        state: HiddenState,
         before: Mapping[int, Mapping[Any, Any]],
         after: Mapping[int, Mapping[Any, Any]],
     ) -> dict[str, Tensor]:
@@ -210,13 +210,13 @@ class _Lesson:
             if dict(_versions((*args, *kwargs.values()))) != self._before:
                 self.wrong.append(f"block '{self.path}.{index}' changes one of its arguments in place.")
             elif self.calls and len(self.seen) == index + 1:
-                self._alone(index, module, State(into, self._handed), first_of(output))
+                self._alone(index, module, HiddenState(into, self._handed), first_of(output))
             self._extras = [(name.removeprefix("output."), t) for name, t in tensors_in(extras_of(output), "output")]
             page_out(module)
 
         return hook
 
-    def _alone(self, index: int, block: nn.Module, state: State, expected: Tensor) -> None:
+    def _alone(self, index: int, block: nn.Module, state: HiddenState, expected: Tensor) -> None:
         """Run a block with its recorded arguments, and compare."""
         found = self.found.run(index, block.forward, self.calls[index], state)
         self._handed = found.handed

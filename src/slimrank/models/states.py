@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class State:
+class HiddenState:
     """What enters a block, for one batch. Gradients by it have the same form.
 
     Attributes:
@@ -22,19 +22,19 @@ class State:
     hidden: Tensor
     handed: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> State:
+    def to(self, device: torch.device) -> HiddenState:
         """Return the same on a device, contiguous."""
-        return State(self.hidden.to(device), {name: t.to(device).contiguous() for name, t in self.handed.items()})
+        return HiddenState(self.hidden.to(device), {name: t.to(device).contiguous() for name, t in self.handed.items()})
 
-    def leaves(self, device: torch.device) -> State:
+    def leaves(self, device: torch.device) -> HiddenState:
         """Return the same on a device, as tensors to differentiate by."""
         handed = {name: t.to(device).detach() for name, t in self.handed.items()}
         for tensor in handed.values():
             tensor.requires_grad_(tensor.is_floating_point())
-        return State(self.hidden.to(device).detach().requires_grad_(), handed)
+        return HiddenState(self.hidden.to(device).detach().requires_grad_(), handed)
 
 
-def pulled_back(before: State, after: State, gradient: State) -> State:
+def pulled_back(before: HiddenState, after: HiddenState, gradient: HiddenState) -> HiddenState:
     """Compute gradients by the state before a block from those by the state after it.
 
     Args:
@@ -48,18 +48,18 @@ def pulled_back(before: State, after: State, gradient: State) -> State:
     outputs, weights = [end for end, _ in ends], [g.to(end) for end, g in ends]
     hidden, *handed = torch.autograd.grad(outputs, [before.hidden, *starts.values()], weights, allow_unused=True)
     found = dict(zip(starts, handed, strict=True))
-    return State(hidden, {name: g for name, g in found.items() if g is not None})
+    return HiddenState(hidden, {name: g for name, g in found.items() if g is not None})
 
 
-def named(prefix: str, states: list[State]) -> dict[str, Tensor]:
+def named(prefix: str, states: list[HiddenState]) -> dict[str, Tensor]:
     """Return states of each batch under the names that `states_named` reads; no two share memory."""
     found = {f"{prefix}{b}": state.hidden for b, state in enumerate(states)}
     return found | {f"{prefix}{b}/{n}": t.clone() for b, state in enumerate(states) for n, t in state.handed.items()}
 
 
-def states_named(tensors: Mapping[str, Tensor], prefix: str, count: int) -> list[State]:
+def states_named(tensors: Mapping[str, Tensor], prefix: str, count: int) -> list[HiddenState]:
     """Return the stored states of each batch."""
-    return [State(tensors[f"{prefix}{b}"], _under(f"{prefix}{b}/", tensors)) for b in range(count)]
+    return [HiddenState(tensors[f"{prefix}{b}"], _under(f"{prefix}{b}/", tensors)) for b in range(count)]
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

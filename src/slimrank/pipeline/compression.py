@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import nn
 
@@ -14,14 +14,12 @@ from slimrank.budget.rank_plan import RankPlan
 from slimrank.checkpoint.output_folder import OutputFolder, need_space
 from slimrank.errors import RecipeError
 from slimrank.models.fused_layers import join_layers
-from slimrank.pipeline.forecast import Shape, measure_machine, timetable
+from slimrank.pipeline.forecast import Cost, Shape, measure_machine, timetable
 from slimrank.pipeline.inputs import load_inputs
 from slimrank.pipeline.prepare import Choices
 from slimrank.pipeline.record import record_of
 from slimrank.pipeline.run_folder import place_of_run, run_folder
 from slimrank.pipeline.stage import Stage
-from slimrank.pipeline.stages.allocate import Allocate
-from slimrank.pipeline.stages.calibrate import Calibrate
 from slimrank.pipeline.stages.save import Save
 from slimrank.pipeline.state import Inputs, State
 from slimrank.progress import Progress
@@ -48,12 +46,18 @@ class CompressionResult:
     out: Path | None
 
 
-class Storage(TypedDict, total=False):
-    """Options of `compress` about the disk, in addition to `out`."""
+@dataclass(frozen=True)
+class Storage:
+    """Options of `compress` about the disk, besides `out`; see there."""
 
-    run_dir: str | Path | None
-    overwrite: bool
-    keep_statistics: bool
+    run_dir: str | Path | None = None
+    overwrite: bool = False
+    keep_statistics: bool = False
+
+    @classmethod
+    def taken_from(cls, options: dict[str, Any]) -> Storage:
+        """Take these options out of others."""
+        return cls(**{field.name: options.pop(field.name) for field in fields(cls) if field.name in options})
 
 
 def compress(
@@ -83,19 +87,18 @@ def compress(
     Raises:
         SlimrankError: see `slimrank.errors`; everything that can be checked beforehand is.
     """
-    storage = Storage(**{name: options.pop(name) for name in Storage.__annotations__ if name in options})  # type: ignore[typeddict-item]
+    storage = Storage.taken_from(options)
     choices, progress = Choices.of(Recipe.merged(recipe, options)), progress or Progress()
-    keeps = storage.get("keep_statistics", False)
-    if keeps and storage.get("run_dir") is None:
+    if storage.keep_statistics and storage.run_dir is None:
         raise RecipeError("statistics are stored in a run directory, and none is named.", "run_dir='run'")
-    output = OutputFolder(Path(out), storage.get("overwrite", False)) if out is not None else None
+    output = OutputFolder(Path(out), storage.overwrite) if out is not None else None
     if output is not None:
         output.rehearse()
-    place = place_of_run(output, storage.get("run_dir"))
-    stages = [*choices.stages(), *([] if output is None else [Save(output)])]
+    place = place_of_run(output, storage.run_dir)
+    stages = [*choices.stages, *([] if output is None else [Save(output)])]
     with _restored(model):
-        inputs = load_inputs(choices, choices.requests(), model, tokenizer, progress, output)
-        with _opened(inputs, stages, progress, _Disk(output, place, keeps)) as state:
+        inputs = load_inputs(choices, choices.requests, model, tokenizer, progress, output)
+        with _opened(inputs, stages, progress, _Disk(output, place, storage.keep_statistics)) as state:
             for stage in stages:
                 _run(stage, state)
             record = record_of(state)
@@ -124,8 +127,9 @@ def find_plan(
     """
     choices = Choices.of(Recipe.merged(recipe, options).model_copy(update={"evaluation": None}))
     place, progress = place_of_run(None, run_dir), progress or Progress()
-    stages: list[Stage] = [*([Calibrate()] if choices.computes_ranks else []), Allocate()]
-    requests = [request for request in choices.requests() if not request.spread]  # those are for factors
+    wanted = ("calibrate", "allocate") if choices.computes_ranks else ("allocate",)
+    stages = [stage for stage in choices.stages if stage.id in wanted]
+    requests = [request for request in choices.requests if not request.spread]  # those are for factors
     with _restored(model):
         inputs = load_inputs(choices, requests, model, tokenizer, progress)
         with _opened(inputs, stages, progress, _Disk(None, place, False)) as state:
@@ -158,8 +162,9 @@ def _opened(inputs: Inputs, stages: Sequence[Stage], progress: Progress, disk: _
         shape = Shape.of(
             prepared, inputs.texts.tokens(), resumable=disk.resumable, keeps_statistics=disk.keeps_statistics
         )
-        _announce(state, shape)
-        stored = sum(cost.stored for stage in stages if (cost := stage.cost(prepared, shape)) is not None)
+        costs = timetable(stages, prepared, shape)
+        _announce(state, costs)
+        stored = sum(cost.stored for cost in costs.values())
         need_space(folder, stored)
         if disk.output is not None:
             written = prepared.size.compressed(prepared.recipe, prepared.plan, prepared.targets)
@@ -177,10 +182,9 @@ def _run(stage: Stage, state: State) -> None:
         state.results.sections.append(section)
 
 
-def _announce(state: State, shape: Shape) -> None:
+def _announce(state: State, costs: Mapping[str, Cost]) -> None:
     """Tell the progress which stages are coming, and how long each may take."""
     machine = measure_machine(state.prepared.device)
-    costs = timetable(state.stages, state.prepared, shape)
     seconds = {title: cost.seconds(machine) for title, cost in costs.items()}
     for stage in state.stages:
         if stage.is_done(state):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,8 +30,7 @@ from slimrank.pipeline.rank_problem import (
     make_problem,
     plan_of,
 )
-from slimrank.pipeline.stage import Stage, stage_of
-from slimrank.pipeline.stages import built_in, in_order
+from slimrank.pipeline.stage import Stage, stages_of
 from slimrank.pipeline.units import Unit, units_of
 from slimrank.recipe import Recipe
 from slimrank.text.texts import WindowRequest, window_length
@@ -46,12 +45,14 @@ class Choices:
         method: the decomposition method.
         allocator: what finds the ranks.
         refiner: what refines the factors; None without one.
+        stages: what the recipe asks for, in order, except writing.
     """
 
     recipe: Recipe
     method: Configured
     allocator: ConfiguredAllocator
     refiner: ConfiguredRefiner | None
+    stages: tuple[Stage, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe) -> Choices:
@@ -67,24 +68,12 @@ class Choices:
             ALLOCATORS.get(recipe.allocation).configured(recipe.allocation_options),
             REFINERS.get(recipe.refine).configured(recipe.refine_options) if recipe.refine is not None else None,
         )
-        for stage in built_in():
-            stage.check(made)
-        return made
+        return replace(made, stages=stages_of(made))
 
-    def stages(self) -> list[Stage]:
-        """Return the stages that the recipe asks for, in order.
-
-        Raises:
-            RecipeError: an unknown stage or option.
-        """
-        own = [stage_of(name)(options) for name, options in self.recipe.stages.items()]
-        for stage in own:
-            stage.check(self)
-        return [stage for stage in in_order(own) if stage.wanted(self)]
-
+    @property
     def requests(self) -> list[WindowRequest]:
         """Return the text windows that all stages ask for."""
-        return [request for stage in self.stages() for request in stage.windows(self)]
+        return [request for stage in self.stages for request in stage.windows(self)]
 
     @property
     def measures(self) -> bool:

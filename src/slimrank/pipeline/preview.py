@@ -32,7 +32,7 @@ def preview(
         SlimrankError: whatever `compress` would refuse for the same model and budget.
     """
     choices = Choices.of(Recipe.merged(recipe, options))
-    stages = [*choices.stages(), Save(None)]
+    stages = [*choices.stages, Save(None)]
     read = skeleton(model, choices.recipe.dtype, progress)
     prepared = Prepared.of(choices, read.model)
     requests = merged(request for stage in stages for request in stage.windows(choices))

@@ -22,8 +22,6 @@ from slimrank.pipeline.model_bytes import ModelBytes, new_biases
 from slimrank.pipeline.units import Unit, shares_of
 from slimrank.recipe import Recipe
 
-_SMALLER = "--store-form pivot"
-
 
 def adopt_plan_form(recipe: Recipe) -> Recipe:
     """Return the recipe with the form of the plan that it names, if it names one.
@@ -36,9 +34,12 @@ def adopt_plan_form(recipe: Recipe) -> Recipe:
     if plan is None:
         return recipe
     if recipe.form != "pair" and plan.cost_model != recipe.form:
-        raise RecipeError(f"form is {recipe.form}, and the plan's ranks were chosen for {plan.cost_model}s.", _SMALLER)
+        hint = f"--store-form {recipe.form} stores them so" if plan.cost_model == "pair" else "leave out --form"
+        raise RecipeError(f"form is {recipe.form}; the plan's ranks were chosen for {plan.cost_model}s.", hint)
     if recipe.store_form and plan.cost_model != "pair":
-        raise RecipeError(f"the plan's ranks were chosen for {plan.cost_model} layers already.", "no --store-form")
+        raise RecipeError(
+            f"the plan's ranks were chosen for {plan.cost_model} layers already.", "leave out --store-form"
+        )
     return recipe.model_copy(
         update={"form": plan.cost_model, "store_form": recipe.store_form or plan.secondary},
     )

@@ -1,8 +1,8 @@
 """The contract of a stage: one step of a compression, in a file of its own.
 
 `compress` prepares a recipe, sums the costs of its stages and runs them in order. `plan` does the same without weights:
-it checks the stages and sums their costs. A stage from outside the package registers itself with `STAGES.add` and runs
-where a recipe names it (`stages: {NAME: {option: value}}`).
+it checks the stages and sums their costs. A stage registers itself with `STAGES.add`. One from outside the package runs
+if a recipe names it (`stages: {NAME: {option: value}}`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from slimrank.errors import RecipeError
+from slimrank.errors import RecipeError, nearest
 from slimrank.options import validated
 from slimrank.registry import Registry
 from slimrank.report.section import Section
@@ -36,7 +36,7 @@ class Stage:
         id: its name in recipes, keys and reports.
         title: what it does, as progress and the seconds of a report name it.
         before_title: the same for what it does before the model is factorized; empty if it does nothing then.
-        after: the id of the stage that it follows.
+        order: stages of a smaller order run first; those of slimrank have 10 to 60, and 90 measures the result.
         settings: the model of its options.
         factorizes: whether it replaces weights by factors.
 
@@ -47,7 +47,7 @@ class Stage:
     id: ClassVar[str]
     title: ClassVar[str]
     before_title: ClassVar[str] = ""
-    after: ClassVar[str] = "correct"
+    order: ClassVar[int] = 70
     settings: ClassVar[type[BaseModel]] = NoOptions
     factorizes: ClassVar[bool] = False
 
@@ -96,13 +96,22 @@ class Stage:
 STAGES: Registry[Any] = Registry("slimrank.pipeline.stages", "stage")  # of subclasses of Stage
 
 
-def stage_of(name: str) -> type[Stage]:
-    """Return the registered stage class of a name.
+def stages_of(choices: Choices) -> tuple[Stage, ...]:
+    """Return the stages that a recipe asks for, in order, and let each check it.
 
     Raises:
-        RecipeError: there is none; the nearest names are in the hint.
+        RecipeError: an unknown stage or option, or options that cannot be combined.
     """
-    if not STAGES.all():
-        raise RecipeError(f"there is no stage '{name}'.", "import the module that registers it")
-    found: type[Stage] = STAGES.get(name)
-    return found
+    own, known = choices.recipe.stages, STAGES.all()
+    by_name = {name: kind for name, kind in known.items() if kind.wanted is Stage.wanted}
+    for name in own.keys() - by_name.keys():
+        hint = "other options ask for it" if name in known else _nearest_stage(name, by_name)
+        raise RecipeError(f"there is no stage '{name}' that a recipe may name.", hint)
+    stages = [kind(own.get(name)) for name, kind in known.items()]
+    for stage in stages:
+        stage.check(choices)
+    return tuple(sorted((s for s in stages if s.wanted(choices)), key=lambda stage: (stage.order, stage.id)))
+
+
+def _nearest_stage(name: str, known: dict[str, Any]) -> str:
+    return nearest(name, known) if known else "install or import the package that registers it"

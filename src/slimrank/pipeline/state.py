@@ -17,8 +17,7 @@ from slimrank.pipeline.prepare import Prepared
 from slimrank.pipeline.stage import Stage
 from slimrank.progress import Progress
 from slimrank.report.section import Section
-from slimrank.store import Run
-from slimrank.store import Stage as Store
+from slimrank.store import Run, Store
 from slimrank.text.texts import Texts
 
 
@@ -139,7 +138,7 @@ class State:
 
     def store(self, key: dict[str, Any]) -> Store:
         """Open the part of the run directory that belongs to a key."""
-        return self.run.stage(key)
+        return self.run.store(key)
 
     def environment(self) -> dict[str, Any]:
         """Return what rounding depends on, besides the inputs."""

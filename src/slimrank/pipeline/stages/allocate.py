@@ -12,7 +12,7 @@ from slimrank.budget.additivity import additivity
 from slimrank.budget.knapsack import TradeOff, trade_off
 from slimrank.budget.problem import Allocation, Problem
 from slimrank.pipeline.forecast import Cost, Shape
-from slimrank.pipeline.stage import Stage
+from slimrank.pipeline.stage import STAGES, Stage
 from slimrank.pipeline.stages.model_probe import ModelProbe
 from slimrank.pipeline.stages.spectrum_store import SpectrumStore
 from slimrank.progress import Forecast
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from slimrank.pipeline.state import State
 
 
+@STAGES.add
 class Allocate(Stage):
     """Find the ranks and make them the plan, unless the recipe gave them."""
 
-    id, title = "allocate", "allocate"
+    id, order, title = "allocate", 30, "allocate"
 
     def wanted(self, choices: Choices) -> bool:
         return True

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from slimrank.models.structure import find_blocks
 from slimrank.models.targets import TargetSet
 from slimrank.pipeline.forecast import Cost, Shape, group_widths
-from slimrank.pipeline.stage import Stage
+from slimrank.pipeline.stage import STAGES, Stage
 from slimrank.pipeline.stages.calibration_ways import TITLE, Backwards, Forwards, FromCache, WholeModel
 from slimrank.pipeline.stages.statistics_cache import StatisticsCache
 from slimrank.pipeline.units import units_of
-from slimrank.store import Stage as Store
+from slimrank.store import Store
 from slimrank.text.texts import WindowRequest
 
 if TYPE_CHECKING:
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 SOLVES_PER_WEIGHT = {"once": 1, "twice": 2}  # eigen-problems per weight, of methods that solve as often as that
 
 
+@STAGES.add
 class Calibrate(Stage):
     """Gather the statistics that the method needs, and solve for the spectrum of every target."""
 
-    id, title = "calibrate", TITLE
+    id, order, title = "calibrate", 20, TITLE
 
     def wanted(self, choices: Choices) -> bool:
         return True

@@ -22,7 +22,7 @@ from slimrank.statistics.collector import Collector
 from slimrank.statistics.experts import UNREACHED, shrink_rare_experts
 from slimrank.statistics.layer_statistics import LayerStatistics
 from slimrank.statistics.routing import Routing
-from slimrank.store import Stage as Store
+from slimrank.store import Store
 
 if TYPE_CHECKING:
     from slimrank.pipeline.state import State

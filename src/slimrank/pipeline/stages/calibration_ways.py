@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from slimrank.models.gradients import loss_gradients, step_back, whole_model_gradients
 from slimrank.models.page_out import page_out
-from slimrank.models.states import State as Hidden
-from slimrank.models.states import named, states_named
+from slimrank.models.states import HiddenState, named, states_named
 from slimrank.pipeline.stages.calibration_pass import CalibrationPass
 from slimrank.pipeline.stages.statistics_cache import StatisticsCache
 from slimrank.statistics.catalogue import Need
-from slimrank.store import Stage as Store
+from slimrank.store import Store
 
 if TYPE_CHECKING:
     from slimrank.pipeline.state import State
@@ -76,7 +75,7 @@ class Backwards(CalibrationPass):
                     page_out(runner.blocks[index])
                     state.progress.step()
 
-    def _forwards(self, last: int) -> list[Hidden]:
+    def _forwards(self, last: int) -> list[HiddenState]:
         """Store the inputs of blocks up to `last`; return the gradients by its inputs.
 
         If `last` is beyond the last block, these are the gradients of the loss by the final hidden states.
@@ -101,11 +100,11 @@ class Backwards(CalibrationPass):
         store.save("gradients", named("", gradients), {"next": last})
         return gradients
 
-    def _input(self, index: int) -> list[Hidden]:
+    def _input(self, index: int) -> list[HiddenState]:
         tensors, _ = self.store.load(f"input-{index:04d}")
         return states_named(tensors, "", len(self.runner.batches))
 
-    def _block(self, index: int, gradients: list[Hidden]) -> None:
+    def _block(self, index: int, gradients: list[HiddenState]) -> None:
         runner = self.runner
         with runner.placed_block(index):
             collector = self.collector(index)

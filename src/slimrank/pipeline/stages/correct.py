@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimrank.errors import RecipeError
 from slimrank.pipeline.forecast import Cost, Shape
-from slimrank.pipeline.stage import Stage
+from slimrank.pipeline.stage import STAGES, Stage
 from slimrank.pipeline.stages.allocate import search_windows
 from slimrank.pipeline.stages.correction import REMEMBER, TITLE, Correction
 from slimrank.text.texts import WindowRequest
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from slimrank.pipeline.state import State
 
 
+@STAGES.add
 class Correct(Stage):
     """Make the rounds of correction that the recipe asks for."""
 
-    id, title, before_title = "correct", TITLE, REMEMBER
+    id, order, title, before_title = "correct", 60, TITLE, REMEMBER
 
     def wanted(self, choices: Choices) -> bool:
         return choices.recipe.corrections > 0

@@ -24,14 +24,13 @@ from slimrank.models.divergence import divergence_gradients
 from slimrank.models.gradients import step_back
 from slimrank.models.page_out import page_out
 from slimrank.models.recording import Batch
-from slimrank.models.states import State as Hidden
-from slimrank.models.states import named, states_named
+from slimrank.models.states import HiddenState, named, states_named
 from slimrank.models.targets import Target
 from slimrank.pipeline.stages.held_out_check import HeldOutCheck
 from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.layer_statistics import LayerStatistics
-from slimrank.store import Stage as Store
+from slimrank.store import Store
 
 if TYPE_CHECKING:
     from slimrank.pipeline.state import State
@@ -116,7 +115,7 @@ class Correction:
             state.progress.step()
         return divergence, decrease
 
-    def _block(self, index: int, gradients: list[Hidden]) -> float:
+    def _block(self, index: int, gradients: list[HiddenState]) -> float:
         """Store the steps of a block's layers; return the decrease of the divergence by them, to first order."""
         layers = {t.path: self._layer(t) for t in self._targets(index)}
         collector = Collector(layers, GatherOptions(needs=frozenset({"gram", "slope"})), self.state.prepared.solver)

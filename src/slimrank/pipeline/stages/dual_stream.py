@@ -17,7 +17,7 @@ from slimrank.models.contexts import swapped
 from slimrank.models.reading_order import calls_of, reading_order, run_until_read
 from slimrank.models.recording import Batch
 from slimrank.models.residual_layers import Place, answers_of, residual_places
-from slimrank.models.states import State as Hidden
+from slimrank.models.states import HiddenState
 from slimrank.models.structure import without_numbers
 from slimrank.statistics.paired_inputs import StreamCollector
 
@@ -63,8 +63,8 @@ class DualStream:
     def __init__(self, state: State, following: RefineOptions) -> None:
         self.state, self.following = state, following
         self.runner = state.runner(resident=False)
-        self.original: list[Hidden] = []
-        self.compressed: list[Hidden] = []
+        self.original: list[HiddenState] = []
+        self.compressed: list[HiddenState] = []
         self._parts: list[range] = []  # numbers of batches
         self._known: dict[str, Place | None] = {}
         self._times: Counter[str] = Counter()  # calls of a layer in one pass of its block

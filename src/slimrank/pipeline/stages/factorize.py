@@ -11,7 +11,7 @@ from torch import nn
 from slimrank.checkpoint.save import mark_model, replace_linears
 from slimrank.models.page_out import page_out
 from slimrank.pipeline.forecast import Cost, Shape
-from slimrank.pipeline.stage import Stage
+from slimrank.pipeline.stage import STAGES, Stage
 from slimrank.pipeline.stages.spectrum_store import SpectrumStore, outline
 from slimrank.pipeline.units import Unit
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from slimrank.pipeline.state import State
 
 
+@STAGES.add
 class Factorize(Stage):
     """Factorize all blocks in order; where factors are refined, the stage `refine` does both."""
 
-    id, title, factorizes = "factorize", "cut factors", True
+    id, order, title, factorizes = "factorize", 40, "cut factors", True
 
     def wanted(self, choices: Choices) -> bool:
         return choices.refiner is None

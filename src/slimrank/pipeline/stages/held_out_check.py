@@ -11,8 +11,8 @@ from slimrank.errors import NonFiniteError
 from slimrank.methods.divergence_options import DivergenceOptions
 from slimrank.models.divergence import Scorer
 from slimrank.models.recording import Batch
-from slimrank.models.states import State as Hidden
-from slimrank.store import Stage as Store
+from slimrank.models.states import HiddenState
+from slimrank.store import Store
 
 if TYPE_CHECKING:
     from slimrank.pipeline.state import State
@@ -36,7 +36,7 @@ class HeldOutCheck:
         windows = state.texts["search"][:count]
         self._batches = [Batch(ids) for ids in windows.split(state.prepared.recipe.batch_size)]
         self._scorer = Scorer(self.runner, 1.0, DivergenceOptions().positions(int(windows.shape[1])))
-        self.states: list[Hidden] = []
+        self.states: list[HiddenState] = []
 
     def start(self) -> None:
         """Embed the windows, and take the original through all blocks."""

@@ -8,7 +8,7 @@ from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.quality import measure_quality, reported_metrics
 from slimrank.models.placement import placed
 from slimrank.pipeline.forecast import Cost, Shape
-from slimrank.pipeline.stage import Stage
+from slimrank.pipeline.stage import STAGES, Stage
 from slimrank.report.record import Side
 from slimrank.text.texts import WindowRequest
 
@@ -59,10 +59,11 @@ class _Measure(Stage):
             return found
 
 
+@STAGES.add
 class MeasureBefore(_Measure):
     """Measure the original model, unless the run directory holds its measurements already."""
 
-    id, title = "measure_before", "measure the original"
+    id, order, title = "measure_before", 10, "measure the original"
 
     def run(self, state: State) -> None:
         store = state.store(
@@ -79,10 +80,11 @@ class MeasureBefore(_Measure):
         store.save("original", {}, state.results.before)
 
 
+@STAGES.add
 class MeasureAfter(_Measure):
     """Measure the compressed model."""
 
-    id, title = "measure_after", "measure the result"
+    id, order, title = "measure_after", 90, "measure the result"
 
     def run(self, state: State) -> None:
         state.results.after = self.measure(state, {})

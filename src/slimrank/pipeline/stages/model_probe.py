@@ -19,12 +19,11 @@ from slimrank.models.contexts import swapped
 from slimrank.models.divergence import Scorer
 from slimrank.models.gradients import frozen, logits_of, next_token_loss
 from slimrank.models.recording import Batch
-from slimrank.models.states import State as Hidden
+from slimrank.models.states import HiddenState
 from slimrank.pipeline.stages.spectrum_store import SpectrumStore
 from slimrank.pipeline.units import Unit
 from slimrank.progress import Forecast
-from slimrank.store import Stage as Store
-from slimrank.store import content_key
+from slimrank.store import Store, content_key
 
 if TYPE_CHECKING:
     from slimrank.pipeline.state import State
@@ -60,7 +59,7 @@ class ModelProbe:
         self._scorer = Scorer(
             self.runner, measuring.temperature, measuring.positions(int(state.texts["search"].shape[1]))
         )
-        self._embedded: list[Hidden] = []
+        self._embedded: list[HiddenState] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> ModelProbe:
@@ -100,7 +99,7 @@ class ModelProbe:
         return [cuts[start : start + count] for start in range(0, len(cuts), count)]
 
     def _block(
-        self, index: int, states: list[Hidden], cuts: Sequence[Cut]
+        self, index: int, states: list[HiddenState], cuts: Sequence[Cut]
     ) -> dict[str, dict[str, tuple[float, float]]]:
         """Measure the effects of cuts that begin in this block; compare them with the original together."""
         finals = []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimrank.errors import RecipeError
 from slimrank.pipeline.forecast import Cost, Shape, group_widths
-from slimrank.pipeline.stage import Stage
+from slimrank.pipeline.stage import STAGES, Stage
 from slimrank.pipeline.stages.allocate import search_windows
 from slimrank.pipeline.stages.factorize import Factorizer, factorizing, marked
 from slimrank.pipeline.stages.refinement import TITLE, Refinement
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from slimrank.pipeline.state import State
 
 
+@STAGES.add
 class Refine(Stage):
     """Factorize the blocks in order, and refine each before the next."""
 
-    id, title, factorizes = "refine", TITLE, True
+    id, order, title, factorizes = "refine", 50, TITLE, True
 
     def wanted(self, choices: Choices) -> bool:
         return choices.refiner is not None

@@ -26,7 +26,7 @@ from slimrank.pipeline.stages.dual_stream import DualStream
 from slimrank.pipeline.stages.factorize import Factorizer
 from slimrank.pipeline.stages.held_out_check import HeldOutCheck
 from slimrank.statistics.paired_inputs import LayerSums, StreamCollector
-from slimrank.store import Stage as Store
+from slimrank.store import Store
 
 if TYPE_CHECKING:
     from slimrank.pipeline.state import State

@@ -27,7 +27,7 @@ class Save(Stage):
         output: the folder; None to estimate what writing takes.
     """
 
-    id, title = "save", "write"
+    id, order, title = "save", 100, "write"
 
     def __init__(self, output: OutputFolder | None) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from torch import Tensor
 from slimrank.statistics.accumulators import ChannelSums, GramSum
 from slimrank.statistics.catalogue import NEEDS, GatherOptions, Need
 from slimrank.statistics.layer_statistics import LayerStatistics
-from slimrank.store import Stage as Store
+from slimrank.store import Store
 
 KINDS: dict[Need, tuple[str, ...]] = {
     "column": ("inputs", "outputs", "input_energies"),
