@@ -86,6 +86,8 @@ def test_docstrings_errors_and_help(path):
 
 NOT_A_VERB = re.compile(
     r"(The|A|An|What|Whether|Where|How|All|Some|Those|That|So|About|As|Every|Each|Its|No|One|Which|Why|Up|By|For)\b|[a-z_|(+]"
+    r"|(Budget|Code|Effect|Error|Improved|Isotonic|KL|Next|Nothing|Of|Optimum|Shape|Smallest|Spectral|T)\b"
+    r"|(?!\w*ss\b)[A-Z]\w*s\b"  # a plural noun, or a verb in the third person
 )
 
 

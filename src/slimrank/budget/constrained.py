@@ -26,7 +26,7 @@ NEAR_GAP = 1e-3  # relative gap at which the search among sizes stops
 def solve_constrained(
     curves: Sequence[Curve], budget: int, constraints: Constraints, seconds: float = MAX_SECONDS
 ) -> Solution:
-    """Ranks of little total error within the budget that keep side constraints; the gap says how little.
+    """Choose ranks of little total error within the budget and the side constraints; the gap bounds that error.
 
     The smallest plan that keeps them is among those that are looked at, so that one is found if there is any.
 
@@ -50,7 +50,7 @@ def solve_constrained(
 
 
 def _plans(block: Block, smallest: Integers, constraints: Constraints) -> list[Solution]:
-    """Plans of a block at a number of sizes, from the smallest that may be to the cap."""
+    """Make plans of a block at a number of sizes, from the smallest allowed to the cap."""
     first = planned(block.curves, smallest, 0.0)
     found = {first.cost: first}
     high = min(sum(int(c.costs[-1]) for c in block.curves), int(constraints.cap * block.whole))
@@ -88,7 +88,7 @@ def _choose(
 
 
 def _bound(blocks: Sequence[Block], budget: int, constraints: Constraints) -> float:
-    """Optimum of the linear relaxation: no plan that keeps the constraints has less error.
+    """Return the optimum of the linear relaxation: no plan that keeps the constraints has less error.
 
     Since they only look at costs, the candidates on the lower hulls are enough, and the largest, which a floor may need
     although it saves nothing.

@@ -155,7 +155,7 @@ def _reason_of(block: Block, constraints: Constraints) -> str:
 
 
 def _disorder(blocks: Sequence[Block]) -> str | None:
-    """Blocks that fall with depth at no ranks."""
+    """Name two blocks that cannot fall with depth at any ranks; None if there are none."""
     tightest = blocks[0]
     for block in blocks:
         if block.least > tightest.most:
@@ -191,7 +191,7 @@ def _remedy(blocks: Sequence[Block], budget: int, constraints: Constraints) -> s
 def rows(
     members: Sequence[Sequence[Curve]], whole: Integers, budget: int, constraints: Constraints
 ) -> list[LinearConstraint]:
-    """Budget, floor, cap and order, over all candidates of all curves of all blocks in a row."""
+    """Return budget, floor, cap and order as constraints on all candidates of all curves of all blocks in a row."""
     costs = [np.concatenate([c.costs for c in part]) for part in members]
     starts = np.append(0, np.cumsum([len(c) for c in costs]))
     kept = csr_array(

@@ -76,7 +76,7 @@ class Curve:
         return int(np.searchsorted(self.costs, cost, side="right")) - 1
 
     def scaled(self, factor: float) -> Curve:
-        """Errors times a factor."""
+        """Multiply the errors by a factor."""
         return replace(self, errors=self.errors * factor)
 
     def choose(self, kept: NDArray[np.bool_]) -> Curve:
@@ -172,7 +172,7 @@ def candidates(
 
 
 def tails(values: Floats, beyond: float, shape: tuple[int, int], path: str, power: int = 2) -> Floats:
-    """T(r) = sum over i >= r of values[i]^power, for r = 0 .. k; `beyond` is the energy after the k values.
+    """Compute T(r) = sum over i >= r of values[i]^power for r = 0 .. k; `beyond` is the energy after the k values.
 
     Raises:
         PlanError: values that are negative or not finite, or a spectrum that misses a part of its energy.

@@ -20,7 +20,7 @@ def solve_exactly(curves: Sequence[Curve], budget: int, seconds: float = MAX_SEC
     """Solve as `knapsack.solve`, to the optimum, or as near to it as so many seconds allow (see the gap).
 
     Candidates that no optimum can hold, by their reduced cost in the relaxation, are left out beforehand. What the best
-    plan has no use for is spent all the same, as far as a target can grow by it.
+    plan has no use for is still spent, as far as a target can grow by it.
 
     Raises:
         BudgetError: the smallest candidates store more than the budget.

@@ -9,7 +9,7 @@ import numpy as np
 
 from slimrank.budget.curves import Curve, Floats, Integers
 
-FAR = np.int64(2**62)  # cost of a candidate that is none
+ABSENT_COST = np.int64(2**62)  # cost of a candidate that is none
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Table:
     """All candidates of all curves: rows are curves, columns their candidates, cheapest first.
 
     Attributes:
-        costs: int64, `FAR` beyond the end of a row.
+        costs: int64, `ABSENT_COST` beyond the end of a row.
         errors: float64, infinite beyond the end of a row.
         lengths: candidates of each row.
     """
@@ -30,7 +30,7 @@ class Table:
     def of(cls, curves: Sequence[Curve]) -> Table:
         """Return the table of some curves."""
         lengths = np.array([len(c) for c in curves], dtype=np.int64)
-        costs = np.full((len(curves), int(lengths.max())), FAR)
+        costs = np.full((len(curves), int(lengths.max())), ABSENT_COST)
         errors = np.full(costs.shape, np.inf)
         for row, curve in enumerate(curves):
             costs[row, : len(curve)] = curve.costs
@@ -38,7 +38,7 @@ class Table:
         return cls(costs, errors, lengths)
 
     def total(self, picks: Integers) -> tuple[int, float]:
-        """Cost and error of one candidate for each row."""
+        """Return the cost and the error of one candidate for each row."""
         rows = np.arange(len(picks))
         return int(self.costs[rows, picks].sum()), float(self.errors[rows, picks].sum())
 
@@ -65,7 +65,7 @@ class Steps:
     gain: Floats
 
     def price(self, count: int) -> float:
-        """Error that one more parameter would save after the first `count` steps: the multiplier of the budget."""
+        """Return the error that one more parameter saves after `count` steps: the multiplier of the budget."""
         return float(self.gain[count] / self.cost[count]) if count < len(self.cost) else 0.0
 
     def picks(self, count: int) -> Integers:
@@ -87,7 +87,7 @@ def hull_steps(table: Table) -> Steps:
 
 
 def _hulls(table: Table) -> tuple[Integers, Integers]:
-    """Candidates on the lower hull of every row, and how many there are: Andrew's monotone chain, all rows in step."""
+    """Find the candidates on the lower hull of every row, and count them: Andrew's monotone chain, all rows in step."""
     costs, errors = table.costs.astype(np.float64), table.errors
     count = len(table.lengths)
     stack = np.zeros(costs.shape, dtype=np.int64)

@@ -61,7 +61,7 @@ class TradeOff:
 
 
 def solve(curves: Sequence[Curve], budget: int) -> Solution:
-    """Ranks of least total error that store no more than `budget` parameters, and a certificate.
+    """Choose ranks of least total error that store no more than `budget`, and certify them.
 
     No target could grow by one candidate within what is left. Scaling all errors, or another order of the curves,
     changes nothing.
@@ -93,7 +93,7 @@ def planned(curves: Sequence[Curve], picks: Integers, bound: float) -> Solution:
 
 
 def possible(curves: Sequence[Curve], bound: float, error: float, price: float) -> list[Curve]:
-    """Candidates that a plan of less than this error may hold, by their reduced cost at the price of a parameter."""
+    """Find candidates that a plan of less error may hold, by their reduced cost at the price of a parameter."""
     reduced = [curve.errors + price * curve.costs for curve in curves]
     room = max(error - bound, 0.0) + ERROR_ROUNDING * error
     return [curve.choose(r - r.min() <= room) for curve, r in zip(curves, reduced, strict=True)]
@@ -154,7 +154,7 @@ def relaxed(table: Table, steps: Steps, budget: int) -> tuple[int, float]:
 
 
 def _best_start(curves: Sequence[Curve], budget: int, bound: float) -> Integers:
-    """Improved from the steps that fit; and from some more, less what they are over: one may be too large to miss."""
+    """Improve from the steps that fit, and from a few more less their excess: one step may be too large to miss."""
     table = Table.of(curves)
     steps = hull_steps(table)
     count, _ = relaxed(table, steps, budget)

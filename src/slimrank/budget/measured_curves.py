@@ -17,13 +17,13 @@ MIN_ENERGY_SHARE = 1e-6  # of a layer's energy; what is less is rounding
 
 
 def anchor_ranks(problem: Problem, item: Item, fractions: Sequence[float]) -> list[int]:
-    """Ranks at these fractions of the largest that stores less than the dense weight; each once."""
+    """Return the ranks at these fractions of the largest that stores less than the dense weight; each once."""
     top = problem.form.largest_rank(*item.shape, item.width)
     return sorted({max(1, min(round(f * top), min(item.shape) - 1)) for f in fractions})
 
 
 def measure(problem: Problem, ranks: Mapping[str, Sequence[int]]) -> dict[str, list[Effect]]:
-    """Effects of each target alone, at its ranks; of those that have a choice of ranks.
+    """Measure the effects of each target alone at its ranks, if it has a choice of ranks.
 
     Raises:
         PlanError: an effect that is not finite.
@@ -37,7 +37,7 @@ def measure(problem: Problem, ranks: Mapping[str, Sequence[int]]) -> dict[str, l
 
 
 def effect_of(problem: Problem, ranks: Mapping[str, Rank]) -> Effect:
-    """Effect of a plan on the whole model.
+    """Measure the effect of a plan on the whole model.
 
     Raises:
         NonFiniteError: it is NaN or infinite.
@@ -49,7 +49,7 @@ def effect_of(problem: Problem, ranks: Mapping[str, Rank]) -> Effect:
 
 
 def anchored_curves(problem: Problem, anchors: Sequence[float]) -> list[Curve]:
-    """KL(r) = T(r) * exp(linear interpolation of log(KL / T) between the anchors), constant beyond them.
+    """Compute KL(r) = T(r) * exp(linear interpolation of log(KL / T) between the anchors), constant beyond them.
 
     An anchor at which less than a millionth of a layer's energy is lost tells nothing: it moves to the last rank at
     which more is. Where there is no choice of ranks nothing is measured, and no error counted.
@@ -73,7 +73,7 @@ def _anchored(curve: Curve, tail: Floats, ranks: Sequence[int], effects: Sequenc
 
 
 def _telling(tail: Floats, ranks: Sequence[int]) -> list[int]:
-    """Ranks, those at which nothing is lost moved down to the last at which something is."""
+    """Move ranks at which nothing is lost down to the last rank at which something is."""
     last = int((tail >= MIN_ENERGY_SHARE * tail[0]).sum()) - 1
     return sorted({max(1, min(rank, last)) for rank in ranks})
 
@@ -106,5 +106,5 @@ def _interpolated(curve: Curve, ranks: Sequence[int], rises: Sequence[float], wo
 
 
 def _falling(errors: Floats, curve: Curve) -> Floats:
-    """Isotonic, and zero for the dense weight."""
+    """Make errors isotonic, and zero for the dense weight."""
     return isotonic(np.where(curve.ranks == DENSE, 0.0, errors))

@@ -11,7 +11,7 @@ from slimrank.budget.hulls import Table
 
 
 def least_maximum(curves: Sequence[Curve], budget: int) -> Integers:
-    """Candidates whose largest error is least, within the budget.
+    """Choose the candidates whose largest error is least, within the budget.
 
     Every curve takes its cheapest candidate with an error of at most theta, or the cheapest of its least error where
     none has (its ranks are bounded); theta is the least of all errors for which that fits. What is left goes to the

@@ -76,13 +76,13 @@ class Probe(Protocol):
     """The model that is to be compressed, for allocators that measure it."""
 
     def single(self, ranks: Mapping[str, Sequence[int]]) -> Mapping[str, list[Effect]]:
-        """Effects of each target alone at some ranks, all others dense."""
+        """Measure the effects of each target alone at some ranks, all others dense."""
 
     def joint(self, ranks: Mapping[str, Rank]) -> Effect:
-        """Effect of all targets at these ranks."""
+        """Measure the effect of all targets at these ranks."""
 
     def influence(self) -> list[float]:
-        """Of each decoder block: the mean over tokens of the cosine of its input and its output."""
+        """Measure for each decoder block the mean over tokens of the cosine of its input and its output."""
 
     def factors(self, path: str) -> tuple[Tensor, Tensor]:
         """Return A and B of a target at its full rank, float32."""
@@ -91,7 +91,7 @@ class Probe(Protocol):
         """Tell how many batches of search tokens there are."""
 
     def loss(self, transforms: Mapping[str, Transform], batch: int) -> Tensor:
-        """Next-token loss in nats a token, differentiable by what the transforms depend on."""
+        """Compute the next-token loss in nats a token, differentiable by what the transforms depend on."""
 
 
 @dataclass(frozen=True)
@@ -163,19 +163,19 @@ class Problem:
         return self.budget / float(self.sizes.sum())
 
     def tail(self, item: Item, power: int = 2) -> Floats:
-        """T(r) of a target, for r = 0 .. k."""
+        """Return T(r) of a target, for r = 0 .. k."""
         values, beyond = self.spectra[item.path]
         return tails(values, beyond, item.shape, item.path, power)
 
     def curves(self, weights: Mapping[str, float] | None = None, power: int = 2) -> list[Curve]:
-        """Spectral curves of all items, times their weights."""
+        """Return the spectral curves of all items, times their weights."""
         return [
             spectral_curve(item.path, self.tail(item, power), *choice, 1.0 if weights is None else weights[item.path])
             for item, choice in zip(self.items, self.choices, strict=True)
         ]
 
     def flat_curves(self) -> list[Curve]:
-        """Curves of costs only."""
+        """Return curves of costs only."""
         return [
             Curve(item.path, ranks, costs, np.zeros(len(ranks)))
             for item, (ranks, costs) in zip(self.items, self.choices, strict=True)

@@ -12,22 +12,22 @@ from slimrank.budget.curves import Floats, Integers
 from slimrank.budget.problem import Problem
 from slimrank.budget.ranks import Rank
 
-SLIVER = 1e-4  # of the unit of costs: what rounding may cost or give
-BISECTIONS = 200
-EQUAL = 12  # digits: fractions that agree so far are equal, and the path decides
+ROUNDING_UNITS = 1e-4  # of the unit of costs: what rounding may cost or give
+BISECTION_STEPS = 200
+EQUAL_DIGITS = 12  # digits: fractions that agree so far are equal, and the path decides
 
 
 def project(
-    fractions: Floats, sizes: Floats, low: Floats, high: Floats, total: float, sliver: float = SLIVER
+    fractions: Floats, sizes: Floats, low: Floats, high: Floats, total: float, sliver: float = ROUNDING_UNITS
 ) -> Floats:
-    """Fractions shifted by a constant and clipped to [low, high] so that they keep `total`.
+    """Shift fractions by a constant and clip them to [low, high], so that they keep `total`.
 
     Args:
         fractions: of each target, any real numbers.
         sizes: bits of each.
         low: bounds from below; they keep no more than `total`.
         high: bounds from above.
-        total: bits to keep; where the upper bounds keep less, those are the answer.
+        total: bits to keep; where the upper bounds keep less, those are the result.
         sliver: bits that rounding may cost.
     """
 
@@ -35,7 +35,7 @@ def project(
         return np.clip(fractions + shift, low, high)
 
     left, right = float((low - fractions).min()), float((high - fractions).max())
-    for _ in range(BISECTIONS):
+    for _ in range(BISECTION_STEPS):
         middle = (left + right) / 2
         if middle in (left, right):
             break
@@ -47,7 +47,7 @@ def project(
 
 
 def bounds(problem: Problem) -> tuple[Floats, Floats]:
-    """Smallest and largest fraction that each target can keep."""
+    """Return the smallest and the largest fraction that each target can keep."""
     low = np.array([float(costs[0]) for _, costs in problem.choices]) / problem.sizes
     high = np.array([float(costs[-1]) for _, costs in problem.choices]) / problem.sizes
     return low, high
@@ -57,14 +57,14 @@ def floors(problem: Problem, shares: Floats) -> Integers:
     """Return the largest candidate within the share of each target, in bits; -1 where none fits."""
     return np.array(
         [
-            np.searchsorted(costs, share + SLIVER * problem.unit, side="right") - 1
+            np.searchsorted(costs, share + ROUNDING_UNITS * problem.unit, side="right") - 1
             for (_, costs), share in zip(problem.choices, shares.tolist(), strict=True)
         ]
     )
 
 
 def ranks_of(problem: Problem, picks: Sequence[int] | Integers) -> dict[str, Rank]:
-    """Candidates as ranks by path."""
+    """Return candidates as ranks by path."""
     ranks: dict[str, Rank] = {}
     for item, (candidates, _), pick in zip(problem.items, problem.choices, picks, strict=True):
         rank = int(candidates[pick])
@@ -73,7 +73,7 @@ def ranks_of(problem: Problem, picks: Sequence[int] | Integers) -> dict[str, Ran
 
 
 def ranks_from_fractions(problem: Problem, fractions: Floats) -> dict[str, Rank]:
-    """Ranks of targets that are to keep these fractions, up to a shift and their bounds, within the budget.
+    """Choose ranks of targets that keep these fractions, up to a shift and their bounds, within the budget.
 
     What is to keep all of itself stays dense, the largest fractions first, as long as the others can make room for
     it: just below, a pair stores as much and errs. Each of the others is rounded down; what that leaves goes, candidate
@@ -85,7 +85,7 @@ def ranks_from_fractions(problem: Problem, fractions: Floats) -> dict[str, Rank]
     problem.check()
     low, high = bounds(problem)
     low = np.where(_whole(problem, fractions, low, high), high, low)
-    wanted = project(fractions, problem.sizes, low, high, problem.budget, SLIVER * problem.unit)
+    wanted = project(fractions, problem.sizes, low, high, problem.budget, ROUNDING_UNITS * problem.unit)
     return ranks_of(problem, _grown(problem, wanted, floors(problem, wanted * problem.sizes)))
 
 
@@ -106,7 +106,7 @@ def _grown(problem: Problem, wanted: Floats, picks: Integers) -> Integers:
 
     def entry(i: int) -> tuple[float, str, int]:
         short = wanted[i] - problem.choices[i][1][picks[i]] / problem.sizes[i]
-        return -round(float(short), EQUAL), problem.items[i].path, i
+        return -round(float(short), EQUAL_DIGITS), problem.items[i].path, i
 
     heap = [entry(i) for i in range(len(picks))]
     heapify(heap)

@@ -193,7 +193,7 @@ class RankPlan(BaseModel):
         return self.stored_parameters / self.dense_parameters
 
     def factored(self) -> dict[str, int]:
-        """Targets that are factored, and their ranks; the others stay dense."""
+        """Return the ranks of the targets that are factored; the others stay dense."""
         return {path: t.rank for path, t in self.targets.items() if t.rank != "dense"}
 
     def check(self, shapes: Shapes, shares: Mapping[str, str] | None = None) -> None:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from slimrank.budget.curves import Integers
 
-MOST = 2**20  # sums of all curves that are told apart
-ROOM = 2**26  # sums, of one, two, .. curves together
+MAX_SUMS = 2**20  # sums of all curves that are told apart
+MAX_SUMS_IN_MEMORY = 2**26  # sums, of one, two, .. curves together
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Sums:
         """Return all sums."""
         above = [c - c[0] for c in costs]
         span = sum(int(c[-1]) for c in above)
-        unit = max(int(np.gcd.reduce(np.concatenate(above))), -(-span // min(MOST, ROOM // len(costs))), 1)
+        unit = max(int(np.gcd.reduce(np.concatenate(above))), -(-span // most), 1)
         bits = [1]
         for steps in above:
             bits.append(reduce(or_, (bits[-1] << step for step in (steps // unit).tolist())))
         return cls(costs, unit, [_unpacked(b) for b in bits])
 
     def at_least(self, size: int) -> Integers | None:
-        """Candidates that store least of all that store so much; None where none do."""
+        """Choose the candidates of the smallest sum that is at least this; None if there are none."""
         if sum(int(c[-1]) for c in self.costs) < size:
             return None
         target = max(0, -(-(size - self._smallest) // self.unit))
@@ -64,7 +64,7 @@ class Sums:
         return sum(int(c[0]) for c in self.costs)
 
     def _picks(self, total: int) -> Integers:
-        """Candidates of a sum that is reached."""
+        """Return the candidates of a sum that can be reached."""
         picks = []
         for costs, before in zip(self.costs[::-1], self.reached[-2::-1], strict=True):
             rest = total - (costs - costs[0]) // self.unit

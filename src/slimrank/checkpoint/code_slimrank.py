@@ -99,6 +99,6 @@ def _text(module: ModuleType) -> str:
 
 
 def _named(files: Mapping[str, ModuleType]) -> str:
-    """Code that names all other files, and is never run."""
+    """Return code that names all other files; it never runs."""
     lines = [f"    from .{stem} import __name__ as _{stem}\n" for stem in sorted(files) if stem != _FIRST]
     return f'{_NAMES}def _files() -> None:\n    """Name them."""\n{"".join(lines)}'

@@ -45,7 +45,7 @@ class SlimRankConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing to do: a compressed model always writes its own code files."""
+        """Do nothing: a compressed model always writes its own code files."""
 
 
 def flatten(config_dict: dict[str, Any]) -> dict[str, Any]:

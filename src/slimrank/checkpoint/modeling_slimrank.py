@@ -47,7 +47,7 @@ class SlimRankForCausalLM:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
-        """Nothing to do: a compressed model always writes its own code files."""
+        """Do nothing: a compressed model always writes its own code files."""
 
 
 def _native_class(config: Any) -> Any:

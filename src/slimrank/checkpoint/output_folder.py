@@ -242,7 +242,7 @@ def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
 
 
 def _written_by_us(folder: Path) -> list[str]:
-    """Names in the manifest; not that of a model card which was changed since: people write on in them.
+    """List the names in the manifest, except a model card that was changed since: people continue to write in them.
 
     Raises:
         OutputError: the manifest is damaged, or names files outside the folder.

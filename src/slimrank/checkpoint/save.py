@@ -133,5 +133,5 @@ def _plain_generation(model: Any) -> Iterator[None]:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of all weight files in a folder."""
+    """Count the bytes of all weight files in a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

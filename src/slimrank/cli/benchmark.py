@@ -20,7 +20,7 @@ def benchmark(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     json: o.Json = False,
 ) -> None:
-    """Tokens per second and size of a model against another, both measured turn by turn in one process.
+    """Compare speed and size of a model with another, both measured turn by turn in one process.
 
     Example: slimrank benchmark smaller --against demo
     """

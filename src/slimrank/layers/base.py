@@ -117,7 +117,7 @@ class CompressedLinear(nn.Module):
         return ()
 
     def extra_repr(self) -> str:
-        """Shape and rank, as `print(model)` shows them."""
+        """Return shape and rank, as `print(model)` shows them."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 

@@ -30,7 +30,7 @@ def answers_linearly(layer: nn.Module) -> bool:
     try:
         with torch.no_grad():
             found = functional_call(layer, made, (x,))
-    except Exception:  # whatever a class needs beside its weights, it is no plain linear layer then
+    except Exception:  # whatever a class needs beside its weights, then it is not a plain linear layer
         return False
     close = isinstance(found, Tensor) and found.shape == expected.shape
     return close and bool(torch.allclose(found.float(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())))

@@ -47,7 +47,7 @@ class Experts(nn.Module):
         self.train(native.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Answers (tokens x width) of the experts that each token (tokens x width) is sent to, weighted and summed.
+        """Return the weighted sum (tokens x width) of the outputs of the experts that each token is sent to.
 
         Args:
             hidden_states: tokens x width.
@@ -67,7 +67,7 @@ class Experts(nn.Module):
         return result
 
     def sent(self, expert: int, hidden_states: Tensor, top_k_index: Tensor) -> tuple[Tensor, ...]:
-        """Numbers of the tokens that an expert reads, in its order, and which of their k choices it is."""
+        """Return the numbers of the tokens that an expert reads, in its order, and which of their k choices it is."""
         return torch.where(top_k_index == expert)
 
     def _between(self, hidden: Tensor) -> Tensor:
@@ -86,11 +86,11 @@ class SortedExperts(Experts):
         super().__init__(native)
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """Answers (experts * tokens x width) to the copies (experts * tokens x width)."""
+        """Return the outputs (experts * tokens x width) for the copies (experts * tokens x width)."""
         return torch.cat([self._answers(expert, hidden_states) for expert in range(len(self.up))])
 
     def sent(self, expert: int, hidden_states: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Numbers of the tokens that an expert reads, in its order."""
+        """Return the numbers of the tokens that an expert reads, in its order."""
         return torch.where(hidden_states.chunk(len(self.up))[expert].any(dim=-1))
 
     def _answers(self, expert: int, hidden_states: Tensor) -> Tensor:
@@ -206,5 +206,5 @@ def _fill(native: Any, name: str, linears: Any) -> None:
 
 
 def experts_of(model: nn.Module) -> list[str]:
-    """Paths of the modules that `unfuse` has put there."""
+    """List the paths of the modules that `unfuse` has put there."""
     return [path for path, module in model.named_modules() if isinstance(module, Experts)]

@@ -131,5 +131,5 @@ class PivotLinear(CompressedLinear):
         return ("skeleton.weight", "interpolation.weight")
 
     def extra_repr(self) -> str:
-        """Shape, rank and side, as `print(model)` shows them."""
+        """Return shape, rank and side, as `print(model)` shows them."""
         return f"{super().extra_repr()}, side={self.side}"

@@ -27,7 +27,7 @@ Rise = Annotated[
         "within the budget; null spends the budget.",
     ),
 ]
-BISECTIONS = 11
+BISECTION_STEPS = 11
 
 
 @allocator(
@@ -36,7 +36,7 @@ BISECTIONS = 11
     paper="Yuan et al., ASVD, arXiv 2312.05821 (STRS)",
     needs=["divergence"],
     passes=lambda options, layers, batches: (
-        0.5 * layers * len(options["fractions"]) + 1 + (BISECTIONS + 1 if options["max_rise"] else 0)
+        0.5 * layers * len(options["fractions"]) + 1 + (BISECTION_STEPS + 1 if options["max_rise"] else 0)
     ),
 )
 def asvd(
@@ -57,7 +57,7 @@ def _threshold(problem: Problem, curves: Sequence[Curve], max_rise: float | None
     low, high = sum(int(c.costs[0]) for c in counted), budget
     if effect_of(problem, ranks_of(problem, picks)).nll > allowed:
         return picks, (f"the budget does not keep the perplexity within {max_rise:g} times the original's",)
-    for _ in range(BISECTIONS):
+    for _ in range(BISECTION_STEPS):
         middle = (low + high) // 2
         trial = least_maximum(counted, middle)
         if effect_of(problem, ranks_of(problem, trial)).nll <= allowed:

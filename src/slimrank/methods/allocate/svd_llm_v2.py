@@ -10,7 +10,7 @@ from pydantic import Field
 
 from slimrank.budget.curves import Floats
 from slimrank.budget.problem import Allocation, Problem
-from slimrank.budget.proportional import SLIVER, bounds, project, ranks_from_fractions
+from slimrank.budget.proportional import ROUNDING_UNITS, bounds, project, ranks_from_fractions
 from slimrank.methods.allocate.spectrum import spectral_curves
 from slimrank.methods.allocator import allocator
 
@@ -47,7 +47,7 @@ def svd_llm_v2(problem: Problem, *, variant: Variant = "relative") -> Allocation
         sizes = problem.sizes[members]
         kept = 1 - (1 - problem.keep_ratio) * _relative(_shares(losses[members], variant), sizes)
         fractions[members] = project(
-            kept, sizes, low[members], high[members], problem.keep_ratio * sizes.sum(), SLIVER * problem.unit
+            kept, sizes, low[members], high[members], problem.keep_ratio * sizes.sum(), ROUNDING_UNITS * problem.unit
         )
     return Allocation(ranks_from_fractions(problem, fractions), tuple(spectral_curves(problem)))
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from slimrank.budget.curves import Floats
 from slimrank.budget.problem import Allocation, Problem
-from slimrank.budget.proportional import SLIVER, bounds, floors, project, ranks_of
+from slimrank.budget.proportional import ROUNDING_UNITS, bounds, floors, project, ranks_of
 from slimrank.errors import BudgetError
 from slimrank.methods.allocator import allocator
 
@@ -32,7 +32,7 @@ def uniform(problem: Problem) -> Allocation:
         problem.check()
     else:
         _check(problem, np.where(bounded, 0, low), least, high)
-    zeros, sliver = np.zeros(len(low)), SLIVER * problem.unit
+    zeros, sliver = np.zeros(len(low)), ROUNDING_UNITS * problem.unit
     fractions = project(zeros, problem.sizes, least, high, problem.budget, sliver)
     return Allocation(ranks_of(problem, floors(problem, fractions * problem.sizes)))
 
