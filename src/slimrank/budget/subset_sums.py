@@ -35,6 +35,7 @@ class Sums:
         """Return all sums."""
         above = [c - c[0] for c in costs]
         span = sum(int(c[-1]) for c in above)
+        most = min(MAX_SUMS, MAX_SUMS_IN_MEMORY // len(costs))
         unit = max(int(np.gcd.reduce(np.concatenate(above))), -(-span // most), 1)
         bits = [1]
         for steps in above:
