@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -20,14 +19,24 @@ from pydantic import (
 )
 
 from slimrank.budget.rank_plan import RankPlan
+from slimrank.budget.ranks import Rank
 from slimrank.errors import RecipeError, nearest
-from slimrank.recipe_presets import PRESETS, with_balanced
-from slimrank.recipe_values import FORMER_NAMES, check_patterns, check_rank_bounds, form_name, renamed, split_parts
+from slimrank.recipe_presets import PRESETS, read_options, with_balanced
+from slimrank.recipe_values import (
+    FORMER_NAMES,
+    check_patterns,
+    check_rank_bounds,
+    form_name,
+    renamed,
+    scheme_name,
+    split_parts,
+)
 
 BUDGETS = ("keep_ratio", "keep_total", "max_bytes", "plan")
 
 Parts = Annotated[int | list[int] | Literal["qkv"], BeforeValidator(split_parts)]
 Form = Annotated[str, BeforeValidator(form_name)]
+Scheme = Annotated[str, BeforeValidator(scheme_name)]
 
 
 def _option(panel: str, default: Any, description: str, flag: str = "", shape: str = "", **bounds: Any) -> Any:
@@ -46,7 +55,6 @@ def _option(panel: str, default: Any, description: str, flag: str = "", shape: s
 
 
 _NAMED, _BY_PATTERN = "NAME=VALUE", "PATTERN=VALUE"
-
 
 _how_small = partial(_option, "How small")
 _what = partial(_option, "What to compress")
@@ -108,6 +116,14 @@ class Recipe(BaseModel):
     )
     store_form: Form | None = _what(
         None, "Smaller form to store ranks in that were chosen for pairs: pivot. The model computes the same."
+    )
+    quantize: Scheme | None = _what(
+        None,
+        "Round the weights of all targets to integers: int8, int4-g64 (groups of 64 columns), int4-g64-sym (no zero "
+        "points). Ranks are multiples of the group.",
+    )
+    quantize_options: dict[str, Any] = _what(
+        {}, "Options of rounding: see docs/quantization.md.", flag="--quantize-option", shape=_NAMED
     )
     rank_multiple: int = _what(1, "Make ranks multiples of this: 8 or 16 suit GPUs.", ge=1)
     targets: tuple[str, ...] = _what(
@@ -185,6 +201,16 @@ class Recipe(BaseModel):
     def stored_as(self) -> str:
         """Return the form that factored targets are stored in."""
         return self.store_form or self.form
+
+    @property
+    def quantizes(self) -> bool:
+        """Tell whether weights become integers."""
+        plan = RankPlan.load(self.plan) if isinstance(self.plan, str) else self.plan
+        return self.quantize is not None or bool(plan and plan.quantized())
+
+    def quantized_as(self, rank: Rank | None = None) -> str:
+        """Return the form of targets whose weights are rounded by `quantize`; that of a dense weight, for its rank."""
+        return f"{'dense' if rank == 'dense' else self.stored_as}:{self.quantize}"
 
     @property
     def factor_form(self) -> str:
@@ -266,14 +292,7 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: no such file, not YAML, not a mapping, or an unknown option; it names the file.
         """
-        try:
-            options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecipeError(f"recipe '{path}' cannot be read: {error.strerror}.", "give a YAML file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe '{path}' is not YAML: {error}", "write one 'option: value' per line") from error
-        if not isinstance(options, dict):
-            raise RecipeError(f"recipe '{path}' holds no options.", "write one 'option: value' per line")
+        options = read_options(path)
         try:
             cls.make(options)
         except RecipeError as error:

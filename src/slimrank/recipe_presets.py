@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from slimrank.errors import RecipeError
+
 PRESETS = Path(__file__).parent / "recipes"
 
 
@@ -16,6 +18,23 @@ PRESETS = Path(__file__).parent / "recipes"
 def balanced_options() -> dict[str, Any]:
     """Return the options of the preset `balanced`."""
     options: dict[str, Any] = yaml.safe_load((PRESETS / "balanced.yaml").read_text(encoding="utf-8"))
+    return options
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """Return the options in a YAML file, unchecked.
+
+    Raises:
+        RecipeError: no such file, not YAML, or not a mapping; it names the file.
+    """
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe '{path}' cannot be read: {error.strerror}.", "give a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe '{path}' is not YAML: {error}", "write one 'option: value' per line") from error
+    if not isinstance(options, dict):
+        raise RecipeError(f"recipe '{path}' holds no options.", "write one 'option: value' per line")
     return options
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimrank.errors import RecipeError
+from slimrank.linalg.scheme import Scheme
 from slimrank.registry import load_plugins
 
 FORMER_NAMES = {"factor_form": "form", "secondary": "store_form"}
@@ -55,6 +56,15 @@ def form_name(value: Any) -> Any:
     if value not in FORMS:
         raise ValueError(f"there is no such form; known: {', '.join(sorted(FORMS))}")
     return value
+
+
+def scheme_name(value: Any) -> Any:
+    """Check how weights are rounded to integers.
+
+    Raises:
+        ValueError: it is not a scheme.
+    """
+    return value if value is None else str(Scheme.parse(str(value)))
 
 
 def check_patterns(value: Any) -> Any:

@@ -19,6 +19,7 @@ from helpers import byte_tokenizer
 from slimrank.checkpoint.save import mark_model, replace_linears
 from slimrank.layers.base import import_neighbours
 from slimrank.layers.experts import unfuse
+from slimrank.layers.forms import layer_form
 from slimrank.layers.split import split_linears
 from slimrank.layers.transforms import (
     TRANSFORMS,
@@ -39,10 +40,17 @@ def with_factors(model):
         replace_linears(model, [((path,), u[:, :8] * s[:8])], v[:8])
 
 
+def with_integers(model):
+    for path in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
+        made = layer_form("dense:int5-g8").nearest(model.get_submodule(path), torch.float32)
+        model.set_submodule(path, made.eval())
+
+
 EXAMPLES = {  # kind -> a family, and what changes a model of it
     "experts": ("mixtral", unfuse),
     "split": ("phi3", lambda model: split_linears(model, {"model.layers.1.mlp.gate_up_proj": [30, 66]})),
     "factors": ("llama", with_factors),
+    "quantized": ("llama", with_integers),
     outside.TRANSFORM: ("llama", lambda model: transform_of(outside.TRANSFORM).apply(model, {"paths": ["model.norm"]})),
 }
 
@@ -86,6 +94,7 @@ def test_its_entry_makes_it_again(kind):
     transform_of(kind).apply(other, entry)
     assert transform_of(kind).entry(other) == entry
     other.load_state_dict(model.state_dict(), assign=True)
+    transform_of(kind).loaded(other, entry)
     assert torch.equal(logits(other), logits(model))
 
 

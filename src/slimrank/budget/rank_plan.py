@@ -7,25 +7,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    SerializerFunctionWrapHandler,
-    StrictInt,
-    ValidationError,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from typing_extensions import TypedDict, Unpack
 
+from slimrank.budget.planned_target import PlannedTarget, known_form
 from slimrank.budget.ranks import Rank
-from slimrank.errors import PlanError, SlimrankError, nearest
-
-if TYPE_CHECKING:  # it imports torch, and a recipe imports plans
-    from slimrank.layers.layer_form import LayerForm
+from slimrank.errors import PlanError, nearest
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -38,52 +27,14 @@ class PlanTraits(TypedDict, total=False):
         cost_model: what the ranks were chosen for.
         secondary: another form that they are stored in.
         widths: target -> bits of a number of its weight, which the budget counts in; without it, it counts parameters.
+        forms: target -> its own form, where it is another one than that of the plan.
     """
 
     shares: Mapping[str, str]
     cost_model: str
     secondary: str | None
     widths: Mapping[str, int]
-
-
-class PlannedTarget(BaseModel):
-    """Rank and shape (m, n) of one target.
-
-    Attributes:
-        rank: or "dense".
-        shape: (m, n).
-        shares: the target whose factor A it shares, if any.
-        width: bits of a number of the dense weight, where the plan's budget is in bits; else None, and not written.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    rank: StrictInt | Literal["dense"]
-    shape: tuple[StrictInt, StrictInt]
-    shares: str | None = None
-    width: StrictInt | None = None
-
-    def cost(self, form: str) -> int:
-        """Return the parameters that a form stores at this rank; a shared A is counted where it belongs, once."""
-        return _form(form).parameters(*self.shape, self.rank) - self._shared(form)
-
-    def bits(self, form: str, width: int | None = None) -> int:
-        """Return the bits that a form stores at this rank; parameters where neither has a width.
-
-        Args:
-            form: its name.
-            width: bits of a number of the dense weight, instead of the planned ones.
-        """
-        each = width or self.width or 1
-        return _form(form).bits(*self.shape, self.rank, each) - self._shared(form) * each
-
-    def _shared(self, form: str) -> int:
-        return 0 if self.shares is None or self.rank == "dense" else _form(form).shared(*self.shape, self.rank)
-
-    @model_serializer(mode="wrap")
-    def _written(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the width where there is none: older versions know no such key."""
-        return {key: value for key, value in usual(self).items() if key != "width" or value is not None}
+    forms: Mapping[str, str]
 
 
 class RankPlan(BaseModel):
@@ -128,11 +79,13 @@ class RankPlan(BaseModel):
             budget: bits that the targets together may store, or parameters without widths.
             traits: see `PlanTraits`.
         """
-        shares, widths = traits.get("shares") or {}, traits.get("widths") or {}
-        targets = {
-            path: PlannedTarget(rank=rank, shape=shapes[path], shares=shares.get(path), width=widths.get(path))
-            for path, rank in ranks.items()
-        }
+        shares, widths, forms = traits.get("shares") or {}, traits.get("widths") or {}, traits.get("forms") or {}
+
+        def planned(path: str, rank: Rank) -> PlannedTarget:
+            mine = shares.get(path), widths.get(path), forms.get(path)
+            return PlannedTarget(rank=rank, shape=shapes[path], shares=mine[0], width=mine[1], form=mine[2])
+
+        targets = {path: planned(path, rank) for path, rank in ranks.items()}
         form, secondary = traits.get("cost_model", "pair"), traits.get("secondary")
         plan = cls(allocation=allocation, budget=budget, targets=targets, cost_model=form, secondary=secondary)
         return plan.in_parameters()
@@ -140,10 +93,7 @@ class RankPlan(BaseModel):
     @field_validator("cost_model", "secondary")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
-        try:
-            return name if name is None else _form(name).name
-        except SlimrankError as error:
-            raise ValueError(error.message) from error
+        return name if name is None else known_form(name)
 
     @model_validator(mode="after")
     def _one_way(self) -> RankPlan:
@@ -194,7 +144,16 @@ class RankPlan(BaseModel):
 
     def factored(self) -> dict[str, int]:
         """Return the ranks of the targets that are factored; the others stay dense."""
-        return {path: t.rank for path, t in self.targets.items() if t.rank != "dense"}
+        return {path: t.rank for path, t in self.targets.items() if t.rank != "dense" and not t.keeps_weight}
+
+    def form_of(self, path: str) -> str:
+        """Return the form that a target is stored in."""
+        target = self.targets[path]
+        return target.form or (self.stored_as if target.rank != "dense" else "dense")
+
+    def quantized(self) -> dict[str, str]:
+        """Return the forms of the targets whose weights become integers."""
+        return {path: t.form for path, t in self.targets.items() if t.form and t.is_quantized}
 
     def check(self, shapes: Shapes, shares: Mapping[str, str] | None = None) -> None:
         """Make sure that the plan fits a model with targets of these shapes, and a method that shares these factors.
@@ -263,17 +222,6 @@ class RankPlan(BaseModel):
             raise PlanError(
                 f"'{path}' is not a rank plan: {where}: {first['msg']}.", "slimrank plan MODEL --save FILE"
             ) from error
-
-
-def _form(name: str) -> LayerForm:
-    """Return the form of a name.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    from slimrank.layers.forms import layer_form
-
-    return layer_form(name)
 
 
 def check_place(path: Path) -> None:

@@ -22,6 +22,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_slimrank.SlimRankConfig",
     "AutoModelForCausalLM": "modeling_slimrank.SlimRankForCausalLM",
 }
+BESIDE = ("quantization_config",)  # keys that others write or look for at the top of config.json, not in the base's
 # A native class asked to load the folder (LlamaForCausalLM.from_pretrained) would only warn about the model_type and
 # fill a default-sized model with random weights. This text in fields that it must read makes it stop, and says why.
 REFUSAL = "compressed by slimrank: load it with AutoModelForCausalLM after `import slimrank`, or trust_remote_code=True"
@@ -62,7 +63,8 @@ def flatten(config_dict: dict[str, Any]) -> dict[str, Any]:
             f"the model was saved in slimrank format {about['format']}; this slimrank reads up to {FORMAT}: "
             "upgrade slimrank"
         )
-    return {**config_dict["base_config"], "slimrank": about, "auto_map": AUTO_MAP}
+    beside = {key: config_dict[key] for key in BESIDE if key in config_dict}
+    return {**config_dict["base_config"], **beside, "slimrank": about, "auto_map": AUTO_MAP}
 
 
 class CompressedConfig:
@@ -82,6 +84,7 @@ class CompressedConfig:
         about = base.pop("slimrank")
         for key in ("model_type", "auto_map"):
             base.pop(key, None)
+        beside = {key: base.pop(key) for key in BESIDE if key in base}
         content = {
             "model_type": MODEL_TYPE,
             "architectures": ["SlimRankForCausalLM"],
@@ -89,6 +92,7 @@ class CompressedConfig:
             **dict.fromkeys(("vocab_size", "text_config"), REFUSAL),
             "dtype": base.get("dtype"),
             "transformers_version": base.get("transformers_version"),
+            **beside,
             "slimrank": about,
             "base_config": base,
         }

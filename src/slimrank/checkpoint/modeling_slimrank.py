@@ -30,10 +30,14 @@ class SlimRankForCausalLM:
 
             config = SlimRankConfig.from_pretrained(path)
         native, told = _native_class(config), kwargs.pop("output_loading_info", False)
-        changed = _changed_class(native)
+        changed, quantization = _changed_class(native), _taken(config)
         model, info = changed.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
         _check_complete(path, info["missing_keys"], config.slimrank)
         model.__class__ = native
+        for transform, entry in saved_transforms(config.slimrank):
+            transform.loaded(model, entry)
+        if quantization is not None:
+            model.config.quantization_config = quantization
         keep_names(model)
         return (model, info) if told else model
 
@@ -48,6 +52,13 @@ class SlimRankForCausalLM:
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
         """Do nothing: a compressed model always writes its own code files."""
+
+
+def _taken(config: Any) -> Any:
+    """Take what a configuration says of quantised weights out of it, where a transform reads these; else None."""
+    if any(entry.get("kind") == "quantized" for entry in config.slimrank.get("transforms", ())):
+        return vars(config).pop("quantization_config", None)
+    return None
 
 
 def _native_class(config: Any) -> Any:

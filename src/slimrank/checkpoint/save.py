@@ -16,10 +16,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from slimrank.checkpoint.companions import save_companions, saving
 from slimrank.checkpoint.configuration_slimrank import mark_compressed
 from slimrank.checkpoint.modeling_slimrank import keep_names, native_classes
+from slimrank.checkpoint.quantization import quantization_config, read_by_others
 from slimrank.errors import ModelError
 from slimrank.layers.base import CompressedLinear, share_tensors
 from slimrank.layers.factors import declare_ties
 from slimrank.layers.forms import layer_form
+from slimrank.layers.quantized import QuantizedWeights
 from slimrank.layers.transforms import described, found_transforms
 from slimrank.store import disk_error
 
@@ -91,11 +93,21 @@ def _replace(model: nn.Module, path: str, layer: CompressedLinear) -> None:
 
 
 def mark_model(model: Any) -> None:
-    """Make the model's configuration say how the model was changed, so that `save_pretrained` just works."""
-    about = described(found_transforms(model))
+    """Make the model's configuration say how the model was changed, so that `save_pretrained` just works.
+
+    A model with quantised weights and no other change stays one of its own architecture, which needs no slimrank, if
+    transformers can read these weights.
+    """
+    found = found_transforms(model)
+    for transform, entry in found:
+        if transform.kind == QuantizedWeights.kind:
+            model.config.quantization_config = quantization_config(entry["schemes"])
+    keep_names(model)
+    if [transform.kind for transform, _ in found] == [QuantizedWeights.kind] and read_by_others(found[0][1]["schemes"]):
+        return
+    about = described(found)
     mark_compressed(model.config, about)
     declare_ties(model, about["layers"])
-    keep_names(model)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, max_shard_size: str) -> list[str]:

@@ -17,6 +17,7 @@ DISABLES = {
     "dev": "testing slimrank itself",
     "docs": "building the documentation",
     "eval": "tasks of lm-evaluation-harness (evaluate --tasks)",
+    "quant": "weights of few bits",
     "report": "plots in report.html",
 }
 

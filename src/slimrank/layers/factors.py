@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import nn
@@ -101,5 +102,4 @@ def _forget_ties(model: Any, path: str) -> None:
 
 def _held(layer: nn.Module, names: tuple[str, ...]) -> tuple[int, ...]:
     """Identify the very tensors that a layer holds under these names."""
-    held = layer.state_dict(keep_vars=True)
-    return tuple(id(held[name]) for name in names)
+    return tuple(id(attrgetter(name)(layer)) for name in names)

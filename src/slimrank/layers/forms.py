@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from slimrank.errors import RecipeError, nearest
-from slimrank.layers.base import look_up
+from slimrank.layers.base import import_neighbours, look_up
 from slimrank.layers.layer_form import FORMS, LayerForm
 from slimrank.layers.low_rank import LowRankLinear
-from slimrank.layers.pivot import PivotLinear
+from slimrank.layers.pivot import INDEX_BYTES, PivotLinear
+from slimrank.layers.quantized_forms import quantized_form
 from slimrank.linalg.pivot import pivoted
-
-INDEX_BYTES = 4  # of an entry of a pivot layer's order
 
 
 class PairForm(LayerForm):
@@ -66,11 +65,14 @@ PAIR, PIVOT = FORMS["pair"], FORMS["pivot"]
 
 
 def layer_form(name: str) -> LayerForm:
-    """Return the form of a name.
+    """Return the form of a name; one with a colon in it is quantised: see `layers.quantized_forms`.
 
     Raises:
         RecipeError: there is none; the nearest names are in the hint.
     """
+    if ":" in name:
+        import_neighbours()
+        return quantized_form(name)
     found = look_up(FORMS, name)
     if found is None:
         raise RecipeError(f"there is no factor form '{name}'.", nearest(name, FORMS))

@@ -34,7 +34,8 @@ class LayerForm:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        FORMS[cls.name] = cls()
+        if "name" in vars(cls):
+            FORMS[cls.name] = cls()
 
     def stored(self, m: int, n: int, rank: int) -> int:
         """Return how many numbers a layer of this rank stores, a bias and an index left out."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from slimrank.layers.base import CompressedLinear
 
+INDEX_BYTES = 4  # of an entry of `order`
+
 
 class PivotLinear(CompressedLinear):
     """A weight W (m x n) of rank r in r (m + n) - r^2 parameters: PiFa, arXiv 2501.19090.

@@ -46,6 +46,9 @@ class Transform:
         """
         raise NotImplementedError
 
+    def loaded(self, model: nn.Module, entry: Mapping[str, Any]) -> None:
+        """Finish the change when the weights have been read; by default nothing is left to do."""
+
     def undo(self, model: nn.Module) -> None:
         """Take the change back in place, as far as nothing was changed on top of it."""
         raise NotImplementedError

@@ -16,7 +16,7 @@ from slimrank.recipe import Recipe
 
 HEADER_BYTES = 160  # of a safetensors file, per tensor; more where names are long
 FIELD_BYTES = 100  # of an entry in that header, besides the name
-PART_NAME = len(".interpolation.weight")
+PART_NAME = len(".interpolation.weight_zero_point")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ModelBytes:
         widths = {path: BYTE_BITS * size for path, size in self.itemsizes.items()}
         stored = ceil(sum(t.bits(plan.stored_as, widths[path]) for path, t in plan.targets.items()) / BYTE_BITS)
         biases = sum(new_biases(recipe, [t]) * self.itemsizes[t.path] for t in factored if not t.bias)
-        return self.rest + stored + biases + index_bytes(plan.stored_as, factored)
+        return self.rest + stored + biases + sum(index_bytes(plan.form_of(t.path), [t]) for t in targets)
 
     def widths(self, option: str) -> dict[str, int]:
         """Return the bits that a parameter of each target counts for a budget stated as this option.
@@ -69,7 +69,7 @@ class ModelBytes:
         """Count the bytes that a model's files may take besides the targets' weights."""
         biased = {t.path: new_biases(recipe, [t]) for t in targets if not t.bias}
         others = self.rest + sum(count * self.itemsizes[path] for path, count in biased.items())
-        return _header_bytes(recipe.stored_as, model, targets) + others
+        return _header_bytes(recipe.quantized_as() if recipe.quantize else recipe.stored_as, model, targets) + others
 
 
 def new_biases(recipe: Recipe, targets: Iterable[Target]) -> int:
@@ -80,6 +80,8 @@ def new_biases(recipe: Recipe, targets: Iterable[Target]) -> int:
 
 def index_bytes(form: str, targets: Iterable[Target]) -> int:
     """Count the bytes of indices that layers of a form store, for every place of a target."""
+    if form == "dense":
+        return 0
     return sum(layer_form(form).index_bytes(*t.shape) * (1 + len(t.ties)) for t in targets)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from math import gcd
+from math import gcd, lcm
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from slimrank.budget.rank_plan import RankPlan
 from slimrank.budget.stated import BYTE_BITS, Budget
 from slimrank.errors import PlanError, RecipeError
 from slimrank.layers.forms import layer_form
+from slimrank.linalg.scheme import Scheme
 from slimrank.methods.allocator import ConfiguredAllocator
 from slimrank.models.targets import TargetSet, matches, role_of
 from slimrank.pipeline.model_bytes import ModelBytes, new_biases
@@ -73,7 +74,14 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: list[Uni
     limits = _limits(recipe, [t.path for t in targets])
     widths = size.widths(stated.option)
     items = tuple(_item(unit, limits, targets.blocks_path, widths) for unit in units)
-    return Problem(items, stated.bits, recipe.rank_multiple, layer_form(recipe.form), stated=stated)
+    form = recipe.quantized_as() if recipe.max_bytes is not None and recipe.quantize else recipe.form
+    return Problem(items, stated.bits, _multiple(recipe), layer_form(form), stated=stated)
+
+
+def _multiple(recipe: Recipe) -> int:
+    """Return what ranks are multiples of: of the groups, too, that share a scale."""
+    group = Scheme.parse(recipe.quantize).group if recipe.quantize else None
+    return lcm(recipe.rank_multiple, group or 1)
 
 
 def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str, widths: Mapping[str, int]) -> Item:
@@ -124,6 +132,7 @@ def plan_of(
         cost_model=recipe.form,
         secondary=recipe.store_form,
         widths={path: item.width for item in problem.items for path in item.targets},
+        forms={path: recipe.quantized_as(rank) for path, rank in every.items()} if recipe.quantize else {},
     )
 
 

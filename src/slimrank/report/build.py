@@ -150,6 +150,7 @@ def _row(target: Target, facts: Facts) -> dict[str, Any]:
         "rank": planned.rank,
         "parameters_before": target.parameters,
         "parameters_after": planned.cost(facts.plan.stored_as),
+        **({"form": planned.form} if planned.form else {}),
         **facts.errors[target.path],
     }
 

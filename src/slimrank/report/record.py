@@ -189,6 +189,10 @@ class TargetRow(OpenPart):
     """The first target of those that share a factor with it; its own path if none does."""
     refined: Refined | None = None
     """Errors before and after refining, if it was refined."""
+    form: str | None = None
+    """What it is stored as, if its numbers are integers: "dense:int4-g64", "pivot:int5-g64", ..."""
+    rounded: float | None = None
+    """Norm of the difference that rounding makes to its outputs over their norm, if inputs were looked at."""
 
 
 class SpectrumOutline(Part):

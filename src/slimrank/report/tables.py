@@ -44,6 +44,8 @@ def made_by(record: Record) -> str:
     parts = [f"method {recipe['method']}", f"ranks by {record['allocation']['id']}"]
     if recipe["refine"]:
         parts.append(f"refined by {recipe['refine']}")
+    if recipe["quantize"]:
+        parts.append(f"rounded to {recipe['quantize']}")
     if rounds:
         parts.append(f"corrected {len(rounds)} times" if len(rounds) > 1 else "corrected once")
     return ", ".join([*parts, f"stored as {_stored_as(record['size']['stored_as'])}"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from slimrank.budget.ranks import Rank
 from slimrank.checkpoint.save import mark_model, replace_linears
 from slimrank.models.page_out import page_out
 from slimrank.pipeline.forecast import Cost, Shape
@@ -55,7 +56,8 @@ def marked(state: State) -> Iterator[None]:
     try:
         yield
     finally:
-        mark_model(state.model)
+        if state.plan.factored() or not state.prepared.recipe.quantizes:
+            mark_model(state.model)
 
 
 class Factorizer:
@@ -87,7 +89,7 @@ class Factorizer:
 
     def _factorize(self, unit: Unit) -> None:
         spectrum, about = self.spectra.of(unit)
-        rank = self.state.plan.targets[unit.path].rank
+        rank = self._rank(unit)
         error = 0.0 if rank == "dense" else spectrum.relative_error(rank)
         for target in unit.targets:
             self.state.results.rows[target.path] = {"relative_error": error, "group": about["groups"][target.path]}
@@ -96,10 +98,16 @@ class Factorizer:
         if rank != "dense":
             self._replace(unit, rank)
 
+    def _rank(self, unit: Unit) -> Rank:
+        """Return the rank that the weight is cut to."""
+        planned = self.state.plan.targets[unit.path]
+        return "dense" if planned.keeps_weight else planned.rank
+
     def _replace(self, unit: Unit, rank: int) -> None:
         a, parts = self.spectra.factors(unit, rank)
         for target in unit.targets:
             self.originals |= {path: self.state.model.get_submodule(path) for path in (target.path, *target.ties)}
             page_out(self.state.model.get_submodule(target.path))
         members = [((t.path, *t.ties), part) for t, part in zip(unit.targets, parts, strict=True)]
-        replace_linears(self.state.model, members, a, self.state.plan.stored_as)
+        plan = self.state.plan
+        replace_linears(self.state.model, members, a, plan.targets[unit.path].base or plan.stored_as)
