@@ -43,9 +43,10 @@ def test_bad_recipes(tmp_path, content, message):
 
 def test_every_preset_is_a_valid_recipe():
     names = {p.stem for p in PRESETS.glob("*.yaml")}
-    assert names == {"fast", "balanced", "best"}
+    assert names == {"fast", "balanced", "best", "small"}
     for name in names:
-        Recipe.make({**Recipe.preset(name), "keep_ratio": 0.8}).need_budget()
+        budget = {"max_bytes": 10**8} if name == "small" else {"keep_ratio": 0.8}
+        Recipe.make({**Recipe.preset(name), **budget}).need_budget()
     defaults = Recipe()
     assert all(getattr(defaults, k) == v for k, v in Recipe.preset("balanced").items())
 

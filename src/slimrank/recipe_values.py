@@ -67,6 +67,29 @@ def scheme_name(value: Any) -> Any:
     return value if value is None else str(Scheme.parse(str(value)))
 
 
+def listed(value: Any) -> Any:
+    """Return what is listed: texts are split at commas."""
+    each = [value] if isinstance(value, (str, int)) else value
+    return tuple(part for item in each for part in (item.split(",") if isinstance(item, str) else [item]))
+
+
+def form_list(value: Any) -> Any:
+    """Return names of forms, each once, those of few parts first."""
+    return tuple(sorted(set(listed(value)), key=str))
+
+
+def widths(value: Any) -> Any:
+    """Return widths of integers, each once and increasing.
+
+    Raises:
+        ValueError: weights cannot have one of these numbers of bits.
+    """
+    found = sorted({int(width) for width in listed(value)})
+    for width in found:
+        Scheme(width)
+    return tuple(found)
+
+
 def check_patterns(value: Any) -> Any:
     """Check patterns of layer names.
 

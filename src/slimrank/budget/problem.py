@@ -13,8 +13,10 @@ from torch import Tensor
 
 from slimrank.budget.curves import Curve, Floats, Integers, Limits, candidates, spectral_curve, tails
 from slimrank.budget.knapsack import check_feasible
+from slimrank.budget.menu import Menu
 from slimrank.budget.ranks import Rank
-from slimrank.budget.stated import Budget
+from slimrank.budget.stated import BYTE_BITS, Budget
+from slimrank.errors import BudgetError
 from slimrank.layers.forms import PAIR
 from slimrank.layers.layer_form import LayerForm
 
@@ -108,6 +110,8 @@ class Problem:
         probe: the model, for allocators that measure it.
         in_loss: squared singular values are in units of the loss, and can be compared between items.
         stated: the budget as it was stated, for hints; None: as a fraction of the items' parameters.
+        menus: path -> what the item may become, where form, rank and bits are chosen together. What stands for ranks in
+            choices and curves are then the numbers of candidates.
     """
 
     items: tuple[Item, ...]
@@ -118,6 +122,7 @@ class Problem:
     probe: Probe | None = None
     in_loss: bool = False
     stated: Budget | None = None
+    menus: Mapping[str, Menu] = field(default_factory=dict)
 
     @cached_property
     def sizes(self) -> Floats:
@@ -127,6 +132,8 @@ class Problem:
     @cached_property
     def choices(self) -> list[tuple[Integers, Integers]]:
         """Candidate ranks of each item, and the bits that they store."""
+        if self.menus:
+            return [self.menus[item.path].choices for item in self.items]
         known: dict[Any, tuple[Integers, Integers]] = {}  # thousands of experts are alike
         for item in self.items:
             if (key := (item.shape, item.limits, item.width)) not in known:
@@ -169,6 +176,11 @@ class Problem:
 
     def curves(self, weights: Mapping[str, float] | None = None, power: int = 2) -> list[Curve]:
         """Return the spectral curves of all items, times their weights."""
+        if self.menus:
+            each = (
+                (i.path, float(self.tail(i)[0]) * (1.0 if weights is None else weights[i.path])) for i in self.items
+            )
+            return [self.menus[path].curve(path, energy) for path, energy in each]
         return [
             spectral_curve(item.path, self.tail(item, power), *choice, 1.0 if weights is None else weights[item.path])
             for item, choice in zip(self.items, self.choices, strict=True)
@@ -194,8 +206,24 @@ class Problem:
             BudgetError: they do not.
             PlanError: limits leave a target no rank.
         """
+        if self.menus:
+            self._check_menus()
         counted, budget = self.in_units(self.flat_curves() if curves is None else curves)
         check_feasible(counted, budget, lambda count: self.needed(count * self.unit), self.noun)
+
+    def _check_menus(self) -> None:
+        """Make sure that the smallest forms fit into the budget.
+
+        Raises:
+            BudgetError: they do not.
+        """
+        least = sum(menu.candidates[0].cost for menu in self.menus.values())
+        if least > self.budget:
+            raise BudgetError(
+                f"the smallest forms that the widths allow take {ceil(least / BYTE_BITS):,} bytes, and the budget "
+                f"leaves {self.budget // BYTE_BITS:,}.",
+                f"{self.needed(least)}; or fewer bits",
+            )
 
     def measured(self) -> Probe:
         """Return the probe, which an allocator that asks for it has."""
@@ -213,6 +241,8 @@ class Allocation:
         divergence: these are divergences, which sums of can be compared with measured ones.
         gap: certified relative distance from the best plan for these curves.
         notes: anything to tell.
+        forms: path -> form, for items that have one of their own.
+        picks: path -> what stands for the rank in `curves`, where that is not the rank.
     """
 
     ranks: Mapping[str, Rank]
@@ -220,3 +250,12 @@ class Allocation:
     divergence: bool = False
     gap: float | None = None
     notes: tuple[str, ...] = ()
+    forms: Mapping[str, str] = field(default_factory=dict)
+    picks: Mapping[str, Rank] = field(default_factory=dict)
+
+    @classmethod
+    def from_menus(cls, menus: Mapping[str, Menu], picks: Mapping[str, Rank], **about: Any) -> Allocation:
+        """Return the allocation of the candidates of these numbers, and what else there is to say of it."""
+        chosen = {path: menus[path].candidates[int(pick)] for path, pick in picks.items()}
+        forms = {path: candidate.form for path, candidate in chosen.items() if candidate.form is not None}
+        return cls({path: candidate.rank for path, candidate in chosen.items()}, forms=forms, picks=picks, **about)

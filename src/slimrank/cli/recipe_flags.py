@@ -21,7 +21,7 @@ _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _SOURCES = {
     "preset": Annotated[
         str | None,
-        typer.Option("--preset", help="Options by name: fast, balanced or best.", rich_help_panel="How small"),
+        typer.Option("--preset", help="Options by name: fast, balanced, best or small.", rich_help_panel="How small"),
     ],
     "recipe": Annotated[
         Path | None,
@@ -151,7 +151,11 @@ def recipe_options(
     options = Recipe.preset(preset) if preset is not None else {}
     if recipe_file is not None:
         options = _later(options, Recipe.read(recipe_file), BUDGETS)
-    given = {name: value for name, value in flags.items() if value is not None and value is not False and value != []}
+    given = {
+        name: value
+        for name, value in flags.items()
+        if value is not None and value is not False and value not in ([], ())
+    }
     given = renamed(given)
     if "plan" in given and given.keys() & {"allocation", "allocation_options"}:
         raise RecipeError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimrank.errors import RecipeError, nearest
-from slimrank.layers.base import import_neighbours, look_up
+from slimrank.layers.base import look_up
 from slimrank.layers.layer_form import FORMS, LayerForm
 from slimrank.layers.low_rank import LowRankLinear
 from slimrank.layers.pivot import INDEX_BYTES, PivotLinear
@@ -71,7 +71,6 @@ def layer_form(name: str) -> LayerForm:
         RecipeError: there is none; the nearest names are in the hint.
     """
     if ":" in name:
-        import_neighbours()
         return quantized_form(name)
     found = look_up(FORMS, name)
     if found is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slimrank.errors import RecipeError
 from slimrank.errors import nearest as nearest_name
-from slimrank.layers.base import CompressedLinear
+from slimrank.layers.base import CompressedLinear, import_neighbours
 from slimrank.layers.layer_form import USUAL_WIDTH_BITS, LayerForm
 from slimrank.layers.quantized import QuantizedLinear
 from slimrank.linalg.gptq import gptq
@@ -165,6 +165,7 @@ def quantized_form(name: str) -> QuantizedForm:
         RecipeError: it is none.
     """
     base, _, schemes = name.partition(":")
+    import_neighbours()
     if base not in BASES:
         raise RecipeError(f"'{base}' in '{name}' is not a form that can be quantised.", nearest_name(base, BASES))
     first, _, other = schemes.partition("/")

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from slimrank.budget.curves import DENSE
 from slimrank.budget.problem import Allocation, Problem
-from slimrank.errors import PlanError
+from slimrank.errors import PlanError, RecipeError
 from slimrank.methods.divergence_options import DivergenceOptions
 from slimrank.methods.solver_options import SolverOptions, check_constraints
 from slimrank.options import known_needs, options_of, validated
@@ -41,6 +41,7 @@ class Traits(TypedDict, total=False):
     passes: Passes
     check: Check
     gradient_passes: float
+    joint: bool
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Allocator:
         options: their names, types, ranges and defaults.
         check: (Problem without spectra, options) -> None; raises if they cannot be combined.
         gradient_passes: estimated forward passes over as much text that a loss and its gradient take.
+        joint: it can choose form, rank and bits together.
     """
 
     id: str
@@ -68,6 +70,7 @@ class Allocator:
     passes: Passes = lambda options, layers, batches: 0.0
     check: Check = lambda problem, options: None
     gradient_passes: float = 7.0
+    joint: bool = False
 
     @property
     def cost(self) -> str:
@@ -115,6 +118,11 @@ class ConfiguredAllocator:
             PlanError: limits leave a target no rank.
             RecipeError: options that cannot be combined.
         """
+        if problem.menus and not self.allocator.joint:
+            able = ", ".join(f"--allocation {found.id}" for found in ALLOCATORS.all().values() if found.joint)
+            raise RecipeError(f"the allocation '{self.allocator.id}' chooses ranks only, no bits.", able)
+        if problem.menus and self.options.get("search"):
+            raise RecipeError("plans of bits cannot be measured before they are made.", "search=false")
         if self.needs:  # without any it is a fixed plan, which checks itself
             problem.check()
         self.allocator.check(problem, self.options)
@@ -166,8 +174,8 @@ def allocator(
         paper: its source.
         needs: what it needs, see `NEEDS`.
         solves: it takes the options of the budget solver, as `solving`.
-        traits: `passes` and `gradient_passes` for the estimate of time, and `check` for what it refuses before any
-            work: see `Allocator`.
+        traits: `passes` and `gradient_passes` for the estimate of time, `check` for what it refuses before any work,
+            and `joint`: see `Allocator`.
 
     Raises:
         ValueError: an unknown need.
@@ -201,8 +209,11 @@ def _check(problem: Problem, found: Allocation, id: str) -> None:
     if wrong:
         raise PlanError(f"the allocation '{id}' left out, or added, '{min(wrong)}'.", _REPORT)
     cost = 0
-    for item, (candidates, _) in zip(problem.items, problem.choices, strict=True):
+    for item, (candidates, costs) in zip(problem.items, problem.choices, strict=True):
         rank = found.ranks[item.path]
+        if problem.menus:
+            cost += int(costs[int(found.picks[item.path])])
+            continue
         if (DENSE if rank == "dense" else rank) not in candidates:
             raise PlanError(
                 f"the allocation '{id}' gave '{item.path}' rank {rank}, which is not one of its candidates.", _REPORT

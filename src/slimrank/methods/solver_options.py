@@ -47,6 +47,8 @@ def least_error(problem: Problem, curves: Sequence[Curve], options: Mapping[str,
         found = (solve_constrained_exactly if exact else solve_constrained)(*counted, constraints)
     else:
         found = (solve_exactly if exact else solve)(*counted)
+    if problem.menus:
+        return Allocation.from_menus(problem.menus, found.ranks, curves=tuple(curves), gap=found.gap)
     return Allocation(found.ranks, tuple(curves), gap=found.gap)
 
 

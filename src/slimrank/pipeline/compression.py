@@ -127,7 +127,7 @@ def find_plan(
     """
     choices = Choices.of(Recipe.merged(recipe, options).model_copy(update={"evaluation": None}))
     place, progress = place_of_run(None, run_dir), progress or Progress()
-    wanted = ("calibrate", "allocate") if choices.computes_ranks else ("allocate",)
+    wanted = ("calibrate", "rounding", "allocate") if choices.computes_ranks else ("allocate",)
     stages = [stage for stage in choices.stages if stage.id in wanted]
     requests = [request for request in choices.requests if not request.spread]  # those are for factors
     with _restored(model):

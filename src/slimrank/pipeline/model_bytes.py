@@ -52,10 +52,14 @@ class ModelBytes:
     def compressed(self, recipe: Recipe, plan: RankPlan, targets: TargetSet) -> int:
         """Count the bytes of the tensors that a plan leads to, headers left out."""
         factored = [t for t in targets if plan.targets[t.path].rank != "dense"]
-        widths = {path: BYTE_BITS * size for path, size in self.itemsizes.items()}
-        stored = ceil(sum(t.bits(plan.stored_as, widths[path]) for path, t in plan.targets.items()) / BYTE_BITS)
+        stored = self.linears(plan)
         biases = sum(new_biases(recipe, [t]) * self.itemsizes[t.path] for t in factored if not t.bias)
         return self.rest + stored + biases + sum(index_bytes(plan.form_of(t.path), [t]) for t in targets)
+
+    def linears(self, plan: RankPlan) -> int:
+        """Count the bytes that a plan's targets store: numbers, scales and zero points."""
+        widths = {path: BYTE_BITS * size for path, size in self.itemsizes.items()}
+        return ceil(sum(t.bits(plan.stored_as, widths[path]) for path, t in plan.targets.items()) / BYTE_BITS)
 
     def widths(self, option: str) -> dict[str, int]:
         """Return the bits that a parameter of each target counts for a budget stated as this option.
@@ -69,7 +73,7 @@ class ModelBytes:
         """Count the bytes that a model's files may take besides the targets' weights."""
         biased = {t.path: new_biases(recipe, [t]) for t in targets if not t.bias}
         others = self.rest + sum(count * self.itemsizes[path] for path, count in biased.items())
-        return _header_bytes(recipe.quantized_as() if recipe.quantize else recipe.stored_as, model, targets) + others
+        return _header_bytes(_most_tensors(recipe), model, targets) + others
 
 
 def new_biases(recipe: Recipe, targets: Iterable[Target]) -> int:
@@ -83,6 +87,13 @@ def index_bytes(form: str, targets: Iterable[Target]) -> int:
     if form == "dense":
         return 0
     return sum(layer_form(form).index_bytes(*t.shape) * (1 + len(t.ties)) for t in targets)
+
+
+def _most_tensors(recipe: Recipe) -> str:
+    """Return the form of most tensors that a target may be stored in."""
+    if recipe.bits:
+        return f"{recipe.forms[-1]}:int8"
+    return recipe.quantized_as() if recipe.quantize else recipe.stored_as
 
 
 def _header_bytes(form: str, model: Any, targets: TargetSet) -> int:

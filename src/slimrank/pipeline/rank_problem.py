@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 
 from slimrank.budget.curves import Limits
+from slimrank.budget.knapsack import solve
 from slimrank.budget.problem import Allocation, Item, Problem
 from slimrank.budget.proportional import ranks_from_fractions
 from slimrank.budget.rank_plan import RankPlan
+from slimrank.budget.ranks import Rank
 from slimrank.budget.stated import BYTE_BITS, Budget
 from slimrank.errors import PlanError, RecipeError
 from slimrank.layers.forms import layer_form
 from slimrank.linalg.scheme import Scheme
 from slimrank.methods.allocator import ConfiguredAllocator
 from slimrank.models.targets import TargetSet, matches, role_of
+from slimrank.pipeline.menus import menu_of
 from slimrank.pipeline.model_bytes import ModelBytes, new_biases
 from slimrank.pipeline.units import Unit, shares_of
 from slimrank.recipe import Recipe
@@ -74,8 +77,9 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: list[Uni
     limits = _limits(recipe, [t.path for t in targets])
     widths = size.widths(stated.option)
     items = tuple(_item(unit, limits, targets.blocks_path, widths) for unit in units)
+    menus = {t.path: menu_of(recipe, t.shape, widths[t.path], limits[t.path]) for t in targets} if recipe.bits else {}
     form = recipe.quantized_as() if recipe.max_bytes is not None and recipe.quantize else recipe.form
-    return Problem(items, stated.bits, _multiple(recipe), layer_form(form), stated=stated)
+    return Problem(items, stated.bits, _multiple(recipe), layer_form(form), stated=stated, menus=menus)
 
 
 def _multiple(recipe: Recipe) -> int:
@@ -132,8 +136,13 @@ def plan_of(
         cost_model=recipe.form,
         secondary=recipe.store_form,
         widths={path: item.width for item in problem.items for path in item.targets},
-        forms={path: recipe.quantized_as(rank) for path, rank in every.items()} if recipe.quantize else {},
+        forms=allocation.forms or _rounded(recipe, every),
     )
+
+
+def _rounded(recipe: Recipe, ranks: Mapping[str, Rank]) -> dict[str, str]:
+    """Return the forms of targets where all weights are rounded alike."""
+    return {path: recipe.quantized_as(rank) for path, rank in ranks.items()} if recipe.quantize else {}
 
 
 def initial_allocation(problem: Problem, allocator: ConfiguredAllocator) -> Allocation:
@@ -151,6 +160,9 @@ def initial_allocation(problem: Problem, allocator: ConfiguredAllocator) -> Allo
 
 def provisional(problem: Problem) -> Allocation:
     """Return uniform ranks for use until the allocation is known; every feasible budget has them."""
+    if problem.menus:
+        curves = [problem.menus[item.path].curve(item.path, item.parameters) for item in problem.items]
+        return Allocation.from_menus(problem.menus, solve(*problem.in_units(curves)).ranks)
     return Allocation(ranks_from_fractions(problem, np.zeros(len(problem.items))))
 
 

@@ -38,6 +38,7 @@ def measuring_passes(options: Mapping[str, Any], layers: int, batches: int) -> f
     needs=["spectra", "divergence"],
     passes=measuring_passes,
     solves=True,
+    joint=True,
 )
 def lems(
     problem: Problem,

@@ -26,6 +26,7 @@ Scale = Annotated[
     paper="reverse water-filling, over the metric of the decomposition",
     needs=["spectra"],
     solves=True,
+    joint=True,
 )
 def spectrum(problem: Problem, *, scale: Scale = "auto", **solving: Any) -> Allocation:
     """Minimise the sum of T_l(r_l), the energy of each spectrum beyond its rank, or of T_l(r_l) / T_l(0)."""

@@ -54,7 +54,7 @@ class Allocate(Stage):
                 store.save("allocation", {}, _found(state, state.prepared.problem, forecast))
             found = store.load("allocation")[1]
             forecast.end()
-        state.plan = state.prepared.plan_of(Allocation(found["ranks"]))
+        state.plan = state.prepared.plan_of(Allocation(found["ranks"], forms=found["forms"]))
         state.notes += [f"allocation: {note}" for note in (*found["notes"], *_bent(state))]
         state.results.allocation = found["about"]
 
@@ -89,6 +89,7 @@ def _key(state: State, problem: Problem) -> dict[str, Any]:
         "budget": problem.budget,
         "multiple": problem.multiple,
         "cost": problem.form.name,
+        **({"menus": {path: asdict(menu) for path, menu in problem.menus.items()}} if problem.menus else {}),
     }
 
 
@@ -103,7 +104,12 @@ def _found(state: State, problem: Problem, forecast: Forecast) -> dict[str, Any]
             probe = ModelProbe(state, spectra, state.store(key), measuring, forecast)
             problem = replace(problem, probe=stack.enter_context(probe))
         found = state.prepared.choices.allocator.allocate(problem)
-        return {"ranks": dict(found.ranks), "notes": found.notes, "about": _about(state, problem, found)}
+        return {
+            "ranks": dict(found.ranks),
+            "forms": dict(found.forms),
+            "notes": found.notes,
+            "about": _about(state, problem, found),
+        }
 
 
 def _bent(state: State) -> list[str]:
@@ -119,9 +125,10 @@ def _about(state: State, problem: Problem, found: Allocation) -> dict[str, Any]:
     about = {**state.prepared.choices.allocator.described(), "gap": found.gap}
     if found.curves:
         about["trade_off"] = _sketch(trade_off(found.curves), float(problem.sizes.sum()))
-        about["predicted"] = sum(float(c.errors[c.index(found.ranks[c.path])]) for c in found.curves)
+        picks = found.picks or found.ranks
+        about["predicted"] = sum(float(c.errors[c.index(picks[c.path])]) for c in found.curves)
     plans = state.prepared.choices.allocator.measuring.plans
-    if found.divergence and plans > 1:
+    if found.divergence and plans > 1 and not problem.menus:  # plans of bits are not measured before they are made
         about["additivity"] = asdict(additivity(problem, found.curves, plans))
     return about
 
@@ -147,4 +154,5 @@ def with_spectra(problem: Problem, spectra: SpectrumStore, state: State) -> Prob
         spectrum, _ = spectra.of(unit)
         nothing = np.zeros(min(unit.shape)), 0.0
         found[unit.path] = nothing if spectrum.stand_in else (spectrum.values.cpu().numpy(), spectrum.beyond)
-    return replace(problem, spectra=found, in_loss=state.prepared.choices.method.gathering.backward)
+    menus = {path: menu.measured(state.results.noises[path]) for path, menu in problem.menus.items()}
+    return replace(problem, menus=menus, spectra=found, in_loss=state.prepared.choices.method.gathering.backward)

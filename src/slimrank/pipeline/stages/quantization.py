@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from slimrank.checkpoint.save import mark_model
 from slimrank.errors import ModelError
 from slimrank.layers.base import CompressedLinear
 from slimrank.layers.dense import weight_of
@@ -26,27 +25,34 @@ from slimrank.store import Store
 if TYPE_CHECKING:
     from slimrank.pipeline.state import State
 
-TITLE = "quantize"
-
 
 class Quantization:
     """Round the layers of each block in the order in which they run, each on the outputs of those rounded before it.
 
     Two streams of hidden states pass through the blocks: those of the model before rounding, and those of the model
     that is rounded so far. A rounded layer is to give the outputs of the first from the inputs of the second.
+
+    Args:
+        state: holds the model.
+        options: how to round.
+        store: where finished blocks are stored.
+        forms: target -> what it is rounded to.
+
+    Attributes:
+        errors: target -> relative error of its outputs, where inputs were looked at.
     """
 
-    def __init__(self, state: State, options: QuantizeOptions, store: Store) -> None:
-        self.state, self.options, self.store = state, options, store
+    def __init__(self, state: State, options: QuantizeOptions, store: Store, forms: Mapping[str, str]) -> None:
+        self.state, self.options, self.store, self.errors = state, options, store, dict[str, float]()
         self.streams = DualStream(state, options.following())
         self.runner = self.streams.runner
-        self.forms = {path: quantized_form(name) for path, name in state.plan.quantized().items()}
+        self.forms = {path: quantized_form(name) for path, name in forms.items()}
         self._check()
 
-    def run(self) -> None:
+    def run(self, title: str) -> None:
         """Round all blocks in order; blocks that an earlier run has finished are not repeated."""
         state, blocks = self.state, range(len(self.runner))
-        with state.timed(TITLE, len(blocks)):
+        with state.timed(title, len(blocks)):
             if self.options.rounding == "nearest":
                 for index in blocks:
                     self._nearest(index)
@@ -57,7 +63,6 @@ class Quantization:
                     for index in blocks[self._take_up() :]:
                         self._block(index)
                         state.progress.step()
-        mark_model(state.model)
 
     def _check(self) -> None:
         """Refuse what cannot be rounded.
@@ -105,7 +110,7 @@ class Quantization:
                 mine = f"{path}."
                 layer.load_state_dict({k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)})
                 self._put(path, layer)
-            self._told(errors)
+            self.errors |= errors
             self.state.progress.step()
         return int(about["next"])
 
@@ -120,7 +125,7 @@ class Quantization:
                 layer, errors[path] = self._rounded(targets[path], originals[path], parts)
                 tensors |= {f"{path}.{name}": tensor for name, tensor in layer.state_dict().items()}
                 self._put(path, layer)
-        self._told(errors)
+        self.errors |= errors
         self.streams.step(index)
         page_out(self.runner.blocks[index])
         if self.state.resumable:
@@ -136,10 +141,6 @@ class Quantization:
         streams = {"original.": self.streams.original, "compressed.": self.streams.compressed}
         both = {name: state for prefix, states in streams.items() for name, state in named(prefix, states).items()}
         self.store.save("streams", both, {"next": index + 1})
-
-    def _told(self, errors: Mapping[str, float]) -> None:
-        for path, error in errors.items():
-            self.state.results.rows[path]["rounded"] = error
 
     def _doubled(self, path: str) -> nn.Module:
         """Put a layer of the same tensors there, and return the one that was there."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from slimrank.checkpoint.save import mark_model
 from slimrank.errors import RecipeError
 from slimrank.methods.quantize_options import QuantizeOptions
 from slimrank.options import validated
 from slimrank.pipeline.forecast import Cost, Shape, group_widths
 from slimrank.pipeline.stage import STAGES, Stage
-from slimrank.pipeline.stages.quantization import TITLE, Quantization
+from slimrank.pipeline.stages.quantization import Quantization
 from slimrank.text.texts import WindowRequest
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ LIBRARY = "compressed_tensors"
 class Quantize(Stage):
     """Round the weights of all targets whose form says so."""
 
-    id, order, title = "quantize", 65, TITLE
+    id, order, title = "quantize", 65, "quantize"
 
     def wanted(self, choices: Choices) -> bool:
         return choices.recipe.quantizes
@@ -37,30 +38,18 @@ class Quantize(Stage):
             if recipe.quantize_options:
                 raise RecipeError("quantize_options are given, but nothing is quantised.", "--quantize int8")
             return
-        if find_spec(LIBRARY) is None:
-            raise RecipeError(
-                "quantised weights are stored by the library compressed-tensors, which is not installed.",
-                "pip install 'slimrank[quant]' (Python 3.11 or newer)",
-            )
+        check_library()
         if choices.method.method.groups:
             raise RecipeError(f"'{recipe.method}' shares factors between layers, which are not quantised.", _NO_SHARING)
         if options.rounding == "nearest" and recipe.quantize:
             _check_nearest(recipe.quantized_as())
 
     def windows(self, choices: Choices) -> list[WindowRequest]:
-        nearest = quantize_options(choices.recipe.quantize_options).rounding == "nearest"
+        nearest = not choices.recipe.bits and quantize_options(choices.recipe.quantize_options).rounding == "nearest"
         return [] if nearest else [WindowRequest("calibration", choices.recipe.samples)]
 
     def cost(self, prepared: Prepared, shape: Shape) -> Cost:
-        tokens = shape.tokens.get("refinement", shape.tokens.get("calibration", 0))
-        sums = 3 * sum(8 * n * n for n in group_widths(shape.first))
-        streams = 3 * tokens * shape.width * shape.compute_bytes
-        return Cost(
-            float32=5 * shape.forward(tokens) + 4 * shape.grams(tokens),
-            float64=sum(ROUNDING * t.parameters * t.shape[1] for t in shape.targets),
-            peak=shape.copies + streams + sums + shape.solving,
-            stored=prepared.size.targets // 2 + 8 * tokens * shape.width if shape.resumable else 0,
-        )
+        return rounding_cost(prepared, shape)
 
     def key(self, state: State) -> dict[str, Any]:
         recipe = state.prepared.recipe
@@ -73,7 +62,37 @@ class Quantize(Stage):
 
     def run(self, state: State) -> None:
         options = quantize_options(state.prepared.recipe.quantize_options)
-        Quantization(state, options, state.store(state.chained(self.id))).run()
+        work = Quantization(state, options, state.store(state.chained(self.id)), state.plan.quantized())
+        work.run(self.title)
+        mark_model(state.model)
+        for path, error in work.errors.items():
+            state.results.rows[path]["rounded"] = error
+
+
+def rounding_cost(prepared: Prepared, shape: Shape) -> Cost:
+    """Estimate what it takes to round all targets."""
+    tokens = shape.tokens.get("refinement", shape.tokens.get("calibration", 0))
+    sums = 3 * sum(8 * n * n for n in group_widths(shape.first))
+    streams = 3 * tokens * shape.width * shape.compute_bytes
+    return Cost(
+        float32=5 * shape.forward(tokens) + 4 * shape.grams(tokens),
+        float64=sum(ROUNDING * t.parameters * t.shape[1] for t in shape.targets),
+        peak=shape.copies + streams + sums + shape.solving,
+        stored=prepared.size.targets // 2 + 8 * tokens * shape.width if shape.resumable else 0,
+    )
+
+
+def check_library() -> None:
+    """Make sure that quantised weights can be stored.
+
+    Raises:
+        RecipeError: the library that packs them is not installed.
+    """
+    if find_spec(LIBRARY) is None:
+        raise RecipeError(
+            "quantised weights are stored by the library compressed-tensors, which is not installed.",
+            "pip install 'slimrank[quant]' (Python 3.11 or newer)",
+        )
 
 
 def quantize_options(given: dict[str, Any]) -> QuantizeOptions:

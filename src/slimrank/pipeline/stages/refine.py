@@ -76,6 +76,9 @@ class Refine(Stage):
         }
 
     def run(self, state: State) -> None:
+        if state.prepared.recipe.bits and not state.plan.factored():
+            state.notes.append("no layer is factored, so none is refined")
+            return
         state.notes += _fewer_held_out(state.prepared)
         refinement = Refinement(state, Factorizer(state), state.store(state.chained(self.id)))
         with marked(state):
