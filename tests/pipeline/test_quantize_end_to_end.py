@@ -161,6 +161,10 @@ def refused(error, match, model=None, **options):
 
 
 def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch):
+    from slimrank.pipeline.stages.calibrate import Calibrate
+
+    worked = Calibrate.run
+    monkeypatch.setattr(Calibrate, "run", lambda *args: pytest.fail("the model was worked on"))
     refused(RecipeError, "weights have 2 to 8 bits, not 9", quantize="int9")
     refused(RecipeError, "'nf4' is not a scheme such as int8", quantize="nf4")
     refused(ModelError, "groups of 7 do not divide the 32 columns of a part of", quantize="int4-g7")
@@ -172,6 +176,10 @@ def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch):
     refused(RecipeError, "shares factors between layers, which are not quantised", quantize="int8", **shared)
     with pytest.raises(slimrank.SlimrankError, match="budget"):
         slimrank.compress(tiny_model(), byte_tokenizer(), max_bytes=9_000, quantize="int8", **SMALL)
+    tied = tiny_model()
+    tied.model.layers[1].mlp.down_proj.weight = tied.model.layers[0].mlp.down_proj.weight
+    refused(ModelError, "tied layers are not quantised", tied, quantize="int8")
+    monkeypatch.setattr(Calibrate, "run", worked)
     compress(tiny_model(), keep_ratio=0.7, quantize="int8", out=tmp_path / "q")
     with pytest.raises(slimrank.SlimrankError, match=r"compressed|quantised"):
         slimrank.compress(str(tmp_path / "q"), keep_ratio=0.7, **SMALL)

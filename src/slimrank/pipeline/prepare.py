@@ -143,7 +143,10 @@ class Prepared:
         if plan is None:
             problem = make_problem(recipe, model, targets, units, size)
             plan = plan_of(initial_allocation(problem, choices.allocator), recipe, problem, targets, units)
-        return cls(choices, recipe, model, targets, units, size, problem, plan, unfused, stored_dtype(model))
+        made = cls(choices, recipe, model, targets, units, size, problem, plan, unfused, stored_dtype(model))
+        for stage in choices.stages:
+            stage.check_model(made)
+        return made
 
     @cached_property
     def device(self) -> torch.device:

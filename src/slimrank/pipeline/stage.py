@@ -65,6 +65,13 @@ class Stage:
             RecipeError: options that cannot be combined.
         """
 
+    def check_model(self, prepared: Prepared) -> None:
+        """Refuse what cannot work for a model, before any work; its weights may be missing, its ranks provisional.
+
+        Raises:
+            SlimrankError: the model, or a plan for it, does not fit.
+        """
+
     def windows(self, choices: Choices) -> list[WindowRequest]:
         """List the text windows that the stage uses."""
         return []

@@ -12,7 +12,7 @@ from slimrank.models.placement import placed
 from slimrank.pipeline.forecast import Cost, Shape
 from slimrank.pipeline.stage import STAGES, Stage
 from slimrank.pipeline.stages.quantization import Quantization
-from slimrank.pipeline.stages.quantize import check_library, quantize_options, rounding_cost
+from slimrank.pipeline.stages.quantize import check_forms, check_library, quantize_options, rounding_cost
 from slimrank.report.section import Section
 from slimrank.text.texts import WindowRequest
 
@@ -38,6 +38,10 @@ class Baselines(Stage):
         check_library()
         if choices.recipe.evaluation is None:
             raise RecipeError("a baseline is measured on an evaluation text, and there is none.", "--eval-text demo")
+
+    def check_model(self, prepared: Prepared) -> None:
+        for name in _forms(prepared):
+            check_forms(prepared.targets, {target.path: (name, 0) for target in prepared.targets})
 
     def windows(self, choices: Choices) -> list[WindowRequest]:
         return [WindowRequest("calibration", choices.recipe.samples)]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from slimrank.errors import ModelError
 from slimrank.layers.base import CompressedLinear
 from slimrank.layers.dense import weight_of
 from slimrank.layers.quantized_forms import quantized_form
@@ -47,7 +46,6 @@ class Quantization:
         self.streams = DualStream(state, options.following())
         self.runner = self.streams.runner
         self.forms = {path: quantized_form(name) for path, name in forms.items()}
-        self._check()
 
     def run(self, title: str) -> None:
         """Round all blocks in order; blocks that an earlier run has finished are not repeated."""
@@ -63,29 +61,6 @@ class Quantization:
                     for index in blocks[self._take_up() :]:
                         self._block(index)
                         state.progress.step()
-
-    def _check(self) -> None:
-        """Refuse what cannot be rounded.
-
-        Raises:
-            ModelError: layers that are tied, or groups that do not divide a layer.
-        """
-        for target in self.state.prepared.targets:
-            form, rank = self.forms.get(target.path), self._rank(target)
-            if form is None:
-                continue
-            if target.ties:
-                raise ModelError(
-                    f"'{target.path}' is tied to '{target.ties[0]}', and tied layers are not quantised.",
-                    f"--ignore '{target.path}'",
-                )
-            for part in form.parts(*target.shape, rank):
-                if part.scheme is not None and not part.scheme.divides(part.columns) and part.columns and part.rows:
-                    raise ModelError(
-                        f"groups of {part.scheme.group} do not divide the {part.columns} columns of a part of "
-                        f"'{target.path}' ({form.name}).",
-                        "another group, ranks that are multiples of it, or none: --quantize int8",
-                    )
 
     def _rank(self, target: Target) -> int:
         rank = self.state.plan.targets[target.path].rank

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from slimrank.checkpoint.save import mark_model
-from slimrank.errors import RecipeError
+from slimrank.errors import ModelError, RecipeError
+from slimrank.layers.quantized_forms import quantized_form
 from slimrank.methods.quantize_options import QuantizeOptions
+from slimrank.models.targets import TargetSet
 from slimrank.options import validated
 from slimrank.pipeline.forecast import Cost, Shape, group_widths
 from slimrank.pipeline.stage import STAGES, Stage
@@ -44,6 +47,10 @@ class Quantize(Stage):
         if options.rounding == "nearest" and recipe.quantize:
             _check_nearest(recipe.quantized_as())
 
+    def check_model(self, prepared: Prepared) -> None:
+        forms = prepared.plan.quantized()
+        check_forms(prepared.targets, {path: (form, _rank(prepared, path)) for path, form in forms.items()})
+
     def windows(self, choices: Choices) -> list[WindowRequest]:
         nearest = not choices.recipe.bits and quantize_options(choices.recipe.quantize_options).rounding == "nearest"
         return [] if nearest else [WindowRequest("calibration", choices.recipe.samples)]
@@ -67,6 +74,39 @@ class Quantize(Stage):
         mark_model(state.model)
         for path, error in work.errors.items():
             state.results.rows[path]["rounded"] = error
+
+
+def _rank(prepared: Prepared, path: str) -> int:
+    rank = prepared.plan.targets[path].rank
+    return 0 if rank == "dense" else rank
+
+
+def check_forms(targets: TargetSet, forms: Mapping[str, tuple[str, int]]) -> None:
+    """Refuse targets that cannot be rounded.
+
+    Args:
+        targets: of the model.
+        forms: target -> its form, and its rank there.
+
+    Raises:
+        ModelError: layers that are tied, or groups that do not divide a layer.
+    """
+    for target in targets:
+        if target.path not in forms:
+            continue
+        if target.ties:
+            raise ModelError(
+                f"'{target.path}' is tied to '{target.ties[0]}', and tied layers are not quantised.",
+                f"--ignore '{target.path}'",
+            )
+        name, rank = forms[target.path]
+        for part in quantized_form(name).parts(*target.shape, rank):
+            if part.scheme is not None and part.rows and part.columns and not part.scheme.divides(part.columns):
+                raise ModelError(
+                    f"groups of {part.scheme.group} do not divide the {part.columns} columns of a part of "
+                    f"'{target.path}' ({name}).",
+                    "another group, ranks that are multiples of it, or none: --quantize int8",
+                )
 
 
 def rounding_cost(prepared: Prepared, shape: Shape) -> Cost:
@@ -112,8 +152,6 @@ def _check_nearest(form: str) -> None:
     Raises:
         RecipeError: it does.
     """
-    from slimrank.layers.quantized_forms import quantized_form
-
     made = quantized_form(form)
     if made.first.bits < made.least_nearest:
         raise RecipeError(
