@@ -83,6 +83,32 @@ def test_what_rounding_loses_follows_from_four_bits(tmp_path):
     assert weight_of(tiny_model().model.layers[0].mlp.up_proj).shape == (48, 32)
 
 
+@pytest.mark.parametrize("m, n", [(6, 9), (9, 6), (7, 7)])
+@pytest.mark.parametrize("form", ["none", "diagonal", "whole", "seen"])
+def test_the_energy_of_an_error_is_that_of_the_metric(form, m, n):
+    from observed import random
+    from slimrank.linalg.forms import Form
+    from slimrank.pipeline.stages.rounding import relative_energy
+
+    weight, lost, root, x = random(m, n, seed=1), random(m, n, seed=2), random(m, m, seed=3), random(n, 40, seed=4)
+    gram, g = (
+        x @ x.t(),
+        {"none": torch.eye(m).double(), "diagonal": root.square().sum(1).diag()}.get(form, root @ root.t()),
+    )
+    rows = {
+        "none": Form(),
+        "diagonal": Form(g.diagonal()),
+        "whole": Form(g),
+        "seen": Form(weight.t() @ g @ weight, True),
+    }
+    if form == "seen":  # an error in the span of W's columns is seen whole
+        lost = weight @ random(n, n, seed=5)
+    expected = float(((g @ lost @ gram) * lost).sum() / ((g @ weight @ gram) * weight).sum())
+    scale = m / n if form == "seen" and m > n else 1.0
+    if form != "seen" or m >= n:
+        assert relative_energy(lost, weight, gram, rows[form]) == pytest.approx(expected * scale, rel=1e-8)
+
+
 def test_the_plan_is_found_alone_and_followed(tmp_path):
     options = {"max_bytes": 110_000, **JOINT}
     plan, about = slimrank.find_plan(tiny_model(), byte_tokenizer(), **options)
@@ -98,7 +124,7 @@ def test_a_run_directory_serves_another_budget(tmp_path, monkeypatch):
     from slimrank.pipeline.stages import rounding
 
     first = compress(tiny_model(), max_bytes=110_000, run_dir=tmp_path / "run", **JOINT)
-    monkeypatch.setattr(rounding, "_of_block", None)
+    monkeypatch.setattr(rounding._Trial, "block", None)
     again = compress(tiny_model(), max_bytes=110_000, run_dir=tmp_path / "run", **JOINT)
     other = compress(tiny_model(), max_bytes=120_000, run_dir=tmp_path / "run", **JOINT)
     assert torch.equal(logits(again.model), logits(first.model))

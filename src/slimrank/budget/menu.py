@@ -32,7 +32,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Noise:
-    """What rounding loses of a target's outputs, as a fraction of their energy.
+    """What rounding loses of a target in the metric of the method, as a fraction of its energy there.
 
     Attributes:
         at_four: of the weight itself in 4 bits.

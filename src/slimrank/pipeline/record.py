@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from slimrank.layers.transforms import found_transforms
+from slimrank.layers.transforms import Transform, found_transforms
 from slimrank.models.storage import saved_bytes
 from slimrank.pipeline.state import State
 from slimrank.report.build import Facts, build_record
@@ -27,6 +27,7 @@ def _facts(state: State) -> Facts:
         spectra=results.spectra, notes=state.notes, before=results.before, after=results.after,
         seconds=state.seconds, identity=inputs.identity(), new_biases=results.new_biases,
         bytes_before=inputs.file_bytes or prepared.size.total, bytes_after=saved_bytes(state.model),
+        linears_bytes=prepared.size.linears(state.plan),
         dtype=str(prepared.dtype).removeprefix("torch."), device=str(prepared.device),
         method=prepared.choices.method.described(), allocation=results.allocation, corrections=results.corrections,
         overlap=inputs.texts.overlap, sections=[*results.sections, *_transforms(state.model)],
@@ -35,6 +36,10 @@ def _facts(state: State) -> Facts:
 
 def _transforms(model: Any) -> list[Section]:
     """Return a section about the model transforms that slimrank does not bring itself, if there are any."""
-    rows = [(found.kind, json.dumps(entry)) for found, entry in found_transforms(model) if found.key is None]
+    rows = [(found.kind, json.dumps(entry)) for found, entry in found_transforms(model) if _foreign(found)]
     about = {"stage": "save", "title": "Model transforms", "columns": ("kind", "entry")}
     return [Section.model_validate({**about, "rows": rows})] if rows else []
+
+
+def _foreign(transform: Transform) -> bool:
+    return not type(transform).__module__.startswith("slimrank.")

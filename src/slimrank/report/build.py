@@ -41,6 +41,7 @@ class Facts:
         new_biases: parameters of biases that the original model does not have.
         bytes_before: of the weights.
         bytes_after: of the compressed weights.
+        linears_bytes: of what the targets store.
         method: the decomposition method with its options.
         allocation: what the allocator reports.
         corrections: rounds of correction.
@@ -64,6 +65,7 @@ class Facts:
     new_biases: int
     bytes_before: int
     bytes_after: int
+    linears_bytes: int
     method: dict[str, Any]
     allocation: dict[str, Any]
     corrections: list[dict[str, Any]]
@@ -126,6 +128,7 @@ def _size(facts: Facts) -> dict[str, Any]:
         "parameters_after": after,
         "bytes_before": facts.bytes_before,
         "bytes_after": facts.bytes_after,
+        "linears_bytes": facts.linears_bytes,
     }
 
 

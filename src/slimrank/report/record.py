@@ -63,6 +63,8 @@ class Size(Part):
     """Bytes of the weights."""
     bytes_after: int
     """The same, compressed: of the weight files, if any were written."""
+    linears_bytes: int = 0
+    """Bytes that the compressed linears store: numbers, scales and zero points; 0 in older reports."""
 
 
 class PerplexityRecord(Part):

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from slimrank.budget.menu import Menu, Noise
+from slimrank.budget.menu import Noise
 from slimrank.layers.dense import weight_of
-from slimrank.linalg.gptq import error, gptq
+from slimrank.linalg.forms import Form
+from slimrank.linalg.gptq import gptq
 from slimrank.linalg.lowrank import solve
 from slimrank.linalg.regression import Regression
-from slimrank.linalg.scheme import Scheme
 from slimrank.methods.refiner import RefineOptions
 from slimrank.models.page_out import page_out
 from slimrank.models.targets import Target
 from slimrank.pipeline.forecast import Cost, Shape, group_widths
 from slimrank.pipeline.stage import STAGES, Stage
 from slimrank.pipeline.stages.dual_stream import DualStream
+from slimrank.pipeline.stages.spectrum_store import SpectrumStore
 from slimrank.text.texts import WindowRequest
 
 if TYPE_CHECKING:
@@ -55,43 +56,76 @@ class Rounding(Stage):
         return {"rounding": str(state.prepared.recipe.scheme(MEASURED_BITS))}
 
     def run(self, state: State) -> None:
-        store, streams = state.store(state.chained(self.id)), DualStream(state, OWN_INPUTS)
-        blocks = range(len(streams.runner))
+        store, work = state.store(state.chained(self.id)), _Trial(state)
+        blocks = range(len(work.runner))
         with state.timed(TITLE, len(blocks)):
             if not store.has("noises"):
-                with streams.runner.session():
-                    streams.start()
-                    found = [_of_block(state, streams, index) for index in blocks]
+                with work.runner.session():
+                    work.streams.start()
+                    found = [work.block(index) for index in blocks]
                 store.save("noises", {}, {path: each for block in found for path, each in block.items()})
             for path, (at_four, left) in store.load("noises")[1].items():
                 state.results.noises[path] = Noise(at_four, {int(rank): share for rank, share in left.items()})
 
 
-def _of_block(state: State, streams: DualStream, index: int) -> dict[str, Any]:
-    """Measure the weights of a block on their inputs in the original model, which then pass through it."""
-    assert state.prepared.problem is not None
-    targets = {t.path: t for t in state.prepared.targets.in_block(index)}
-    gathered = streams.gather(index, {}, list(targets), last=True)
-    found = {}
-    for path, target in targets.items():
-        sums = [part for collector in gathered if (part := collector.of(path)) is not None]
-        gram = sums[0].streams.inputs.gram if sums else None
-        found[path] = _noise(state, target, gram, state.prepared.problem.menus[path])
-    streams.step(index)
-    page_out(streams.runner.blocks[index])
-    state.progress.step()
-    return found
+class _Trial:
+    """Round the weights of each block on their inputs in the original model, which stays as it is."""
+
+    def __init__(self, state: State) -> None:
+        self.state, self.streams, self.spectra = state, DualStream(state, OWN_INPUTS), SpectrumStore(state)
+        self.runner = self.streams.runner
+
+    def block(self, index: int) -> dict[str, Any]:
+        """Measure the weights of a block, and pass through it."""
+        targets = {t.path: t for t in self.state.prepared.targets.in_block(index)}
+        gathered = self.streams.gather(index, {}, list(targets), last=True)
+        found = {}
+        for path, target in targets.items():
+            sums = [part for collector in gathered if (part := collector.of(path)) is not None]
+            found[path] = self._noise(target, sums[0].streams.inputs.gram if sums else None)
+        self.streams.step(index)
+        page_out(self.runner.blocks[index])
+        self.state.progress.step()
+        return found
+
+    def _noise(self, target: Target, gram: Tensor | None) -> tuple[float, dict[str, float]]:
+        """Return what 4 bits lose of a weight, and which part of it is left beside corrections of few ranks."""
+        state, weight = self.state, weight_of(self.state.model.get_submodule(target.path))
+        assert state.prepared.problem is not None
+        weight = weight.to(state.prepared.solver, torch.float64)
+        if gram is None:  # no token reached it: nothing would miss it
+            gram = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+        rounded = gptq(weight, gram, state.prepared.recipe.scheme(MEASURED_BITS), state.prepared.dtype, sweeps=0)
+        lost, menu = weight - rounded.values(), state.prepared.problem.menus[target.path]
+        ranks = sorted({int(c.rank) for c in menu.candidates if c.rank != "dense"})
+        spectrum = solve(lost, Regression(gram, lost).metric()) if ranks else None
+        left = {str(rank): spectrum.relative_error(rank) ** 2 for rank in ranks} if spectrum is not None else {}
+        return relative_energy(lost, weight, gram, self.spectra.row(target)), left
 
 
-def _noise(state: State, target: Target, gram: Tensor | None, menu: Menu) -> tuple[float, dict[str, float]]:
-    """Return what 4 bits lose of a weight's outputs, and which part of it is left beside corrections of few ranks."""
-    weight = weight_of(state.model.get_submodule(target.path)).to(state.prepared.solver, torch.float64)
-    if gram is None:  # no token reached it: nothing would miss it
-        gram = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
-    scheme: Scheme = state.prepared.recipe.scheme(MEASURED_BITS)
-    lost = weight - gptq(weight, gram, scheme, state.prepared.dtype, sweeps=0).values()
-    energy, noise = (float(error(w, torch.zeros_like(w), gram).sum()) for w in (weight, lost))
-    ranks = sorted({int(c.rank) for c in menu.candidates if c.rank != "dense"})
-    spectrum = solve(lost, Regression(gram, lost).metric()) if ranks else None
-    left = {str(rank): spectrum.relative_error(rank) ** 2 for rank in ranks} if spectrum is not None else {}
-    return (noise / energy if energy > 0 else 0.0), left
+def relative_energy(lost: Tensor, weight: Tensor, gram: Tensor, row: Form) -> float:
+    """Return tr(G E C E^T) / tr(G W C W^T) for an error E of a weight W (m x n).
+
+    A form G that is only seen through W shows the part of E in the span of W's columns. The rest of E counts alike.
+
+    Args:
+        lost: E.
+        weight: W.
+        gram: C (n x n).
+        row: G.
+    """
+    g = row.matrix()
+    if g is not None and row.seen:
+        inside = torch.linalg.lstsq(weight, lost).solution
+        whole, found = float((g * gram).sum()), float(((g @ inside @ gram) * inside).sum())
+        found *= weight.shape[0] / weight.shape[1]
+    else:
+        found, whole = (float((_times(g, w @ gram) * w).sum()) for w in (lost, weight))
+    return found / whole if whole > 0 else 0.0
+
+
+def _times(form: Tensor | None, x: Tensor) -> Tensor:
+    if form is None:
+        return x
+    form = form.to(x)
+    return form[:, None] * x if form.dim() == 1 else form @ x
