@@ -163,6 +163,33 @@ def test_plan_previews_it(tmp_path):
     assert {t.base for t in told["plan"].targets.values()} <= {"dense", "residual"}
 
 
+def test_from_the_command_line(tmp_path):
+    from typer.testing import CliRunner
+
+    from slimrank.cli.app import app
+
+    def run(*arguments):
+        found = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+        assert found.exit_code == 0, found.output
+        return " ".join(found.output.split())
+
+    model, plan = tmp_path / "m", tmp_path / "plan.json"
+    tiny_model().save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    text = ["--samples", 4, "--seq-len", 16]
+    budget = ["--max-bytes", 110_000, "--preset", "small", "--group-size", 8, *text]
+    assert "these forms are a guess" in run("plan", model, *budget)
+    told = run("plan", model, *budget, "--save", plan)
+    assert "stored as" in told
+    assert ":int" in told
+    run("compress", model, "--preset", "small", "--plan", plan, *text, "--no-eval", "--out", tmp_path / "o")
+    assert RankPlan.load(tmp_path / "o" / "plan.json").targets == RankPlan.load(plan).targets
+    widths = ["--bits", "3,4", "--bits", 8, "--method", "svd_llm", "--allocation", "spectrum", "--group-size", 8]
+    run("compress", model, "--max-bytes", 110_000, *widths, *text, "--no-eval", "--out", tmp_path / "p")
+    forms = {target.form for target in RankPlan.load(tmp_path / "p" / "plan.json").targets.values()}
+    assert {form.partition(":int")[2][0] for form in forms if form} <= {"3", "4", "8"}
+
+
 def test_the_dense_model_of_no_more_bytes_is_measured_beside(tmp_path):
     page = tmp_path / "text.txt"
     page.write_text(text(400))

@@ -142,6 +142,13 @@ class RankPlan(BaseModel):
         """Fraction of the targets' parameters that is kept."""
         return self.stored_parameters / self.dense_parameters
 
+    @property
+    def kept_bits(self) -> float:
+        """Fraction of the targets' bits that is kept, where the budget is in bits; else of their parameters."""
+        if not self.quantized():
+            return self.keep_ratio
+        return self.bits / sum(t.shape[0] * t.shape[1] * (t.width or 1) for t in self.targets.values())
+
     def factored(self) -> dict[str, int]:
         """Return the ranks of the targets that are factored; the others stay dense."""
         return {path: t.rank for path, t in self.targets.items() if t.rank != "dense" and not t.keeps_weight}

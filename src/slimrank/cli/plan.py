@@ -56,10 +56,11 @@ def plan(
     else:
         _show(model, record, save)
         if allocation.get("provisional"):
-            print_text(f"these ranks are uniform; with --run-dir DIR, '{allocation['id']}' computes its own")
+            guess = "forms are a guess" if chosen.get("bits") else "ranks are uniform"
+            print_text(f"these {guess}; with --run-dir DIR, '{allocation['id']}' computes its own")
             return
         show_plan(made, record["blocks_path"])
-        show_trade_off(allocation, made.keep_ratio)
+        show_trade_off(allocation, made.kept_bits)
 
 
 def _expected(chosen: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -83,7 +84,7 @@ def _computed(
     if not Choices.of(recipe).computes_ranks:
         return chosen, {"id": recipe.allocation}
     plan, about = find_plan(model, recipe=recipe, run_dir=run_dir, progress=progress)
-    return {**{k: v for k, v in chosen.items() if k not in BUDGETS}, "plan": plan}, about
+    return {**{k: v for k, v in chosen.items() if k not in (*BUDGETS, "bits", "quantize")}, "plan": plan}, about
 
 
 def _show(model: str, record: dict[str, Any], save: Path | None) -> None:
@@ -116,6 +117,13 @@ def _show_ranks(kinds: list[dict[str, Any]]) -> None:
         for k in kinds
     ]
     print_table("ranks", ("layers", "how many", "shape", "rank", "parameters after"), rows)
+    forms = [(k["name"], _counted(k["forms"])) for k in kinds if k["forms"]]
+    if forms:
+        print_table("stored as", ("layers", "how many in which form"), forms)
+
+
+def _counted(forms: dict[str, int]) -> str:
+    return ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
 
 
 def _show_coverage(coverage: dict[str, Any]) -> None:

@@ -170,7 +170,8 @@ def recipe_options(
 def _later(options: dict[str, Any], given: dict[str, Any], budgets: Sequence[str]) -> dict[str, Any]:
     """Update options by those given later: a budget replaces another; options of a method that stays are merged."""
     if any(name in given for name in budgets):
-        replaced = {*budgets, "ranks", "rank_multiple"} if "plan" in given else budgets
+        fixed = {"ranks", "rank_multiple", "bits", "quantize"}
+        replaced = {*budgets, *fixed} if "plan" in given else budgets
         options = {name: value for name, value in options.items() if name not in replaced}
     given = dict(given)
     for which, extra in (

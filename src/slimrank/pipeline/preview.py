@@ -71,15 +71,17 @@ def _size(prepared: Prepared, file_bytes: int | None) -> dict[str, Any]:
 
 
 def _kinds(plan: RankPlan) -> list[dict[str, Any]]:
-    """Return a row for each layer name and shape: how many there are, and the range of their ranks."""
+    """Return a row for each layer name and shape: how many there are, their ranks and their own forms."""
     rows: dict[tuple[str, tuple[int, int]], dict[str, Any]] = {}
     names = short_names(list(dict.fromkeys(map(without_numbers, plan.targets))))
     for path, target in plan.targets.items():
         name = names[without_numbers(path)]
         row = rows.setdefault(
             (name, target.shape),
-            {"name": name, "shape": list(target.shape), "count": 0, "ranks": [], "parameters": 0},
+            {"name": name, "shape": list(target.shape), "count": 0, "ranks": [], "parameters": 0, "forms": {}},
         )
+        if target.form:
+            row["forms"][target.form] = row["forms"].get(target.form, 0) + 1
         row["count"] += 1
         row["parameters"] += target.cost(plan.stored_as)
         if target.rank not in row["ranks"]:
