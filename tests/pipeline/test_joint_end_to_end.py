@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 
 import slimrank
 from helpers import VOCABULARY, byte_tokenizer, text, tiny_model
+from slimrank.budget.menu import MEASURED_BITS
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import BudgetError, RecipeError
 from slimrank.layers.base import compressed_layers
 from slimrank.layers.quantized import quantized_layers
-from slimrank.pipeline.stages.rounding import MEASURED_BITS
 
 pytest.importorskip("compressed_tensors", reason="the extra 'quant' is not installed")
 

@@ -10,7 +10,8 @@ import numpy as np
 from slimrank.budget.curves import Curve, Floats, Integers
 from slimrank.budget.ranks import Rank
 
-BITS_PER_HALVING = 1.0  # one bit more halves each step, and quarters the squared error
+MEASURED_BITS = 4  # in which rounding is tried
+PER_BIT = 4.0  # one bit more halves each step, and quarters the squared error
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Noise:
         if candidate.form is None:
             return 0.0
         beside = self.left[candidate.rank] if candidate.rank != "dense" else 1.0
-        return self.at_four * beside * 4.0 ** (4 - candidate.width)
+        return self.at_four * beside * PER_BIT ** (MEASURED_BITS - candidate.width)
 
 
 @dataclass(frozen=True)

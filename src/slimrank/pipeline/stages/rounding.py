@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from slimrank.budget.menu import Noise
+from slimrank.budget.menu import MEASURED_BITS, Noise
 from slimrank.layers.dense import weight_of
 from slimrank.linalg.forms import Form
 from slimrank.linalg.gptq import gptq
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from slimrank.pipeline.state import State
 
 TITLE = "measure rounding"
-MEASURED_BITS = 4
 OWN_INPUTS = RefineOptions(anchor=0.0, held_out=0, residual=False, true_sequential=False)
 
 
