@@ -47,6 +47,11 @@ class Part:
     columns: int
     scheme: Scheme | None
 
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether its rows are made of whole groups."""
+        return self.scheme is None or not self.rows or not self.columns or self.scheme.divides(self.columns)
+
     def linear(self, **place: Any) -> nn.Linear:
         """Return a layer of this size without values; `place` is its device and dtype."""
         if self.scheme is None or not self.rows or not self.columns:
@@ -118,9 +123,7 @@ class QuantizedForm(LayerForm):
 
     def fits(self, m: int, n: int, rank: int) -> bool:
         """Tell whether all parts are made of whole groups."""
-        return all(
-            part.scheme is None or part.scheme.divides(part.columns) for part in self.parts(m, n, rank) if part.columns
-        )
+        return all(part.is_whole for part in self.parts(m, n, rank))
 
     def stored(self, m: int, n: int, rank: int) -> int:
         """See `LayerForm.stored`."""

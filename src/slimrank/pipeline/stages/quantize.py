@@ -101,7 +101,7 @@ def check_forms(targets: TargetSet, forms: Mapping[str, tuple[str, int]]) -> Non
             )
         name, rank = forms[target.path]
         for part in quantized_form(name).parts(*target.shape, rank):
-            if part.scheme is not None and part.rows and part.columns and not part.scheme.divides(part.columns):
+            if part.scheme is not None and not part.is_whole:
                 raise ModelError(
                     f"groups of {part.scheme.group} do not divide the {part.columns} columns of a part of "
                     f"'{target.path}' ({name}).",
