@@ -13,7 +13,7 @@ from slimrank.recipe_values import form_list, form_name, scheme_name, split_part
 Parts = Annotated[int | list[int] | Literal["qkv"], BeforeValidator(split_parts)]
 Form = Annotated[str, BeforeValidator(form_name)]
 Widths = Annotated[tuple[int, ...], BeforeValidator(widths)]
-Names = Annotated[tuple[Literal["dense", "residual"], ...], BeforeValidator(form_list), Field(min_length=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(form_list), Field(min_length=1)]
 Scheme = Annotated[str, BeforeValidator(scheme_name)]
 
 
@@ -108,7 +108,7 @@ class RecipeFields(BaseModel):
     forms: Names = _what(
         ("dense", "residual"),
         "Forms that may be chosen for each layer with --bits: dense (few bits), residual (few bits and a low-rank "
-        "correction).",
+        "correction), pair and pivot (few bits and a low rank).",
     )
     baselines: Widths = _what(
         (),

@@ -74,8 +74,20 @@ def listed(value: Any) -> Any:
 
 
 def form_list(value: Any) -> Any:
-    """Return names of forms, each once, those of few parts first."""
-    return tuple(sorted(set(listed(value)), key=str))
+    """Return names of forms whose weights can be quantised, each once.
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    found = sorted({str(name).strip() for name in listed(value)})
+    unknown = sorted(set(found) - {"dense", "pair", "pivot", "residual"})
+    if unknown:
+        from slimrank.layers.quantized_forms import quantized_bases  # imports torch, which other recipes do not need
+
+        load_plugins()
+        for name in set(unknown) - set(known := quantized_bases()):
+            raise ValueError(f"'{name}' is not a form that can be quantised; known: {', '.join(sorted(known))}")
+    return tuple(found)
 
 
 def widths(value: Any) -> Any:

@@ -6,15 +6,24 @@ import numpy as np
 import pytest
 
 from slimrank.budget.curves import Limits
-from slimrank.budget.menu import Candidate, Menu, Noise
+from slimrank.budget.menu import Candidate, Family, Loss, Menu
 from slimrank.budget.problem import Item, Problem
-from slimrank.errors import BudgetError, RecipeError
+from slimrank.errors import BudgetError, PlanError, RecipeError
 from slimrank.layers.forms import layer_form
 from slimrank.methods.allocator import ALLOCATORS
 from slimrank.pipeline.menus import menu_of
 from slimrank.recipe import Recipe
 
-NOISE = Noise(0.01, {8: 0.8, 16: 0.6, 32: 0.3})
+DENSE = Family("dense:{}", "dense")
+LEFT = {8: 0.8, 16: 0.6, 32: 0.3}
+
+
+def residual(rank):
+    return Family("residual:{}/int8", rank)
+
+
+def losses(at_four=0.01, left=LEFT):
+    return {DENSE: Loss(at_four), **{residual(rank): Loss(at_four * share) for rank, share in left.items()}}
 
 
 def recipe(**options):
@@ -27,7 +36,7 @@ def problem(budget, count=3, seed=0, **options):
     items = tuple(Item(f"layer.{i}", (32, 64), i, "layer", width=16) for i in range(count))
     menus = {
         item.path: menu_of(recipe(**options), item.shape, 16, Limits()).measured(
-            Noise(float(draw.uniform(0.002, 0.05)), {rank: float(draw.uniform(0.2, 0.9)) for rank in (8, 16, 32)})
+            losses(float(draw.uniform(0.002, 0.05)), {rank: float(draw.uniform(0.2, 0.9)) for rank in (8, 16, 32)})
         )
         for item in items
     }
@@ -36,18 +45,24 @@ def problem(budget, count=3, seed=0, **options):
 
 
 def test_a_bit_more_quarters_the_loss_and_a_correction_lowers_it():
-    assert NOISE.of(Candidate("dense:int4", "dense", 4, 1)) == 0.01
-    assert NOISE.of(Candidate("dense:int6", "dense", 6, 1)) == pytest.approx(0.01 / 16)
-    assert NOISE.of(Candidate("residual:int3/int8", 16, 3, 1)) == pytest.approx(0.04 * 0.6)
-    assert NOISE.of(Candidate(None, "dense", 0, 1)) == 0
+    every = (
+        Candidate(DENSE, "dense:int3", 3, 1),
+        Candidate(DENSE, "dense:int4", 4, 2),
+        Candidate(residual(16), "residual:int3/int8", 3, 3),
+        Candidate(DENSE, "dense:int6", 6, 4),
+        Candidate(None, None, 0, 5),
+    )
+    found = Menu.of(every).measured(losses()).errors()
+    assert found.tolist() == pytest.approx([0.04, 0.01, 0.04 * 0.6, 0.01 / 16, 0])
+    assert Loss(0.01, cut=0.1).at(3) == pytest.approx(0.14)
 
 
-@pytest.mark.parametrize("forms", [("dense",), ("residual",), ("dense", "residual")])
+@pytest.mark.parametrize("forms", [("dense",), ("residual",), ("dense", "residual"), ("pair",), ("dense", "pivot")])
 def test_a_menu_has_every_form_and_width_at_its_true_cost(forms):
     menu = menu_of(recipe(forms=forms), (64, 96), 16, Limits())
     costs = [c.cost for c in menu.candidates]
-    assert costs == sorted(set(costs))
-    assert menu.candidates[-1] == Candidate(None, "dense", 0, 64 * 96 * 16)
+    assert costs == sorted(costs)
+    assert menu.candidates[-1] == Candidate(None, None, 0, 64 * 96 * 16)
     for candidate in menu.candidates[:-1]:
         assert candidate.form.partition(":")[0] in forms
         assert candidate.cost == layer_form(candidate.form).bits(64, 96, candidate.rank, 16)
@@ -64,7 +79,7 @@ def test_groups_must_divide_the_columns():
 
 
 def test_a_curve_leaves_out_what_cheaper_candidates_beat():
-    menu = menu_of(recipe(), (64, 96), 16, Limits()).measured(NOISE)
+    menu = menu_of(recipe(), (64, 96), 16, Limits()).measured(losses())
     curve = menu.curve("layer", 2.0)
     kept = set(curve.ranks.tolist())
     errors = menu.errors()
@@ -124,9 +139,47 @@ def test_a_budget_that_no_width_meets_is_refused():
     problem(19_200).check()
 
 
-def test_of_candidates_that_cost_the_same_the_one_of_most_bits_stays():
-    menu = Menu.of([Candidate("dense:int2", "dense", 2, 5), Candidate("dense:int3", "dense", 3, 5)])
-    assert [c.width for c in menu.candidates] == [3]
+def test_of_candidates_that_cost_the_same_the_best_is_in_the_curve():
+    menu = Menu.of([Candidate(DENSE, "dense:int2", 2, 5), Candidate(DENSE, "dense:int3", 3, 5)]).measured(losses())
+    assert [menu.candidates[int(number)].width for number in menu.curve("layer", 1.0).ranks] == [3]
+
+
+def test_factors_have_ranks_of_whole_groups():
+    for shape in ((64, 96), (96, 64), (64, 64)):
+        menu = menu_of(recipe(forms=("pair", "pivot")), shape, 16, Limits())
+        ranks = {family.rank for family in menu.families}
+        assert ranks <= {16, 32, 48}
+        assert {family.form for family in menu.families} == {"pair:{}", "pivot:{}", "pivot:{}/int8"}
+        for c in menu.candidates[:-1]:
+            assert layer_form(c.form).fits(*shape, c.rank)
+
+
+def test_bounds_of_ranks_leave_factors_only():
+    menu = menu_of(recipe(forms=("dense", "pair", "residual")), (64, 96), 16, Limits(20, 40))
+    assert {family.rank for family in menu.families} == {32}
+    assert {c.form.partition(":")[0] for c in menu.candidates} == {"pair"}
+    with pytest.raises(PlanError, match="no form of a 64 x 96 weight has a rank between 20 and 40"):
+        menu_of(recipe(), (64, 96), 16, Limits(20, 40))
+
+
+def test_only_families_that_may_beat_dense_weights_are_measured():
+    """Against the straight line, in bits and logarithms, between the widths of dense weights."""
+    menu = menu_of(recipe(forms=("dense", "pair"), bits=(3, 4)), (64, 96), 16, Limits()).measured({DENSE: Loss(0.01)})
+    dense = {c.width: c.cost for c in menu.candidates if c.family == DENSE}
+    for family in menu.families[1:]:
+        costs = [c.cost for c in menu.candidates if c.family == family]
+        for cut in (0.001, 0.009, 0.011, 0.02, 0.05):
+            expected = False
+            for cost in costs:
+                bits = 3 + (cost - dense[3]) / (dense[4] - dense[3])
+                expected |= cost < dense[3] or cut < 0.01 * 4 ** (4 - min(4, bits))
+            assert menu.worth_measuring(family, cut) == expected
+        assert menu.measured({}).worth_measuring(family, 1.0)
+
+
+def test_a_family_without_a_loss_is_not_chosen():
+    menu = menu_of(recipe(forms=("dense", "pair")), (64, 96), 16, Limits()).measured({DENSE: Loss(0.01)})
+    assert {menu.candidates[int(i)].rank for i in menu.curve("layer", 1.0).ranks} == {"dense"}
 
 
 def test_recipes_with_bits():

@@ -47,6 +47,38 @@ def test_the_result_fits_and_loads(budget, method, tmp_path):
     assert {layer.kind for layer in compressed_layers(loaded).values()} <= {"residual"}
 
 
+def low_rank_model():
+    """A model whose weights have singular values that fall fast."""
+    model = tiny_model()
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and "layers" in name:
+            u, s, v = torch.linalg.svd(layer.weight.data, full_matrices=False)
+            layer.weight.data = (u * (s * torch.exp(-torch.arange(len(s)) / 4.0))) @ v
+    return model
+
+
+@pytest.mark.parametrize("forms, bases", [("pair", {"pair"}), ("pivot", {"pivot"}), ("dense,pivot,pair", {"pivot"})])
+def test_factors_of_few_bits_are_chosen_where_weights_have_a_low_rank(forms, bases, tmp_path):
+    options = {**JOINT, "method": "kfac_svd", "max_bytes": 100_000}
+    result = compress(low_rank_model(), forms=forms, out=tmp_path / "o", **options)
+    assert {t.base for t in result.plan.targets.values()} >= bases
+    assert {t.base for t in result.plan.targets.values()} <= {*forms.split(","), None}
+    assert sum(path.stat().st_size for path in (tmp_path / "o").glob("*.safetensors")) <= 100_000
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "o")), logits(result.model))
+    if "dense" in forms:
+        dense = compress(low_rank_model(), forms="dense", **options)
+        more = (dense.plan.budget - result.plan.budget) // 8  # headers of fewer tensors are smaller
+        dense = compress(low_rank_model(), forms="dense", **options | {"max_bytes": 100_000 - more})
+        assert result.report["allocation"]["predicted"] < 0.9 * dense.report["allocation"]["predicted"]
+        assert loss_to(result.model) < loss_to(dense.model)
+
+
+def loss_to(model):
+    """Mean divergence of a compressed low-rank model from the original."""
+    original, found = (logits(m).double().log_softmax(-1) for m in (low_rank_model(), model))
+    return float((original.exp() * (original - found)).sum(-1).mean())
+
+
 def test_more_bytes_mean_more_bits():
     found = [sum(widths(compress(tiny_model(), max_bytes=b, **JOINT).plan)) for b in (103_000, 110_000, 120_000)]
     assert found == sorted(found)
@@ -151,6 +183,10 @@ def test_bad_input_is_refused():
         compress(tiny_model(), max_bytes=110_000, **{**JOINT, "allocation": "uniform"})
     with pytest.raises(RecipeError, match="groups of 7 do not divide the 32 columns"):
         compress(tiny_model(), max_bytes=110_000, **{**JOINT, "group_size": 7})
+    with pytest.raises(RecipeError, match="forms are chosen together with bits"):
+        compress(tiny_model(), keep_ratio=0.8, forms="pair")
+    with pytest.raises(RecipeError, match="'pear' is not a form that can be quantised; known: dense, pair"):
+        compress(tiny_model(), max_bytes=110_000, **JOINT, forms="pear")
     with pytest.raises(RecipeError, match="there is none"):
         compress(tiny_model(), max_bytes=110_000, **JOINT, baselines="4")
 

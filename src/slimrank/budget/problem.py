@@ -187,11 +187,12 @@ class Problem:
         ]
 
     def flat_curves(self) -> list[Curve]:
-        """Return curves of costs only."""
-        return [
-            Curve(item.path, ranks, costs, np.zeros(len(ranks)))
-            for item, (ranks, costs) in zip(self.items, self.choices, strict=True)
-        ]
+        """Return curves of costs only, each cost once."""
+        curves = []
+        for item, (ranks, every) in zip(self.items, self.choices, strict=True):
+            costs, first = np.unique(every, return_index=True)
+            curves.append(Curve(item.path, ranks[first], costs, np.zeros(len(costs))))
+        return curves
 
     def needed(self, bits: int) -> str:
         """Return the budget that allows so many bits, in the unit that it was stated in, rounded up."""

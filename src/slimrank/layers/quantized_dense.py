@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from slimrank.layers.dense import weight_of
-from slimrank.layers.quantized_forms import Part, QuantizedForm, rounded_part
+from slimrank.layers.quantized_forms import Part, QuantizedForm, Rank, rounded_part
 from slimrank.linalg.regression import Regression
 
 
@@ -16,6 +16,11 @@ class QuantizedDense(QuantizedForm):
     """The weight itself, rounded."""
 
     base: ClassVar[str] = "dense"
+
+    @classmethod
+    def choices(cls, m: int, n: int, group: int | None) -> list[tuple[str, Rank]]:
+        """See `QuantizedForm.choices`."""
+        return [("dense:{}", "dense")]
 
     def parts(self, m: int, n: int, rank: int) -> list[Part]:
         """See `QuantizedForm.parts`."""

@@ -27,8 +27,10 @@ from slimrank.linalg.scheme import Scheme
 
 SHAPE_BYTES = 16  # of the shape that is stored beside packed integers
 TENSORS = 4  # at most, of a part
+RANKS_TO_TRY = 8  # parts that the largest rank is cut into
 FLOAT = "float"  # a part whose numbers stay as wide as those of the dense weight
 BASES: dict[str, type[QuantizedForm]] = {}
+Rank = int | Literal["dense"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,17 @@ class QuantizedForm(LayerForm):
 
     def __init__(self, name: str, first: Scheme, other: Scheme | None) -> None:
         self.name, self.first, self.other = name, first, other  # type: ignore[misc]
+
+    @classmethod
+    def choices(cls, m: int, n: int, group: int | None) -> list[tuple[str, Rank]]:
+        """Return what a layer may become where forms are chosen: names, {} where the scheme stands, and ranks.
+
+        Args:
+            m: outputs.
+            n: inputs.
+            group: columns that share a scale; None: all of a row.
+        """
+        return [(cls.base + ":{}", rank) for rank in ranks_to_try(min(m, n), group)]
 
     def parts(self, m: int, n: int, rank: int) -> list[Part]:
         """Return the matrices that a layer of this rank stores."""
@@ -160,6 +173,19 @@ class QuantizedForm(LayerForm):
         raise TypeError(f"layers of the form '{self.name}' are fitted to their inputs, not built from factors")
 
 
+def ranks_to_try(largest: int, group: int | None) -> list[Rank]:
+    """Return the ranks that a budget solver may choose from: multiples of a group, and no more than a few."""
+    step = group or 1
+    tried = {step * round(share * largest / RANKS_TO_TRY / step) for share in range(1, RANKS_TO_TRY)}
+    return sorted(tried - {0, largest})
+
+
+def quantized_bases() -> dict[str, type[QuantizedForm]]:
+    """Return the forms that can be quantised, by the name of their parts' form."""
+    import_neighbours()
+    return BASES
+
+
 @cache
 def quantized_form(name: str) -> QuantizedForm:
     """Return the form of such a name.
@@ -168,16 +194,16 @@ def quantized_form(name: str) -> QuantizedForm:
         RecipeError: it is none.
     """
     base, _, schemes = name.partition(":")
-    import_neighbours()
-    if base not in BASES:
-        raise RecipeError(f"'{base}' in '{name}' is not a form that can be quantised.", nearest_name(base, BASES))
+    known = quantized_bases()
+    if base not in known:
+        raise RecipeError(f"'{base}' in '{name}' is not a form that can be quantised.", nearest_name(base, known))
     first, _, other = schemes.partition("/")
     try:
         rounded = Scheme.parse(first)
         others = None if other == FLOAT else Scheme.parse(other or first)
     except ValueError as error:
         raise RecipeError(f"form '{name}': {error}.", f"{base}:int4-g64") from error
-    return BASES[base](name, rounded, others)
+    return known[base](name, rounded, others)
 
 
 def rounded_part(

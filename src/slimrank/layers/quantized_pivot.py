@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimrank.layers.pivot import INDEX_BYTES, PivotLinear
-from slimrank.layers.quantized_forms import Part, QuantizedForm, rounded_part
+from slimrank.layers.quantized_forms import Part, QuantizedForm, Rank, ranks_to_try, rounded_part
 from slimrank.linalg.regression import Regression, best_b
 
 SKELETON, INTERPOLATION = "skeleton", "interpolation"
@@ -23,6 +23,17 @@ class QuantizedPivot(QuantizedForm):
 
     base: ClassVar[str] = "pivot"
     least_nearest: ClassVar[int] = 8
+
+    @classmethod
+    def choices(cls, m: int, n: int, group: int | None) -> list[tuple[str, Rank]]:
+        """See `QuantizedForm.choices`: the interpolation in 8 bits, or as many as the skeleton."""
+        ranks = [rank for rank in ranks_to_try(min(m, n), group) if cls._is_whole(m, n, int(rank), group)]
+        return [(name, rank) for rank in ranks for name in ("pivot:{}", "pivot:{}/int8")]
+
+    @staticmethod
+    def _is_whole(m: int, n: int, rank: int, group: int | None) -> bool:
+        """Tell whether groups divide the columns of the interpolation."""
+        return group is None or m <= n or (n - rank) % group == 0
 
     def index_bytes(self, m: int, n: int) -> int:
         """See `LayerForm.index_bytes`."""

@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimrank.layers.quantized_forms import Part, QuantizedForm, rounded_part
+from slimrank.layers.quantized_forms import Part, QuantizedForm, Rank, rounded_part
 from slimrank.layers.residual import ResidualLinear
 from slimrank.linalg.gptq import gptq
 from slimrank.linalg.lowrank import solve
 from slimrank.linalg.regression import Regression, best_b
 
+RANKS = (8, 16, 32)  # that a budget solver may choose
 ROUNDS = 2  # of rounding what the pair leaves, and of solving for the pair
 
 
@@ -23,6 +24,11 @@ class QuantizedResidual(QuantizedForm):
     """
 
     base: ClassVar[str] = "residual"
+
+    @classmethod
+    def choices(cls, m: int, n: int, group: int | None) -> list[tuple[str, Rank]]:
+        """See `QuantizedForm.choices`: corrections of few ranks in 8 bits."""
+        return [("residual:{}/int8", rank) for rank in RANKS if rank < min(m, n)]
 
     def parts(self, m: int, n: int, rank: int) -> list[Part]:
         """See `QuantizedForm.parts`."""

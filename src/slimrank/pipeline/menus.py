@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from slimrank.budget.curves import Limits
-from slimrank.budget.menu import Candidate, Menu
+from slimrank.budget.menu import Candidate, Family, Menu
+from slimrank.budget.planned_target import KEEPS_WEIGHT
 from slimrank.budget.ranks import Rank
-from slimrank.errors import RecipeError
-from slimrank.layers.quantized_forms import quantized_form
+from slimrank.errors import PlanError, RecipeError
+from slimrank.layers.quantized_forms import quantized_bases, quantized_form
 from slimrank.recipe import Recipe
-
-CORRECTION_RANKS = (8, 16, 32)  # of a pair that makes up for rounding
-CORRECTION_SCHEME = "int8"
 
 
 def menu_of(recipe: Recipe, shape: tuple[int, int], width: int, limits: Limits) -> Menu:
@@ -24,26 +22,42 @@ def menu_of(recipe: Recipe, shape: tuple[int, int], width: int, limits: Limits) 
 
     Raises:
         RecipeError: a group that does not divide its columns.
+        PlanError: bounds of ranks leave no form.
     """
     m, n = shape
-    dense = Candidate(None, "dense", 0, m * n * width)
+    dense = Candidate(None, None, 0, m * n * width)
     if limits.dense:
         return Menu((dense,))
-    every = [dense]
-    for bits in recipe.bits:
-        scheme = recipe.scheme(bits)
-        if not scheme.divides(n):
-            raise RecipeError(
-                f"groups of {recipe.group_size} do not divide the {n} columns of a weight.",
-                "another --group-size, or 0 for one scale a row",
-            )
-        if "dense" in recipe.forms:
-            every.append(_candidate(f"dense:{scheme}", "dense", bits, shape, width))
-        if "residual" in recipe.forms:
-            names = ((f"residual:{scheme}/{CORRECTION_SCHEME}", rank) for rank in CORRECTION_RANKS if rank < min(m, n))
-            every += [_candidate(name, rank, bits, shape, width) for name, rank in names]
-    return Menu.of([candidate for candidate in every if candidate.cost <= dense.cost])
+    if recipe.group_size and n % recipe.group_size:
+        raise RecipeError(
+            f"groups of {recipe.group_size} do not divide the {n} columns of a weight.",
+            "another --group-size, or 0 for one scale a row",
+        )
+    families = [
+        Family(form, rank)
+        for name in recipe.forms
+        for form, rank in quantized_bases()[name].choices(m, n, recipe.group_size or None)
+        if _allowed(name, rank, limits)
+    ]
+    every = [_candidate(family, recipe, bits, shape, width) for family in families for bits in recipe.bits]
+    found = [candidate for candidate in every if candidate.cost < dense.cost]
+    if limits.most is None:
+        found.append(dense)
+    if not found:
+        raise PlanError(
+            f"no form of a {m} x {n} weight has a rank between {limits.least} and {limits.most}.",
+            f"wider bounds, or forms that have ranks; these are {', '.join(recipe.forms)}",
+        )
+    return Menu.of(found)
 
 
-def _candidate(name: str, rank: Rank, bits: int, shape: tuple[int, int], width: int) -> Candidate:
-    return Candidate(name, rank, bits, quantized_form(name).bits(*shape, rank, width))
+def _allowed(form: str, rank: Rank, limits: Limits) -> bool:
+    """Tell whether bounds of ranks allow a form: those that keep the weight have the largest rank."""
+    if form in KEEPS_WEIGHT or rank == "dense":
+        return limits.most is None
+    return limits.least <= rank and (limits.most is None or rank <= limits.most)
+
+
+def _candidate(family: Family, recipe: Recipe, bits: int, shape: tuple[int, int], width: int) -> Candidate:
+    name = family.form.format(recipe.scheme(bits))
+    return Candidate(family, name, bits, quantized_form(name).bits(*shape, family.rank, width))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -73,7 +73,7 @@ class ModelBytes:
         """Count the bytes that a model's files may take besides the targets' weights."""
         biased = {t.path: new_biases(recipe, [t]) for t in targets if not t.bias}
         others = self.rest + sum(count * self.itemsizes[path] for path, count in biased.items())
-        return _header_bytes(_most_tensors(recipe), model, targets) + others
+        return _header_bytes(_possible_forms(recipe), model, targets) + others
 
 
 def new_biases(recipe: Recipe, targets: Iterable[Target]) -> int:
@@ -89,16 +89,16 @@ def index_bytes(form: str, targets: Iterable[Target]) -> int:
     return sum(layer_form(form).index_bytes(*t.shape) * (1 + len(t.ties)) for t in targets)
 
 
-def _most_tensors(recipe: Recipe) -> str:
-    """Return the form of most tensors that a target may be stored in."""
+def _possible_forms(recipe: Recipe) -> list[str]:
+    """Return forms of all kinds that a target may be stored in."""
     if recipe.bits:
-        return f"{recipe.forms[-1]}:int8"
-    return recipe.quantized_as() if recipe.quantize else recipe.stored_as
+        return [f"{form}:int8" for form in recipe.forms]
+    return [recipe.quantized_as() if recipe.quantize else recipe.stored_as]
 
 
-def _header_bytes(form: str, model: Any, targets: TargetSet) -> int:
+def _header_bytes(forms: Sequence[str], model: Any, targets: TargetSet) -> int:
     """Estimate from above the bytes of a model's files that are not parameters."""
-    added = sum(layer_form(form).more_tensors(1 + len(t.ties)) for t in targets)
+    added = max(sum(layer_form(form).more_tensors(1 + len(t.ties)) for t in targets) for form in forms)
     names = list(saved_tensors(model))
     each = max(HEADER_BYTES, FIELD_BYTES + PART_NAME + max(map(len, names)))
-    return each * (len(names) + added + 2) + index_bytes(form, targets)
+    return each * (len(names) + added + 2) + max(index_bytes(form, targets) for form in forms)

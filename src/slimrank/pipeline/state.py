@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from slimrank._version import __version__
-from slimrank.budget.menu import Noise
+from slimrank.budget.menu import Family, Loss
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.pipeline.prepare import Prepared
@@ -65,7 +65,7 @@ class Results:
         after: measurements of the compressed model.
         rows: target -> its errors and its group.
         spectra: unit -> the outline of its spectrum.
-        noises: target -> what rounding loses of its outputs.
+        losses: target -> what each family of forms loses of its outputs.
         new_biases: parameters of biases that the original model does not have.
         allocation: what the report says of the allocation.
         corrections: the rounds of correction.
@@ -77,7 +77,7 @@ class Results:
     after: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     spectra: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
-    noises: dict[str, Noise] = field(default_factory=dict)
+    losses: dict[str, dict[Family, Loss]] = field(default_factory=dict)
     new_biases: int = 0
     allocation: dict[str, Any] = field(default_factory=dict)
     corrections: list[dict[str, Any]] = field(default_factory=list)

@@ -89,8 +89,12 @@ def _key(state: State, problem: Problem) -> dict[str, Any]:
         "budget": problem.budget,
         "multiple": problem.multiple,
         "cost": problem.form.name,
-        **({"menus": {path: asdict(menu) for path, menu in problem.menus.items()}} if problem.menus else {}),
+        **({"menus": _candidates(problem)} if problem.menus else {}),
     }
+
+
+def _candidates(problem: Problem) -> dict[str, Any]:
+    return {path: [asdict(each) for each in menu.candidates] for path, menu in problem.menus.items()}
 
 
 def _found(state: State, problem: Problem, forecast: Forecast) -> dict[str, Any]:
@@ -154,5 +158,5 @@ def with_spectra(problem: Problem, spectra: SpectrumStore, state: State) -> Prob
         spectrum, _ = spectra.of(unit)
         nothing = np.zeros(min(unit.shape)), 0.0
         found[unit.path] = nothing if spectrum.stand_in else (spectrum.values.cpu().numpy(), spectrum.beyond)
-    menus = {path: menu.measured(state.results.noises[path]) for path, menu in problem.menus.items()}
+    menus = {path: menu.measured(state.results.losses[path]) for path, menu in problem.menus.items()}
     return replace(problem, menus=menus, spectra=found, in_loss=state.prepared.choices.method.gathering.backward)
