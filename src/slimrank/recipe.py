@@ -67,7 +67,7 @@ class Recipe(RecipeFields):
             raise ValueError("give only one of bits and quantize: widths that may be chosen, or one for all weights")
         if self.bits and given and given != ["max_bytes"]:
             raise ValueError("bits are chosen within a byte budget: give max_bytes")
-        if "forms" in self.model_fields_set and not self.bits and self.plan is None:
+        if self.forms != type(self).model_fields["forms"].default and not self.bits and self.plan is None:
             raise ValueError("forms are chosen together with bits: give bits")
         if self.bits and self.store_form:
             raise ValueError("bits choose the form of every layer: leave out store_form")

@@ -21,6 +21,7 @@ from slimrank.errors import BudgetError, DataError, OutputError, RecipeError, Ru
 from slimrank.evaluate.tasks import TaskRequest
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
+from slimrank.report.comparison import headline, table
 from task_folder import write_tasks
 
 STAND_IN = """
@@ -33,12 +34,14 @@ if options.get("method") == "asvd":
     print("noise", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGKILL)
 size = options.get("keep_ratio", 1.0)
+bits = int((options.get("quantize") or "int16")[3:].partition("-")[0])
 perplexity = {"svd": 30, "svd_llm": 20}.get(options.get("method"), 10) / size
 texts = {t: {"perplexity": perplexity} for t in asked["texts"]}
 one = {"metrics": {"acc": {"value": 1.0, "stderr": None}}, "count": 1, "available": 8, "shots": 0, "version": 2.0,
     "questions": {"acc": [1.0]}}
 tasks = {t: one for t in (asked["tasks"] or {"names": []})["names"]}
-measured = {"texts": texts, "tasks": tasks, "parameters": size, "bytes": 10, "sample": {"prompt": "p", "text": "t"},
+measured = {"texts": texts, "tasks": tasks, "parameters": size, "bytes": int(1000 * size * bits / 16),
+    "sample": {"prompt": "p", "text": "t"},
     "environment": {"slimrank": "1", "python": "3", "versions": {}, "threads": 1, "device": "cpu", "dtype": "f",
         "texts": {}},
     "inputs": {"model": "m", "calibration": None}, "notes": []}
@@ -103,6 +106,42 @@ def test_files_at_their_own_budget_or_at_every_size(tmp_path):
     assert [(cell.name, cell.recipe().keep_ratio, cell.recipe().keep_total) for cell in sized] == [
         ("mine 0.8", 0.8, None), ("mine 0.7", 0.7, None),
     ]  # fmt: skip
+
+
+def test_sizes_in_bytes_and_the_original_in_few_bits():
+    made = comparison.grid(["svd_llm"], [], ["small"], [], {"seed": 3}, [120_000_000, 90_500_000])
+    assert [cell.name for cell in made] == [
+        "svd_llm uniform 120 MB", "svd_llm uniform 90.5 MB", "small 120 MB", "small 90.5 MB",
+    ]  # fmt: skip
+    assert made[3].recipe().max_bytes == 90_500_000
+    shared = {"samples": 4, "form": "pivot", "allocation": "spectrum", "ignore": ("q_proj",)}
+    few = comparison.in_few_bits(["6", "int4-g128-sym"], shared)
+    assert [cell.name for cell in few] == ["dense int6-g64", "dense int4-g128-sym"]
+    assert all(cell.baseline for cell in few)
+    assert few[0].options == {
+        "method": "svd", "keep_ratio": 1.0, "quantize": "int6-g64", "samples": 4, "ignore": ("q_proj",),
+    }  # fmt: skip
+    assert few[0].recipe().quantizes
+    with pytest.raises(RecipeError, match=r"baseline '9'.*2 to 8 bits"):
+        comparison.in_few_bits(["9"], {})
+
+
+def test_each_cell_is_shown_beside_the_original_of_no_more_bytes(model, tmp_path, stand_in):
+    made = [*cells("svd_llm", keeps=(0.8, 0.3, 0.1)), *comparison.in_few_bits(["int8", "int4"], {"seq_len": 24})]
+    record = comparison.compare(model, made, tmp_path)
+    assert record["baselines"] == ["dense int8", "dense int4"]
+    rows = {row[0].removesuffix(" *"): row for row in table(record)}
+    column = rows[""].index("dense at its size")
+    assert [rows[f"svd_llm uniform {keep}"][column] for keep in (0.8, 0.3, 0.1)] == [
+        "int8: 1.500", "int4: 1.500", "none as small",
+    ]  # fmt: skip
+    assert rows["dense int8"][column] == rows["original"][column] == ""
+    shown = {row[0].removesuffix(" *"): row for row in headline(record)}
+    assert shown["svd_llm uniform 0.3"][shown[""].index("dense at its size")] == "int4: 1.500"
+    assert len({len(row) for row in headline(record)}) == len({len(row) for row in table(record)}) == 1
+    assert "dense at its size" in (tmp_path / "comparison.md").read_text()
+    plain = comparison.compare(model, cells("svd_llm", keeps=(0.8,)), tmp_path)
+    assert "dense at its size" not in table(plain)[0] + list(headline(plain)[0])
 
 
 def test_a_file_with_a_typo_is_named(tmp_path):
@@ -290,8 +329,8 @@ def test_progress_of_cells_is_passed_on(model, tmp_path, stand_in):
 
 
 def test_the_frontier():
-    def cell(parameters, perplexity):
-        return {"error": None, "parameters": parameters, "texts": {"t": {"perplexity": perplexity}}}
+    def cell(size, perplexity):
+        return {"error": None, "bytes": size, "texts": {"t": {"perplexity": perplexity}}}
 
     points = {"a": cell(10, 5.0), "b": cell(8, 6.0), "c": cell(9, 7.0), "d": cell(12, 5.0), "e": {"error": {}}}
     assert running.pareto(points, "t") == ["b", "a"]
@@ -401,7 +440,7 @@ def test_cells_of_other_methods_and_other_windows(model, tmp_path, in_this_proce
 
 def test_wrong_lists_on_the_command_line(model, tmp_path, capsys):
     for arguments, message in (
-        (["--methods", "svd", "--keep", "a,b"], "not a list of fractions"),
+        (["--methods", "svd", "--keep", "a,b"], "not a list of numbers"),
         (["--methods", "svd"], "at some size"),
         (["--presets", "blanced", "--keep", "0.8"], "did you mean 'balanced'"),
         (["--methods", "svd", "--keep", "0.8", "--set", "sampels=3"], "did you mean 'samples'"),
@@ -424,11 +463,17 @@ def test_a_failed_cell_shows_and_ends_with_1(model, tmp_path, capsys, stand_in):
 
 def a_record(perplexity):
     against = {"ratio": perplexity / 10, "ratio_low": perplexity / 11, "ratio_high": perplexity / 9, "kl": 12.5}
-    cell = {"error": None, "keep_ratio": 0.8, "texts": {"t": {"perplexity": perplexity}}, "against": {"t": against}}
+    cell = {
+        "error": None,
+        "bytes": 10**8,
+        "keep_ratio": 0.8,
+        "texts": {"t": {"perplexity": perplexity}},
+        "against": {"t": against},
+    }
     cell |= {"speed_ratio": {"decode": 1.25}, "seconds": 12345}
     names = ["svd_llm_v2 svd_llm_v2 0.8", "kfac_svd constrained_exact 0.8"]
-    dense = {"texts": {"t": {"perplexity": 10.0}}}
-    return {"texts": ["t"], "dense": dense, "cells": dict.fromkeys(names, cell), "pareto": names[:1]}
+    dense = {"bytes": 10**8, "texts": {"t": {"perplexity": 10.0}}}
+    return {"texts": ["t"], "dense": dense, "cells": dict.fromkeys(names, cell), "baselines": [], "pareto": names[:1]}
 
 
 @pytest.mark.parametrize("perplexity", [12.34, 283456789.12])

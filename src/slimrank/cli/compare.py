@@ -12,7 +12,7 @@ from slimrank.cli.console import ConsoleProgress, print_json, print_numbers, pri
 from slimrank.cli.evaluate import requested_tasks
 
 _GRID, _MEASURE = "What to compare", "Measured on"
-_SPARE = ("seconds", "decode", "95 %", "KL", "kept")
+_SPARE = ("seconds", "decode", "95 %", "KL", "kept", "size")
 
 
 @o.takes_recipe("calibration", "samples")
@@ -30,6 +30,11 @@ def compare(
     presets: Annotated[str, typer.Option(help="Presets, separated by commas.", rich_help_panel=_GRID)] = "",
     keep: Annotated[
         str, typer.Option(help="Fractions of the linears' parameters to KEEP: 0.8,0.6", rich_help_panel=_GRID)
+    ] = "",
+    max_bytes: Annotated[str, typer.Option(help="Sizes on disk: 110000000,90000000", rich_help_panel=_GRID)] = "",
+    baselines: Annotated[
+        str,
+        typer.Option(help="The original in few bits, as rows of their own: 8,6,5,4,3", rich_help_panel=_GRID),
     ] = "",
     option: Annotated[
         list[str] | None,
@@ -60,12 +65,13 @@ def compare(
     """
     from slimrank import comparison
 
-    keeps = _numbers(keep)
+    keeps, sizes = _numbers(keep), [int(size) for size in _numbers(max_bytes)]
     length = {} if seq_len is None else {"seq_len": seq_len}
     shared = {**chosen, **length, **(o.pairs(option) or {})}
     cells = [
-        *comparison.from_files(recipes or [], keeps, shared),
-        *comparison.grid(_names(methods), _names(allocations), _names(presets), keeps, shared),
+        *comparison.from_files(recipes or [], keeps, shared, sizes),
+        *comparison.grid(_names(methods), _names(allocations), _names(presets), keeps, shared, sizes),
+        *comparison.in_few_bits(_names(baselines), shared),
     ]
     request = requested_tasks(tasks, tasks_dir, shots, limit)
     say_quietly()
@@ -99,7 +105,7 @@ def _names(given: str) -> list[str]:
 
 
 def _numbers(given: str) -> list[float]:
-    """Read a list of fractions.
+    """Read a list of numbers.
 
     Raises:
         RecipeError: one of them is not a number.
@@ -109,4 +115,4 @@ def _numbers(given: str) -> list[float]:
     try:
         return [float(number) for number in _names(given)]
     except ValueError as error:
-        raise RecipeError(f"'{given}' is not a list of fractions.", "--keep 0.8,0.6") from error
+        raise RecipeError(f"'{given}' is not a list of numbers.", "--keep 0.8,0.6") from error

@@ -47,8 +47,9 @@ def compare(
 
     Returns:
         The record: "model", "texts", "dense" (measurements of the original), "too_few" (metrics of tasks that cells
-        are not compared by, see `evaluate.paired`), "cells" (by name; see `worker.cell_record`, or "error") and
-        "pareto" (names of the Pareto-optimal cells, by parameters and the perplexity of the first text).
+        are not compared by, see `evaluate.paired`), "cells" (by name; see `worker.cell_record`, or "error"),
+        "baselines" (names of the cells that are the original in few bits) and "pareto" (names of the Pareto-optimal
+        cells, by bytes and the perplexity of the first text).
 
     Raises:
         RecipeError: no cell, two of the same name, or a recipe that cannot work, before anything is computed.
@@ -68,16 +69,17 @@ def compare(
     record = {
         "slimrank": __version__, "model": str(model),
         **{name: common[name] for name in ("texts", "windows", "seq_len", "tasks")},
-        "too_few": too_few(results_of(dense)), "dense": dense, "cells": made, "pareto": pareto(made, how.texts[0]),
+        "too_few": too_few(results_of(dense)), "dense": dense, "cells": made,
+        "baselines": [cell.name for cell in cells if cell.baseline], "pareto": pareto(made, how.texts[0]),
     }  # fmt: skip
     write_comparison(record, folder)
     return record
 
 
 def pareto(cells: Mapping[str, Mapping[str, Any]], text: str) -> list[str]:
-    """Return the Pareto-optimal cells, fewest parameters first: none of fewer parameters has a lower perplexity."""
+    """Return the Pareto-optimal cells, fewest bytes first: none of fewer bytes has a lower perplexity."""
     points = sorted(
-        (cell["parameters"], cell["texts"][text]["perplexity"], name)
+        (cell["bytes"], cell["texts"][text]["perplexity"], name)
         for name, cell in cells.items()
         if cell["error"] is None
     )

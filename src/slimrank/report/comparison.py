@@ -15,6 +15,8 @@ from slimrank.report.render import render
 from slimrank.store import write_text
 
 Record = dict[str, Any]
+AT_ITS_SIZE = "dense at its size"
+_LAST = ("95 %", "KL", "decode", "seconds")
 
 
 def write_comparison(record: Record, folder: Path) -> None:
@@ -34,13 +36,31 @@ def table(record: Record) -> list[list[str]]:
     """Return headings, the original, then every cell that has not failed; `*` marks Pareto-optimal cells."""
     texts, tasks = record["texts"], _task_metrics(record["dense"])
     of = [f", {text}" for text in texts] if len(texts) > 1 else [""]
-    headings = ["", "kept", "size", *(f"perplexity, {text} (ratio, 95 %)" for text in texts)]
+    headings = ["", "kept", "size", *_only_if(record["baselines"], AT_ITS_SIZE)]
+    headings += [f"perplexity, {text} (ratio, 95 %)" for text in texts]
     headings += [*(f"KL{text}" for text in of), *(f"same top token{text}" for text in of)]
     headings += [*(f"{task}, {metric}" for task, metric in tasks), "decode", "prefill", "seconds", "peak memory"]
     dense = record["dense"]
-    original = ["original", "", megabytes(dense["bytes"]), *(f"{dense['texts'][t]['perplexity']:.2f}" for t in texts)]
+    original = ["original", "", megabytes(dense["bytes"]), *_only_if(record["baselines"], "")]
+    original += [*(f"{dense['texts'][t]['perplexity']:.2f}" for t in texts)]
     original += [*[""] * 2 * len(texts), *(_metric(dense, task, metric) for task, metric in tasks), "", "", "", ""]
     return [headings, original, *(_line(name, cell, record, tasks) for name, cell in _finished(record).items())]
+
+
+def beside(name: str, record: Record) -> str:
+    """Return the largest baseline that is no larger than a cell, with its perplexity over the original's."""
+    if name in record["baselines"]:
+        return ""
+    cells, text = _finished(record), record["texts"][0]
+    fitting = [n for n in record["baselines"] if n in cells and cells[n]["bytes"] <= cells[name]["bytes"]]
+    if not fitting:
+        return "none as small"
+    best = max(fitting, key=lambda n: cells[n]["bytes"])
+    return f"{best.removeprefix('dense ')}: {cells[best]['against'][text]['ratio']:.3f}"
+
+
+def _only_if(wanted: list[str], *cells: str) -> tuple[str, ...]:
+    return cells if wanted else ()
 
 
 def differences(record: Record) -> list[tuple[str, ...]]:
@@ -75,18 +95,20 @@ def provenance(record: Record) -> list[tuple[str, str]]:
 
 def headline(record: Record) -> list[tuple[str, ...]]:
     """Return what fits into a terminal: headings, the original, every cell that has not failed; on the first text."""
-    text = record["texts"][0]
-    lines: list[tuple[str, ...]] = [
-        ("", "kept", "perplexity", "ratio", "95 %", "KL", "decode", "seconds"),
-        ("original", "", f"{record['dense']['texts'][text]['perplexity']:.2f}", *[""] * 5),
-    ]
+    text, sized = record["texts"][0], record["baselines"]
+    headings = ("", "kept", *_only_if(sized, "size"), "perplexity", "ratio", *_only_if(sized, AT_ITS_SIZE), *_LAST)
+    dense = f"{record['dense']['texts'][text]['perplexity']:.2f}"
+    original = ("original", "", *_only_if(sized, megabytes(record["dense"]["bytes"])), dense)
+    lines = [headings, original + ("",) * (len(headings) - len(original))]
     for name, cell in _finished(record).items():
         found = cell["against"][text]
         lines.append((
             _starred(name, record),
             percent(cell["keep_ratio"]),
+            *_only_if(sized, megabytes(cell["bytes"])),
             f"{cell['texts'][text]['perplexity']:.2f}",
             f"{found['ratio']:.3f}",
+            *_only_if(sized, beside(name, record)),
             f"{found['ratio_low']:#.4g}-{found['ratio_high']:#.4g}",
             f"{found['kl']:.4f}",
             f"x {cell['speed_ratio']['decode']:.2f}",
@@ -121,6 +143,7 @@ def _line(name: str, cell: Record, record: Record, tasks: list[tuple[str, str]])
         _starred(name, record),
         percent(cell["keep_ratio"]),
         megabytes(cell["bytes"]),
+        *_only_if(record["baselines"], beside(name, record)),
         *(_perplexity(cell, text) for text in record["texts"]),
         *(f"{found['kl']:.4f}" for found in against),
         *(f"{found['top1']:.1f} %" for found in against),
@@ -149,12 +172,14 @@ def _metric(measured: Record, task: str, metric: str) -> str:
 
 def _plot(record: Record) -> tuple[Markup | None, str]:
     """Plot perplexity against size, or return why there is no such plot."""
-    text = record["texts"][0]
-    points = {name: (cell["keep_total"], cell["texts"][text]["perplexity"]) for name, cell in _finished(record).items()}
+    text, whole = record["texts"][0], record["dense"]["bytes"]
+    points = {
+        name: (cell["bytes"] / whole, cell["texts"][text]["perplexity"]) for name, cell in _finished(record).items()
+    }
     if not points:
         return None, "No cell has come to an end."
     try:
-        label = f"Perplexity on {text} against the part of the model that is kept"
+        label = f"Perplexity on {text} against the part of the bytes that is kept"
         return Markup(plots.sizes(points, record["pareto"], record["dense"]["texts"][text]["perplexity"], label)), ""
     except MissingExtraError as error:
         return None, f"{error.message} {error.hint}"

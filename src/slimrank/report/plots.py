@@ -95,7 +95,7 @@ def sizes(points: Mapping[str, tuple[float, float]], frontier: Sequence[str], de
     """Draw perplexity against size, a colour for each series of cells that differ only in size; dot the frontier.
 
     Args:
-        points: name of a cell -> (fraction of the model that is kept, perplexity).
+        points: name of a cell -> (fraction of the bytes that is kept, perplexity).
         frontier: names of those that no smaller one is better than, smallest first.
         dense: perplexity of the original.
         label: what is shown, in words.
@@ -109,7 +109,7 @@ def sizes(points: Mapping[str, tuple[float, float]], frontier: Sequence[str], de
         for (name, cells), colour, marker in zip(series.items(), cycle(COLOURS), cycle(_MARKERS), strict=False):
             axes.plot(*zip(*sorted(cells), strict=True), "-", color=colour, marker=marker, linewidth=1.2, label=name)
         axes.axhline(dense, color=INK, linewidth=1, label="original")
-        axes.set(xlabel="part of the model that is kept", ylabel="perplexity", yscale="log")
+        axes.set(xlabel="part of the bytes that is kept", ylabel="perplexity", yscale="log")
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.yaxis.set_major_formatter("{x:g}")
         bottom, top = axes.get_ylim()
@@ -119,7 +119,7 @@ def sizes(points: Mapping[str, tuple[float, float]], frontier: Sequence[str], de
 
 
 def _without_size(name: str) -> str:
-    return re.sub(r" [\d.]+$", "", name)
+    return re.sub(r" ([\d.]+( MB)?|int\d\S*)$", "", name)
 
 
 def _numbers(cells: Sequence[float | None]) -> list[float]:
