@@ -191,6 +191,19 @@ def test_bad_input_is_refused():
         compress(tiny_model(), max_bytes=110_000, **JOINT, baselines="4")
 
 
+def test_what_one_form_for_all_layers_would_take_and_lose_is_told():
+    result = compress(tiny_model(), max_bytes=110_000, **JOINT)
+    found = {(each["form"], each["rank"]): each for each in result.report["allocation"]["alternatives"]}
+    size, predicted = result.report["size"]["linears_bytes"], result.report["allocation"]["predicted"]
+    assert ("dense:int4-g8", "dense") in found
+    assert ("residual:int3-g8/int8", 8) in found
+    for each in found.values():  # the plan is the best of its size
+        assert each["size"] > size or each["error"] >= predicted * (1 - 1e-9)
+    (section,) = [s for s in result.report["sections"] if s["stage"] == "allocate"]
+    assert len(section["rows"]) == len(found)
+    assert f"The plan takes {size:,} bytes" in section["note"]
+
+
 def test_plan_previews_it(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     told = slimrank.preview(tmp_path, max_bytes=110_000, **JOINT)
@@ -214,9 +227,15 @@ def test_from_the_command_line(tmp_path):
     byte_tokenizer().save_pretrained(model)
     text = ["--samples", 4, "--seq-len", 16]
     budget = ["--max-bytes", 110_000, "--preset", "small", "--group-size", 8, *text]
-    assert "these forms are a guess" in run("plan", model, *budget)
+    guessed = run("plan", model, *budget)
+    assert "these forms are a guess" in guessed
+    assert "size of the linears" in guessed
+    assert "bits for each weight of the linears" in guessed
+    assert "predicted loss" not in guessed
     told = run("plan", model, *budget, "--save", plan)
     assert "stored as" in told
+    assert "predicted loss, over the plan's" in told
+    assert "fewer bits lose less than such low ranks" in run("plan", model, "--max-bytes", 120_000, *text)
     assert ":int" in told
     run("compress", model, "--preset", "small", "--plan", plan, *text, "--no-eval", "--out", tmp_path / "o")
     assert RankPlan.load(tmp_path / "o" / "plan.json").targets == RankPlan.load(plan).targets

@@ -9,6 +9,7 @@ from typing import Literal
 
 FRACTION_STEPS = 10**4  # of a fraction in a hint
 BYTE_BITS = 8
+USUAL_WIDTH_BITS = 16  # of a parameter of a dense weight
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Budget:
         """Return the least value at which the targets may store so many bits, in words, rounded up."""
         taken = f" (parts that are not compressed already take {self.rest:,} parameters)" if self.rest else ""
         if self.option == "max_bytes":
-            return f"a max_bytes of at least {ceil(Fraction(bits, BYTE_BITS)) + self.besides}{taken}"
+            narrower = "; or --dtype bfloat16" if self.width > USUAL_WIDTH_BITS else ""
+            return f"a max_bytes of at least {ceil(Fraction(bits, BYTE_BITS)) + self.besides}{taken}{narrower}"
         stored = ceil(Fraction(bits, self.width)) + self.rest
         least = Fraction(ceil(Fraction(stored, self._whole) * FRACTION_STEPS), FRACTION_STEPS)
         if least > 1:

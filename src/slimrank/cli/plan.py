@@ -11,6 +11,8 @@ from slimrank.cli import options as o
 from slimrank.cli.console import ConsoleProgress, duration, print_json, print_table, print_text, say_quietly
 from slimrank.cli.heatmap import show_plan, show_trade_off
 
+NEAR = 1.3  # factor between the sizes of forms that are shown together
+
 
 @o.takes_recipe()
 def plan(
@@ -88,8 +90,9 @@ def _computed(
 
 
 def _show(model: str, record: dict[str, Any], save: Path | None) -> None:
-    _show_size(model, record["size"])
+    _show_size(model, record["size"], record["quantizes"])
     _show_ranks(record["kinds"])
+    _show_forms(record)
     _show_coverage(record["coverage"])
     _show_cost(record)
     for note in record["notes"]:
@@ -98,10 +101,12 @@ def _show(model: str, record: dict[str, Any], save: Path | None) -> None:
         print_text(f"plan written to {save}")
 
 
-def _show_size(model: str, size: dict[str, Any]) -> None:
+def _show_size(model: str, size: dict[str, Any], quantizes: bool) -> None:
     from slimrank.report.number_format import megabytes, millions, percent
 
     kept = f"{percent(size['keep_ratio'])} of the linears, {percent(size['keep_total'])} of the model"
+    if quantizes:
+        kept = f"{percent(size['bytes_after'] / size['bytes_loaded'])} of the bytes"
     rows = [
         ("parameters of the model", millions(size["parameters_before"]), millions(size["parameters_after"])),
         ("size on disk", megabytes(size["bytes_before"]), megabytes(size["bytes_after"])),
@@ -120,6 +125,34 @@ def _show_ranks(kinds: list[dict[str, Any]]) -> None:
     forms = [(k["name"], _counted(k["forms"])) for k in kinds if k["forms"]]
     if forms:
         print_table("stored as", ("layers", "how many in which form"), forms)
+
+
+def _show_forms(record: dict[str, Any]) -> None:
+    """Show what the budget allows, and what one form for all layers would take and lose."""
+    bits = record["bits_a_weight"]
+    if bits is not None:
+        print_text(f"the budget leaves {bits:.2f} bits for each weight of the linears")
+    if bits is not None and record["size"]["keep_ratio"] < 1 and not record["quantizes"]:
+        print_text("fewer bits lose less than such low ranks: --preset small chooses both within the same bytes")
+    known = record["allocation"].get("alternatives") or record["alternatives"]
+    size = record["size"]["linears_bytes"]
+    near = [each for each in known if 1 / NEAR < each["size"] / size < NEAR]
+    if near:
+        print_table("one form for all layers, at about that size", *_alternatives(near, record["allocation"]))
+
+
+def _alternatives(found: list[dict[str, Any]], allocation: dict[str, Any]) -> tuple[tuple[str, ...], list[Any]]:
+    """Return headings and rows; the predicted loss is over that of the plan, where it is known."""
+    from slimrank.budget.alternatives import form_and_rank
+    from slimrank.report.number_format import megabytes
+
+    rows = [(form_and_rank(each), megabytes(each["size"])) for each in found]
+    if "predicted" not in allocation:
+        return ("all layers as", "size of the linears"), rows
+    losses = [f"{each['error'] / (allocation['predicted'] or 1.0):.2f}" for each in found]
+    return ("all layers as", "size of the linears", "predicted loss, over the plan's"), [
+        (*row, loss) for row, loss in zip(rows, losses, strict=True)
+    ]
 
 
 def _counted(forms: dict[str, int]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from slimrank.budget.alternatives import alternatives
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.models.load import skeleton
 from slimrank.models.structure import short_names, without_numbers
@@ -25,8 +26,9 @@ def preview(
 
     Returns:
         A record with "plan" (as `RankPlan`), "blocks_path", "size", "coverage", "kinds" (one row for each layer name),
-        "seconds" (by stage), "peak_memory", "run_bytes" (of the run directory) and "notes" (what of the model is left
-        out or done otherwise). All but sizes are estimates.
+        "seconds" (by stage), "peak_memory", "run_bytes" (of the run directory), "notes" (what of the model is left out
+        or done otherwise) and "alternatives" (bytes of the linears where all have one form, if forms are chosen) and
+        "bits_a_weight" (of a budget in bytes). All but sizes are estimates.
 
     Raises:
         SlimrankError: whatever `compress` would refuse for the same model and budget.
@@ -50,7 +52,25 @@ def preview(
         "peak_memory": LIBRARIES + shape.parameters * shape.itemsize + max(cost.peak for cost in costs.values()),
         "run_bytes": sum(cost.stored for cost in costs.values()),
         "notes": read.notes,
+        "alternatives": _alternatives(prepared),
+        "quantizes": prepared.recipe.quantizes,
+        "bits_a_weight": _bits_a_weight(prepared),
     }
+
+
+def _alternatives(prepared: Prepared) -> list[dict[str, Any]]:
+    """Return what one form for all targets would take; what it would lose is not known yet."""
+    if prepared.problem is None or not prepared.problem.menus:
+        return []
+    found = alternatives(prepared.problem.menus, dict.fromkeys(prepared.problem.menus, 0.0))
+    return [{"form": each.form, "rank": each.rank, "size": each.size} for each in found]
+
+
+def _bits_a_weight(prepared: Prepared) -> float | None:
+    """Return what a budget in bytes leaves for each weight of the targets; None for another budget."""
+    if prepared.problem is None or prepared.recipe.max_bytes is None:
+        return None
+    return prepared.problem.budget / prepared.targets.coverage.targets
 
 
 def _size(prepared: Prepared, file_bytes: int | None) -> dict[str, Any]:
@@ -66,6 +86,7 @@ def _size(prepared: Prepared, file_bytes: int | None) -> dict[str, Any]:
         "parameters_after": after,
         "bytes_before": file_bytes or size.total,
         "bytes_loaded": size.total,
+        "linears_bytes": size.linears(plan),
         "bytes_after": size.compressed(prepared.recipe, plan, targets),
     }
 

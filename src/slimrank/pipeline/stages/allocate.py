@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimrank.budget.additivity import additivity
+from slimrank.budget.alternatives import alternatives, form_and_rank
+from slimrank.budget.curves import Curve
 from slimrank.budget.knapsack import TradeOff, trade_off
+from slimrank.budget.menu import Menu
 from slimrank.budget.problem import Allocation, Problem
 from slimrank.pipeline.forecast import Cost, Shape
 from slimrank.pipeline.stage import STAGES, Stage
 from slimrank.pipeline.stages.model_probe import ModelProbe
 from slimrank.pipeline.stages.spectrum_store import SpectrumStore
 from slimrank.progress import Forecast
+from slimrank.report.section import Section
 from slimrank.text.texts import WindowRequest
 
 if TYPE_CHECKING:
@@ -42,10 +47,10 @@ class Allocate(Stage):
     def key(self, state: State) -> dict[str, Any]:
         return {"plan": state.plan.factored(), "stored_as": state.plan.stored_as}
 
-    def run(self, state: State) -> None:
+    def run(self, state: State) -> Section | None:
         if not state.prepared.choices.computes_ranks:
             state.results.allocation = {"id": state.plan.allocation}
-            return
+            return None
         assert state.prepared.problem is not None
         store = state.store(_key(state, state.prepared.problem))
         forecast = Forecast(state.progress, search_passes(state.prepared.choices, len(state.prepared.units)))
@@ -57,6 +62,7 @@ class Allocate(Stage):
         state.plan = state.prepared.plan_of(Allocation(found["ranks"], forms=found["forms"]))
         state.notes += [f"allocation: {note}" for note in (*found["notes"], *_bent(state))]
         state.results.allocation = found["about"]
+        return _beside(found["about"], state.prepared.size.linears(state.plan))
 
 
 def search_windows(choices: Choices) -> WindowRequest:
@@ -131,10 +137,33 @@ def _about(state: State, problem: Problem, found: Allocation) -> dict[str, Any]:
         about["trade_off"] = _sketch(trade_off(found.curves), float(problem.sizes.sum()))
         picks = found.picks or found.ranks
         about["predicted"] = sum(float(c.errors[c.index(picks[c.path])]) for c in found.curves)
+    if problem.menus:
+        energies = {curve.path: _energy(curve, problem.menus[curve.path]) for curve in found.curves}
+        about["alternatives"] = [asdict(each) for each in alternatives(problem.menus, energies)]
     plans = state.prepared.choices.allocator.measuring.plans
     if found.divergence and plans > 1 and not problem.menus:  # plans of bits are not measured before they are made
         about["additivity"] = asdict(additivity(problem, found.curves, plans))
     return about
+
+
+def _energy(curve: Curve, menu: Menu) -> float:
+    """Return what the losses of a menu are multiplied by in a curve."""
+    loss = float(menu.errors()[curve.ranks[0]])
+    return float(curve.errors[0]) / loss if loss > 0 else 0.0
+
+
+def _beside(allocation: Mapping[str, Any], size: int) -> Section | None:
+    """Return what one form for all layers would take and lose, over the plan."""
+    if "alternatives" not in allocation:
+        return None
+    whole = allocation["predicted"] or 1.0
+    rows = [
+        (form_and_rank(each), f"{each['size']:,}", f"{each['error'] / whole:.2f}")
+        for each in allocation["alternatives"]
+    ]
+    note = f"Predicted from the rounding of each layer by itself. The plan takes {size:,} bytes; its loss is 1."
+    columns = ("all layers as", "bytes", "predicted loss, over the plan's")
+    return Section(stage=Allocate.id, title="One form for all layers", columns=columns, rows=tuple(rows), note=note)
 
 
 def _sketch(path: TradeOff, whole: float) -> list[dict[str, float]]:
