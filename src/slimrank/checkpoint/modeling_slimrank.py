@@ -14,6 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from slimrank.layers.transforms import saved_transforms
 
+from .few_bits_slimrank import warn_of_few_bits
+
 
 class SlimRankForCausalLM:
     """What `AutoModelForCausalLM` finds for a compressed model; it makes objects of the native class."""
@@ -40,6 +42,7 @@ class SlimRankForCausalLM:
             transform.loaded(model, entry)
         if quantization is not None:
             model.config.quantization_config = quantization
+        warn_of_few_bits(model)
         keep_names(model)
         return (model, info) if told else model
 

@@ -38,10 +38,12 @@ class CompressedLinear(nn.Module):
         out_features: m.
         rank: of W.
         bias: m long, or None.
+        least_nearest: fewest bits at which rounding its parts to the nearest does not destroy it.
     """
 
     kind: ClassVar[str]
     format: ClassVar[int] = NEW_FORMAT
+    least_nearest: ClassVar[int] = 2
     bias: Tensor | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -29,6 +29,7 @@ class PivotLinear(CompressedLinear):
 
     kind: ClassVar[str] = "pivot"
     format: ClassVar[int] = 2
+    least_nearest: ClassVar[int] = 8  # the rows that it keeps make all others, which amplifies their rounding
     order: Tensor
 
     def __init__(
