@@ -70,7 +70,7 @@ def modules_of(path):
             yield from (name.name for name in node.names)
 
 
-LOADER = [ROOT / "checkpoint" / f"{name}_slimrank.py" for name in ("configuration", "code", "modeling")]
+LOADER = [ROOT / "checkpoint" / f"{name}_slimrank.py" for name in ("configuration", "code", "modeling", "few_bits")]
 FOLDERS = [ROOT / "layers", ROOT / "linalg"]
 COPIED_LAYERS = [p for folder in FOLDERS for p in folder.glob("*.py") if "Copied into" in ast.get_docstring(parsed(p))]
 COPIED_NAMES = {f"slimrank.{path.parent.name}.{path.stem}" for path in COPIED_LAYERS}

@@ -14,6 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from slimrank.layers.transforms import saved_transforms
 
+from .few_bits_slimrank import warn_of_few_bits
+
 
 class SlimRankForCausalLM:
     """What `AutoModelForCausalLM` finds for a compressed model; it makes objects of the native class."""
@@ -23,13 +25,15 @@ class SlimRankForCausalLM:
         """Load a compressed model; arguments as for any `from_pretrained`.
 
         Raises:
-            ValueError: factors are missing in the files; transformers would fill them with random numbers.
+            ValueError: factors are missing in the files; transformers would fill them with random numbers. Or the
+                weights are to be quantised, and already are.
         """
         if config is None:
             from .configuration_slimrank import SlimRankConfig
 
             config = SlimRankConfig.from_pretrained(path)
         native, told = _native_class(config), kwargs.pop("output_loading_info", False)
+        _check_unquantized(path, config, kwargs.get("quantization_config"))
         changed, quantization = _changed_class(native), _taken(config)
         model, info = changed.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
         _check_complete(path, info["missing_keys"], config.slimrank)
@@ -38,6 +42,7 @@ class SlimRankForCausalLM:
             transform.loaded(model, entry)
         if quantization is not None:
             model.config.quantization_config = quantization
+        warn_of_few_bits(model)
         keep_names(model)
         return (model, info) if told else model
 
@@ -56,9 +61,19 @@ class SlimRankForCausalLM:
 
 def _taken(config: Any) -> Any:
     """Take what a configuration says of quantised weights out of it, where a transform reads these; else None."""
-    if any(entry.get("kind") == "quantized" for entry in config.slimrank.get("transforms", ())):
-        return vars(config).pop("quantization_config", None)
-    return None
+    return vars(config).pop("quantization_config", None) if _is_quantized(config) else None
+
+
+def _is_quantized(config: Any) -> bool:
+    return any(entry.get("kind") == "quantized" for entry in config.slimrank.get("transforms", ()))
+
+
+def _check_unquantized(path: Any, config: Any, asked: Any) -> None:
+    if asked is not None and _is_quantized(config):
+        raise ValueError(
+            f"slimrank has quantised the weights of '{path}' already, so quantization_config cannot be applied. "
+            "Load the model without it, or compress the model again without --quantize and --bits."
+        )
 
 
 def _native_class(config: Any) -> Any:

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 KINDS: dict[str, type[CompressedLinear]] = {}
+HELD = (
+    "the parts of the layer are quantised by another library, so their numbers are not at hand: load the model without "
+    "quantization_config, from the folder that slimrank wrote"
+)
 NEW_FORMAT = 5  # of saved models: the first one that says the kind of each layer
 
 
@@ -34,10 +38,12 @@ class CompressedLinear(nn.Module):
         out_features: m.
         rank: of W.
         bias: m long, or None.
+        least_nearest: fewest bits at which rounding its parts to the nearest does not destroy it.
     """
 
     kind: ClassVar[str]
     format: ClassVar[int] = NEW_FORMAT
+    least_nearest: ClassVar[int] = 2
     bias: Tensor | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -61,12 +67,28 @@ class CompressedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight W (out x in), made anew at each access: for code that looks at weights."""
+        """The dense weight W (out x in), made anew at each access: for code that looks at weights.
+
+        It has no values, on the meta device, where another library holds its parts: see `held_by_others`. Some models
+        initialise weights while they are read, which then does nothing.
+        """
+        if held_by_others(self):
+            return torch.empty(self.out_features, self.in_features, device="meta")
+        return self.product()
+
+    def product(self) -> Tensor:
+        """Return the dense weight W (out x in), where the parts are ordinary numbers."""
         a, b = self.factors()
         return (b @ a).to(next(self.parameters()).dtype)
 
     def to_dense(self) -> nn.Linear:
-        """Return an ordinary `nn.Linear` that computes the same function."""
+        """Return an ordinary `nn.Linear` that computes the same function.
+
+        Raises:
+            ValueError: another library holds its parts; see `held_by_others`.
+        """
+        if held_by_others(self):
+            raise ValueError(HELD)
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         dense.weight = nn.Parameter(self.weight.detach().clone())
         if self.bias is not None:
@@ -152,6 +174,31 @@ def import_neighbours() -> None:
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
     """Return the layers of a model that stand in for a compressed weight, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def held_by_others(layer: nn.Module) -> bool:
+    """Tell whether a library that quantises holds parts of a layer in a form of its own.
+
+    Such parts compute what they should, but their tensors are not to be multiplied: they are packed, or of a class of
+    their own.
+    """
+    return not all(is_ordinary(p) for p in layer.parameters())
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds floating-point numbers, in a class of torch itself."""
+    return tensor.is_floating_point() and type(tensor).__module__.partition(".")[0] == "torch"
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """Return the numbers of a part of a layer, float64 and detached.
+
+    Raises:
+        ValueError: another library holds them; see `held_by_others`.
+    """
+    if not is_ordinary(tensor):
+        raise ValueError(HELD)
+    return tensor.detach().double()
 
 
 def load_tensors(layer: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimrank.layers.base import CompressedLinear
+from slimrank.layers.base import CompressedLinear, numbers
 
 
 class LowRankLinear(CompressedLinear):
@@ -54,15 +54,14 @@ class LowRankLinear(CompressedLinear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """See `CompressedLinear.factors`."""
-        return self.A.weight.detach().double(), self.B.weight.detach().double()
+        return numbers(self.A.weight), numbers(self.B.weight)
 
     def set_b(self, B: Tensor) -> None:
         """See `CompressedLinear.set_b`."""
         self.B.weight.data = B.to(self.B.weight)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense product B A (out x in), made anew at each access: for code that looks at weights."""
+    def product(self) -> Tensor:
+        """Return the dense product B A (out x in)."""
         return self.B.weight @ self.A.weight
 
     @property

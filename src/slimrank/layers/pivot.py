@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from slimrank.layers.base import CompressedLinear
+from slimrank.layers.base import CompressedLinear, numbers
 
 INDEX_BYTES = 4  # of an entry of `order`
 
@@ -29,6 +29,7 @@ class PivotLinear(CompressedLinear):
 
     kind: ClassVar[str] = "pivot"
     format: ClassVar[int] = 2
+    least_nearest: ClassVar[int] = 8  # the rows that it keeps make all others, which amplifies their rounding
     order: Tensor
 
     def __init__(
@@ -85,9 +86,8 @@ class PivotLinear(CompressedLinear):
             y = self.skeleton(z)
         return y if self.bias is None else y + self.bias
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (out x in), made anew at each access: for code that looks at weights."""
+    def product(self) -> Tensor:
+        """Return the dense weight (out x in)."""
         s, t = self.skeleton.weight, self.interpolation.weight
         if self.side == "out":
             return torch.cat([s, t @ s]).index_select(0, self.order)
@@ -102,7 +102,7 @@ class PivotLinear(CompressedLinear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """See `CompressedLinear.factors`."""
-        s, t = self.skeleton.weight.detach().double(), self.interpolation.weight.detach().double()
+        s, t = numbers(self.skeleton.weight), numbers(self.interpolation.weight)
         identity = torch.eye(self.rank, dtype=s.dtype, device=s.device)
         if self.side == "out":
             return s, torch.cat([identity, t])[self.order]

@@ -22,7 +22,7 @@ class QuantizedPivot(QuantizedForm):
     """
 
     base: ClassVar[str] = "pivot"
-    least_nearest: ClassVar[int] = 8
+    least_nearest: ClassVar[int] = PivotLinear.least_nearest
 
     @classmethod
     def choices(cls, m: int, n: int, group: int | None) -> list[tuple[str, Rank]]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimrank.layers.base import CompressedLinear
+from slimrank.layers.base import CompressedLinear, numbers
 
 
 class ResidualLinear(CompressedLinear):
@@ -38,14 +38,13 @@ class ResidualLinear(CompressedLinear):
         """Apply the layer: (..., in) to (..., out)."""
         return self.base(x) + self.B(self.A(x))
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight Q + B A (out x in), made anew at each access: for code that looks at weights."""
+    def product(self) -> Tensor:
+        """Return the dense weight Q + B A (out x in)."""
         return self.base.weight + self.B.weight @ self.A.weight
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A (n x n) and B (m x n) with W = B A: its rank is not bounded, so A is the identity."""
-        q, a, b = (part.weight.detach().double() for part in (self.base, self.A, self.B))
+        q, a, b = (numbers(part.weight) for part in (self.base, self.A, self.B))
         return torch.eye(self.in_features, dtype=q.dtype, device=q.device), q + b @ a
 
     def set_b(self, B: Tensor) -> None:
