@@ -4,10 +4,11 @@
 
 Every row is compressed to every --keep with the same calibration tokens (--samples windows of --seq-len; presets refine
 on multiples of them) and measured on the first --windows windows of the test text (of other texts at the largest --keep
-only). "passes" is the time over that of one forward and backward pass over all text that the row reads, on the same
-threads, measured before and after it. Cells that stand in DIR/quality.json already are not computed again; --runs keeps
-statistics and spectra, so only in a fresh folder is the time of a row the whole of it. Writes quality.json, quality.md
-and, with matplotlib, quality.svg.
+only). Below them stands the original in few bits (`--widths`): at every --keep the largest width that takes no more
+bytes than that part of 16-bit linears. "passes" is the time over that of one forward and backward pass over all text
+that the row reads, on the same threads, measured before and after it. Cells that stand in DIR/quality.json already are
+not computed again; --runs keeps statistics and spectra, so only in a fresh folder is the time of a row the whole of it.
+Writes quality.json, quality.md and, with matplotlib, quality.svg.
 """
 
 import argparse
@@ -112,6 +113,34 @@ def measure(args, row, keep, tests, one_pass):
     }
 
 
+def measure_rounded(args, width, tests):
+    """The original rounded to one width, in bfloat16: bits a weight with scales and zero points, and perplexities."""
+    result = slimrank.compress(
+        args.model, method="svd", keep_ratio=1.0, quantize=f"int{width}-g64", dtype="bfloat16", calibration=args.text,
+        samples=args.samples, seq_len=args.seq_len, evaluation=None,
+    )  # fmt: skip
+    weights = sum(m * n for m, n in (target.shape for target in result.plan.targets.values()))
+    return {
+        "bits": 8 * result.report["size"]["linears_bytes"] / weights,
+        "perplexity": {name: slimrank.perplexity(result.model, windows).perplexity for name, windows in tests.items()},
+    }
+
+
+def rounded_cells(results, keeps, tests):
+    """One row: for every size the widest rounded original of no more bytes, on the main text and on the others."""
+    main, others = tests[0], tests[1:]
+
+    def cell(keep, test):
+        fitting = [each for each in results["rounded"].values() if each["bits"] <= 16 * keep]
+        best = max(fitting, key=lambda each: each["bits"], default=None)
+        if best is None:
+            return ""
+        found = best["perplexity"][test]
+        return f"{found:,.1f} ({found / results['dense'][test]:,.3f}; {best['bits']:.2f} bits)"
+
+    return [*(cell(keep, main) for keep in keeps), *(cell(keeps[0], other) for other in others), "", ""]
+
+
 def markdown(results):
     tests = list(results["dense"])
     main, others = tests[0], tests[1:]
@@ -131,6 +160,9 @@ def markdown(results):
             passes = [cell["passes"] for cell in row.values() if "passes" in cell]
             cells += [f"{max(c['seconds'] for c in row.values()):,.0f}", f"{max(passes):.1f}" if passes else ""]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        if results.get("rounded"):
+            cells = rounded_cells(results, keeps, tests)
+            lines.append("| the original in few bits, of no more bytes | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -181,6 +213,7 @@ def main():
     parser.add_argument("--runs", required=True, help="run directory, of statistics and spectra")
     parser.add_argument("--rows", nargs="*", help="some of the rows; all by default")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.5])
+    parser.add_argument("--widths", nargs="*", default=[8, 6, 5, 4, 3], help="bits of the original in few bits")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--search-samples", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -200,6 +233,11 @@ def main():
         stored.write_text(json.dumps(results, indent=1) + "\n")
     one_pass = partial(pass_seconds, model, windows_of(args.text, tokenizer, args))
     results |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    rounded = results.setdefault("rounded", {})
+    for width in map(str, args.widths):
+        if width not in rounded:
+            rounded[width] = measure_rounded(args, width, tests)
+            stored.write_text(json.dumps(results, indent=1) + "\n")
     only = {name: tests[name] for name in list(tests)[:1]}
     every = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
     for name in args.rows or every:
