@@ -1,0 +1,22 @@
+"""LoRA on both factors at once, merged into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from slimrank.methods.recoverer import recoverer
+from slimrank.models.adapters import Alpha, Dropout, Rank, adapted
+from slimrank.models.trainable import parts
+
+
+@recoverer(
+    id="lora",
+    title="LoRA on both factors at once",
+    paper="Hu et al., LoRA, arXiv 2106.09685; LEMS, its strategy peft_lora",
+    defaults={"kl": 0.0, "label": 1.0},
+)
+def lora(model: Any, *, rank: Rank = 8, alpha: Alpha = 16.0, dropout: Dropout = 0.05) -> Iterator[str]:
+    """Train adapters on A and B of every layer, and merge them."""
+    with adapted(model, parts(model, ("A", "B")), rank, alpha, dropout):
+        yield "adapters on both factors"

@@ -1,0 +1,22 @@
+"""All factors, by the likelihood of the text, as LEMS ships it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from slimrank.methods.recoverer import recoverer
+from slimrank.models.trainable import parts, train_only
+
+
+@recoverer(
+    id="tune_svd",
+    title="all factors, by the likelihood of the text",
+    paper="LEMS, its strategy tune_svd",
+    defaults={"kl": 0.0, "label": 1.0},
+)
+def tune_svd(model: Any) -> Iterator[str]:
+    """Train both factors of every layer."""
+    wanted = {f"{path}.weight" for path in parts(model, ("A", "B"))}
+    train_only(model, lambda name: name in wanted)
+    yield "all factors"

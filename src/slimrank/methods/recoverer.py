@@ -1,0 +1,132 @@
+"""The registry of recovery methods. One is a generator of phases with this decorator, in its own file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from slimrank.options import options_of, validated
+from slimrank.registry import Registry
+
+Phases = Callable[..., Iterator[str]]
+
+
+class RecoverOptions(BaseModel):
+    """Options of training, which every method has. A method may have other defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: Annotated[int | None, Field(ge=1, description="Tokens to train on; by default one pass over the text.")] = (
+        None
+    )
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False, description="Largest learning rate.")] = 1e-4
+    warmup: Annotated[float, Field(ge=0, le=1, description="Part of the steps in which the rate rises.")] = 0.03
+    final_rate: Annotated[float, Field(ge=0, le=1, description="Last learning rate, over the largest.")] = 0.1
+    batch_size: Annotated[int, Field(ge=1, description="Windows of a step.")] = 4
+    micro_batch: Annotated[int | None, Field(ge=1, description="Windows at once; by default those of a step.")] = None
+    kl: Annotated[float, Field(ge=0, allow_inf_nan=False, description="Weight of KL(original || student).")] = 1.0
+    label: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="Weight of the likelihood of the next token.")
+    ] = 0.0
+    hidden: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="Weight of the error of the states after each block.")
+    ] = 0.0
+    held_out: Annotated[int, Field(ge=1, description="Windows that decide which state is kept; not trained on.")] = 16
+    checks: Annotated[int, Field(ge=1, description="How often these are looked at.")] = 10
+    patience: Annotated[int, Field(ge=1, description="Checks without a gain before training stops.")] = 3
+    clip: Annotated[float, Field(ge=0, allow_inf_nan=False, description="Largest norm of a gradient; 0: any.")] = 1.0
+    checkpointing: Annotated[
+        bool, Field(description="Compute blocks again in the backward pass, which takes less memory and more time.")
+    ] = False
+    compute_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="Dtype of products; auto: bfloat16 where the device has it."),
+    ] = "auto"
+
+
+@dataclass(frozen=True)
+class Recoverer:
+    """A way to train a compressed model.
+
+    Attributes:
+        id: its name in recipes.
+        title: one line for people.
+        paper: its source.
+        changes_size: whether the result is larger than the model.
+        phases: (model, **own options) -> generator. It sets `requires_grad` of what is trained next and yields a word
+            for it; when it goes on, that is trained.
+        options: names, types, ranges and defaults, those of `RecoverOptions` included.
+    """
+
+    id: str
+    title: str
+    paper: str
+    changes_size: bool
+    phases: Phases
+    options: type[BaseModel]
+
+    def configured(self, given: Mapping[str, Any]) -> ConfiguredRecoverer:
+        """Return the method with these options.
+
+        Raises:
+            RecipeError: an unknown option, or a value out of range.
+        """
+        chosen = validated(self.options, given, f"the recovery method '{self.id}'").model_dump()
+        training = RecoverOptions(**{name: chosen.pop(name) for name in RecoverOptions.model_fields})
+        return ConfiguredRecoverer(self, chosen, training)
+
+
+@dataclass(frozen=True)
+class ConfiguredRecoverer:
+    """A recovery method with its options.
+
+    Attributes:
+        method: the method.
+        options: those of its own.
+        training: those of training.
+    """
+
+    method: Recoverer
+    options: Mapping[str, Any]
+    training: RecoverOptions
+
+    def phases(self, model: Any) -> Iterator[str]:
+        """Make each phase ready in turn; see `Recoverer.phases`."""
+        return self.method.phases(model, **self.options)
+
+
+RECOVERERS: Registry[Recoverer] = Registry("slimrank.methods.recover", "recovery method")
+
+
+def recoverer(
+    *, id: str, title: str, paper: str, defaults: Mapping[str, Any] | None = None, changes_size: bool = False
+) -> Callable[[Phases], Phases]:
+    """Register the decorated generator as a recovery method.
+
+    Args:
+        id: its name in recipes.
+        title: one line for people.
+        paper: its source.
+        defaults: of `RecoverOptions`, where they are others.
+        changes_size: whether the result is larger than the model.
+    """
+
+    def register(phases: Phases) -> Phases:
+        options = options_of(phases, _settings(defaults or {}))
+        RECOVERERS.add(Recoverer(id, title, paper, changes_size, phases, options))
+        return phases
+
+    return register
+
+
+def _settings(defaults: Mapping[str, Any]) -> dict[str, FieldInfo]:
+    """Return the options of training with other defaults."""
+    found = {name: copy(field) for name, field in RecoverOptions.model_fields.items()}
+    for name, value in defaults.items():
+        found[name].default = value
+    return found

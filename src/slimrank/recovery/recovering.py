@@ -1,0 +1,219 @@
+"""Run the phases of a recovery method; weights that do not get better on held-out text stay as they were."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from slimrank.methods.recoverer import ConfiguredRecoverer
+from slimrank.models.contexts import evaluating
+from slimrank.progress import Progress
+from slimrank.recovery.loss import Terms
+from slimrank.recovery.student import Student
+from slimrank.recovery.trainer import (
+    TRAINED,
+    Told,
+    Windows,
+    arguments,
+    load_trained,
+    patience,
+    train,
+    trained_state,
+)
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """What one phase of training did.
+
+    Attributes:
+        name: what was trained, in words.
+        parameters: how many.
+        tokens: trained on.
+        seconds: of training.
+        before: held-out loss, nats a token.
+        after: the same after it.
+        kept: whether it became lower; else the weights are as before.
+        curve: rows of (step, loss in training or None, held-out loss or None).
+    """
+
+    name: str
+    parameters: int
+    tokens: int
+    seconds: float
+    before: float
+    after: float
+    kept: bool
+    curve: list[tuple[int, float | None, float | None]] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        """Return all of it for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how training computes.
+
+    Attributes:
+        folder: for states, in which an interrupted run goes on.
+        bfloat16: whether products are computed in bfloat16.
+        seed: of the order of windows, and of adapters.
+        report_to: trackers that transformers knows.
+    """
+
+    folder: Path
+    bfloat16: bool = False
+    seed: int = 0
+    report_to: tuple[str, ...] = ()
+
+
+def run_phases(
+    model: Any,
+    teacher: Any,
+    text: tuple[Windows, Windows],
+    method: ConfiguredRecoverer,
+    machine: Machine,
+    progress: Progress | None = None,
+) -> list[PhaseRecord]:
+    """Train a model in place.
+
+    Args:
+        model: compressed; its weights are trained in float32 and keep their dtype.
+        teacher: the original, on the same device.
+        text: windows to train on, and held-out ones.
+        method: what is trained, and how.
+        machine: where and how it computes.
+        progress: told what happens.
+
+    Raises:
+        NonFiniteError: a loss that is not finite.
+        ModelError: a model that the method cannot train.
+    """
+    found: list[PhaseRecord] = []
+    with _in_float32(model), _wanting_gradients_back(model):
+        phases = method.phases(model)
+        torch.manual_seed(machine.seed)
+        for number, name in enumerate(phases):
+            phase = _Phase(name, model, teacher, text, method, machine.folder / f"phase-{number}")
+            found.append(phase.run(machine, progress or Progress()))
+    return found
+
+
+@dataclass
+class _Phase:
+    """One phase: what is trained has gradients already."""
+
+    name: str
+    model: Any
+    teacher: Any
+    text: tuple[Windows, Windows]
+    method: ConfiguredRecoverer
+    folder: Path
+
+    def run(self, machine: Machine, progress: Progress) -> PhaseRecord:
+        """Train, and keep the best state if it is better than the first."""
+        options = self.method.training
+        teacher = self.teacher if options.kl or options.hidden else None
+        student = Student(self.model, teacher, Terms(options.kl, options.label), options.hidden)
+        how = arguments(
+            options,
+            len(self.text[0]),
+            self.folder,
+            seed=machine.seed,
+            report_to=list(machine.report_to) or "none",
+            use_cpu=next(self.model.parameters()).device.type == "cpu",
+            bf16=machine.bfloat16,
+        )
+        before = self._started(student, machine.bfloat16)
+        progress.stage(f"train {self.name}", how.max_steps)
+        start = time.perf_counter()
+        with _recomputing(self.model, options.checkpointing):
+            log = train(student, self.text, how, (Told(progress), patience(options)))
+        seconds, after = time.perf_counter() - start, held_out_loss(student, self.text[1], machine.bfloat16)
+        if kept := after < before:
+            progress.note(f"{self.name}: held-out loss {before:.4f} before, {after:.4f} after")
+        else:
+            load_trained(student, self.folder)
+            progress.note(f"{self.name}: the held-out loss did not fall ({before:.4f}); the weights stay as they were")
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        tokens = min(len(self.text[0]), how.max_steps * options.batch_size) * self.text[0].ids.shape[1]
+        return PhaseRecord(self.name, trained, tokens, seconds, before, after, kept, _curve(log))
+
+    def _started(self, student: Student, bfloat16: bool) -> float:
+        """Store the first state, if no earlier run has; return its held-out loss."""
+        if (self.folder / TRAINED).is_file():
+            load_trained(student, self.folder)
+            return held_out_loss(student, self.text[1], bfloat16)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{TRAINED}.partial"
+        save_file(trained_state(student), partial)
+        partial.rename(self.folder / TRAINED)
+        return held_out_loss(student, self.text[1], bfloat16)
+
+
+@torch.no_grad()
+def held_out_loss(student: nn.Module, text: Windows, bfloat16: bool) -> float:
+    """Return the mean loss of a student over windows."""
+    device = next(student.parameters()).device
+    total, count = 0.0, 0.0
+    with evaluating(student), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        for index in range(len(text)):
+            ids, counted = text.ids[index : index + 1].to(device), text.counted[index : index + 1].to(device)
+            weight = float(counted.sum())
+            total += weight * float(student(ids, counted)["loss"])
+            count += weight
+    return total / max(count, 1.0)
+
+
+def _curve(log: list[dict[str, Any]]) -> list[tuple[int, float | None, float | None]]:
+    rows = [row for row in log if "loss" in row or "eval_loss" in row]
+    return [(int(row["step"]), row.get("loss"), row.get("eval_loss")) for row in rows]
+
+
+@contextmanager
+def _in_float32(model: Any) -> Iterator[None]:
+    """Hold weights in float32 inside the context, and in their own dtype after it."""
+    own = {id(p): p.dtype for p in model.parameters()}
+    small = [p for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    dtype = small[0].dtype if small else None
+    for p in small:
+        p.data = p.data.float()
+    try:
+        yield
+    finally:
+        for p in model.parameters():  # those of adapters that were merged have gone, and new factors have come
+            p.data = p.data.to(own.get(id(p), dtype or p.dtype))
+
+
+@contextmanager
+def _wanting_gradients_back(model: Any) -> Iterator[None]:
+    wanted: dict[int, bool] = {id(p): p.requires_grad for p in model.parameters()}
+    try:
+        yield
+    finally:
+        for p in model.parameters():
+            p.requires_grad_(wanted.get(id(p), True))
+            p.grad = None
+
+
+@contextmanager
+def _recomputing(model: Any, wanted: bool) -> Iterator[None]:
+    """Compute blocks again in the backward pass inside the context."""
+    if wanted:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    try:
+        yield
+    finally:
+        if wanted:
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()

@@ -1,0 +1,49 @@
+"""The module that is trained: a compressed model, whose output is its loss against the original."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimrank.recovery.head import Head
+from slimrank.recovery.loss import Positions, Terms, head_loss, next_tokens
+
+
+class Student(nn.Module):
+    """Gives the mean loss over the positions that count.
+
+    Args:
+        model: the compressed model.
+        teacher: the original; it is neither trained nor saved. None where only labels count.
+        terms: weights of divergence and labels.
+        hidden: weight of the relative squared error of the states after each block.
+    """
+
+    def __init__(self, model: Any, teacher: Any, terms: Terms, hidden: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.terms, self.hidden = model, terms, hidden
+        self._heads: tuple[Head, Head | None] = (Head(model), None if teacher is None else Head(teacher))
+
+    def forward(self, input_ids: Tensor, counted: Tensor) -> dict[str, Tensor]:
+        """Return the loss of windows (batch x tokens); `counted` marks the positions whose prediction counts."""
+        mine, teacher = self._heads
+        states = mine.states(input_ids, wanted=self.hidden > 0)
+        with torch.no_grad():
+            aims = [] if teacher is None else teacher.states(input_ids, wanted=self.hidden > 0)
+        original = aims[-1].flatten(0, 1) if aims else None
+        weights = counted.flatten().float()
+        positions = Positions(original, next_tokens(input_ids).flatten(), weights)
+        total = head_loss(mine, teacher, self.terms, states[-1].flatten(0, 1), positions)
+        loss = total / weights.sum().clamp(min=1)
+        if self.hidden and aims:
+            loss = (
+                loss + self.hidden * torch.stack([_relative(*pair) for pair in zip(states, aims, strict=True)]).mean()
+            )
+        return {"loss": loss}
+
+
+def _relative(state: Tensor, aim: Tensor) -> Tensor:
+    aim = aim.float()
+    return (state.float() - aim).square().sum() / aim.square().sum().clamp(min=torch.finfo(torch.float32).tiny)

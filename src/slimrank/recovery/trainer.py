@@ -1,0 +1,193 @@
+"""The training loop: transformers' Trainer, with states that hold only what is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from slimrank.errors import NonFiniteError
+from slimrank.methods.recoverer import RecoverOptions
+from slimrank.models.recording import first_of
+from slimrank.models.structure import find_blocks
+from slimrank.progress import Progress
+
+TRAINED = "trained.safetensors"
+BETAS = (0.9, 0.95)  # of AdamW
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Windows of tokens, and which of their predictions count (both windows x tokens)."""
+
+    def __init__(self, ids: Tensor, counted: Tensor) -> None:
+        self.ids, self.counted = ids, counted
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "counted": self.counted[index]}
+
+
+class RecoveryTrainer(Trainer):
+    """Trains a `Student`. A loss that is not finite ends it."""
+
+    def compute_loss(self, model: Any, inputs: Any, *others: Any, **options: Any) -> Any:
+        """See `Trainer`.
+
+        Raises:
+            NonFiniteError: the loss is not finite; it names the step and the first block whose output is not.
+        """
+        loss = super().compute_loss(model, inputs, *others, **options)
+        plain = loss[0] if isinstance(loss, tuple) else loss
+        if not bool(torch.isfinite(plain)):
+            where = first_broken(self.accelerator.unwrap_model(model).model, inputs["input_ids"])
+            kept = self.state.best_model_checkpoint
+            good = f"; the best state so far is in {kept}" if kept else ""
+            raise NonFiniteError(
+                f"the loss of step {self.state.global_step + 1} is not finite{where}.",
+                f"a lower learning_rate, or compute_dtype=float32{good}",
+            )
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained_state(self.accelerator.unwrap_model(self.model), state_dict), folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class Told(TrainerCallback):
+    """Tells a progress of steps, and holds the curve: (step, loss of training or None, held-out loss or None)."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """See `TrainerCallback`."""
+        self.progress.step()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """See `TrainerCallback`."""
+        self.progress.note(f"step {state.global_step}: held-out loss {others['metrics']['eval_loss']:.4f}")
+
+
+def trained_state(model: nn.Module, state: Any = None) -> dict[str, Tensor]:
+    """Return the parameters that are trained, by name; from a gathered state, if there is one."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    found = dict(model.named_parameters()) if state is None else state
+    return {name: found[name].detach().cpu().contiguous() for name in names}
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Put the parameters of a stored state into a model."""
+    held = dict(model.named_parameters())
+    for name, tensor in load_file(folder / TRAINED).items():
+        held[name].copy_(tensor)
+
+
+def first_broken(model: Any, ids: Tensor) -> str:
+    """Name the first block whose output is not finite, in words; nothing where all are."""
+    path, blocks = find_blocks(model)
+    broken: list[int] = []
+
+    def look(index: int) -> Any:
+        return lambda module, args, output: (
+            None if bool(torch.isfinite(first_of(output)).all()) else broken.append(index)
+        )
+
+    handles = [block.register_forward_hook(look(index)) for index, block in enumerate(blocks)]
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"; the output of '{path}.{broken[0]}' is not" if broken else ""
+
+
+def arguments(options: RecoverOptions, windows: int, folder: Path, **machine: Any) -> TrainingArguments:
+    """Return the arguments of the Trainer.
+
+    Args:
+        options: of training.
+        windows: to train on, in all.
+        folder: for states.
+        machine: `seed`, `report_to`, `use_cpu` and `bf16`.
+    """
+    steps = max(1, windows // options.batch_size)
+    micro = options.micro_batch or options.batch_size
+    every = max(1, math.ceil(steps / options.checks))
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=max(1, options.batch_size // micro),
+        learning_rate=options.learning_rate,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        weight_decay=0.0,
+        max_grad_norm=options.clip,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": options.final_rate},
+        warmup_steps=round(options.warmup * steps),
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=every,
+        save_steps=every,
+        logging_steps=max(1, every // 5),
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        remove_unused_columns=False,
+        label_names=["counted"],
+        prediction_loss_only=True,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+        **machine,
+    )
+
+
+def train(student: nn.Module, text: tuple[Windows, Windows], how: TrainingArguments, told: Sequence[Any]) -> list[Any]:
+    """Train a student; its best state is kept. Return what was logged.
+
+    A state in the folder of the arguments is gone on from.
+
+    Args:
+        student: gives its own loss.
+        text: windows to train on, and held-out ones.
+        how: arguments of the Trainer.
+        told: callbacks.
+    """
+    trainer = RecoveryTrainer(model=student, args=how, train_dataset=text[0], eval_dataset=text[1], callbacks=[*told])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_state(Path(str(how.output_dir))))
+    return list(trainer.state.log_history)
+
+
+def patience(options: RecoverOptions) -> TrainerCallback:
+    """Return what stops training after so many checks without a gain."""
+    return EarlyStoppingCallback(options.patience)
+
+
+def last_state(folder: Path) -> str | None:
+    """Return the latest whole state in a folder."""
+    states = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return str(max(states, key=lambda path: int(path.name.rpartition("-")[2]))) if states else None
