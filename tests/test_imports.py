@@ -31,6 +31,16 @@ ALLOWED = {  # package -> packages it may import, besides itself and BASE
     "models": {"layers", "linalg", "checkpoint"},
     "text": {"linalg", "models", "recipe"},
     "evaluate": {"models", "text"},
+    "recovery": {
+        "checkpoint",
+        "evaluate",
+        "layers",
+        "methods",
+        "models",
+        "report",
+        "store",
+        "text",
+    },
     "report": {"budget", "models", "recipe", "store"},
 }
 ANYTHING = {"cli", "pipeline", "doctor", "comparison", "__init__", "__main__"}

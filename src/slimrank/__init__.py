@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from slimrank.pipeline import find_plan as find_plan
     from slimrank.pipeline.preview import preview as preview
     from slimrank.recipe import Recipe as Recipe
+    from slimrank.recovery.api import recover as recover
 
 _HOME = {
     "CompressionResult": "pipeline",
@@ -47,6 +48,7 @@ _HOME = {
     "load": "models.load",
     "perplexity": "evaluate.perplexity",
     "preview": "pipeline.preview",
+    "recover": "recovery.api",
     "refiner": "methods.refiner",
 }
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from slimrank._version import __version__
-from slimrank.cli import benchmark, compare, compress, demo, doctor, evaluate, methods, plan
+from slimrank.cli import benchmark, compare, compress, demo, doctor, evaluate, methods, plan, recover
 from slimrank.cli.lazy import LazyGroup
 from slimrank.errors import SlimrankError
 
@@ -19,6 +19,7 @@ class _Group(LazyGroup):
     functions: ClassVar[list[Any]] = [
         compress.compress,
         plan.plan,
+        recover.recover,
         evaluate.evaluate,
         benchmark.benchmark,
         compare.compare,

@@ -12,16 +12,16 @@ import typer
 from slimrank.cli import options as o
 from slimrank.cli.console import print_json, print_table, print_text
 
-FLAGS = {"decompose": "--method", "refine": "--refine", "allocate": "--allocation"}
+FLAGS = {"decompose": "--method", "refine": "--refine", "allocate": "--allocation", "recover": "recover --method"}
 
 
 def methods(
     id: Annotated[
-        str | None, typer.Argument(help="A method, refiner or allocation: show its options.", show_default=False)
+        str | None, typer.Argument(help="A method of any kind: show its options.", show_default=False)
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """List decomposition methods, refiners and rank allocations, with what they need, their cost and source.
+    """List decomposition methods, refiners, allocations, recovery methods: what they need, their cost and source.
 
     Example: slimrank methods kfac_svd
     """
@@ -43,6 +43,7 @@ def _listed() -> dict[str, list[dict[str, Any]]]:
     from slimrank.methods.allocator import ALLOCATORS
     from slimrank.methods.allocator import NEEDS as ALLOCATION_NEEDS
     from slimrank.methods.decomposer import DECOMPOSERS
+    from slimrank.methods.recoverer import RECOVERERS
     from slimrank.methods.refiner import REFINERS
     from slimrank.options import table
     from slimrank.statistics.catalogue import NEEDS
@@ -71,6 +72,14 @@ def _listed() -> dict[str, list[dict[str, Any]]]:
                 "cost": a.cost, "paper": a.paper, "options": table(a.options),
             }
             for a in ALLOCATORS.all().values()
+        ],
+        "recover": [
+            {
+                "id": r.id, "title": r.title, "pass": "training", "needs": [],
+                "cost": "three passes forward and one backward over each token",
+                "paper": r.paper, "options": table(r.options),
+            }
+            for r in RECOVERERS.all().values()
         ],
     }  # fmt: skip
 
@@ -109,7 +118,9 @@ def _show(entry: dict[str, Any]) -> None:
     print_text(f"source: {entry['paper']}\npass: {entry['pass']}; cost: {entry['cost']}")
     for gathered in entry.get("gathers", []):
         print_text(f"needs: {gathered}")
-    flag = {"decompose": "--option", "refine": "--refine-option", "allocate": "--allocation-option"}[entry["kind"]]
+    flag = {"decompose": "--option", "refine": "--refine-option", "allocate": "--allocation-option"}.get(
+        entry["kind"], "--option"
+    )
     rows = [
         (name, str(about["default"]), about["range"], about["description"]) for name, about in entry["options"].items()
     ]

@@ -208,12 +208,13 @@ def _wanting_gradients_back(model: Any) -> Iterator[None]:
 @contextmanager
 def _recomputing(model: Any, wanted: bool) -> Iterator[None]:
     """Compute blocks again in the backward pass inside the context."""
+    word = (
+        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    )  # renamed in transformers 5
     if wanted:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+        getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
     try:
         yield
     finally:
         if wanted:
-            model.gradient_checkpointing_disable()
-            model.disable_input_require_grads()
+            getattr(model, f"{word}_checkpointing_disable")()

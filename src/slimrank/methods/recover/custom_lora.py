@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.errors import ModelError
+from slimrank.layers.adapters import Alpha, Rank
 from slimrank.layers.base import compressed_layers
 from slimrank.layers.low_rank import LowRankLinear
+from slimrank.layers.trainable import train_only
 from slimrank.methods.recoverer import recoverer
-from slimrank.models.adapters import Alpha, Rank
-from slimrank.models.trainable import train_only
 
 
 @recoverer(

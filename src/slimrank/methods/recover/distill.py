@@ -11,8 +11,8 @@ from torch import Tensor
 
 from slimrank.layers.base import compressed_layers
 from slimrank.layers.low_rank import LowRankLinear
+from slimrank.layers.trainable import outside_vocabulary, train_only
 from slimrank.methods.recoverer import recoverer
-from slimrank.models.trainable import outside_vocabulary, train_only
 
 
 @recoverer(

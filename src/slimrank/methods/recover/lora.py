@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from slimrank.layers.adapters import Alpha, Dropout, Rank, adapted
+from slimrank.layers.trainable import parts
 from slimrank.methods.recoverer import recoverer
-from slimrank.models.adapters import Alpha, Dropout, Rank, adapted
-from slimrank.models.trainable import parts
 
 
 @recoverer(

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from slimrank.layers.adapters import Alpha, Dropout, Rank, adapted
+from slimrank.layers.trainable import Part, parts
 from slimrank.methods.recoverer import recoverer
-from slimrank.models.adapters import Alpha, Dropout, Rank, adapted
-from slimrank.models.trainable import Part, parts
 
 
 @recoverer(

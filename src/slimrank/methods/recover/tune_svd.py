@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from slimrank.layers.trainable import parts, train_only
 from slimrank.methods.recoverer import recoverer
-from slimrank.models.trainable import parts, train_only
 
 
 @recoverer(

@@ -1,0 +1,64 @@
+"""The windows that a recovery trains on, holds out, and is measured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from slimrank.errors import DataError
+from slimrank.evaluate.paired import MIN_ITEMS
+from slimrank.evaluate.suite import Suite
+from slimrank.evaluate.windows import windows_of
+from slimrank.methods.recoverer import RecoverOptions
+from slimrank.recovery.request import Recovery
+from slimrank.recovery.trainer import Windows
+from slimrank.text.sources import read_source
+from slimrank.text.tokens import bos_of
+from slimrank.text.training import training_windows
+
+MOST_HELD_OUT = 4  # of so many windows, one may be held out
+
+
+def training_text(
+    asked: Recovery, options: RecoverOptions, reader: tuple[Any, Any], seq_len: int
+) -> tuple[Windows, Windows]:
+    """Return windows to train on, and held-out ones of the same text.
+
+    Args:
+        asked: names the text.
+        options: how many tokens, and how many held-out windows.
+        reader: the model and its tokenizer.
+        seq_len: tokens of a window.
+
+    Raises:
+        DataError: too little text.
+        SlimrankError: text that cannot be read.
+    """
+    held = options.held_out
+    wanted = None if options.tokens is None else options.tokens + held * seq_len
+    found = training_windows(asked.text, reader, seq_len, wanted, asked.seed, asked.chat)
+    every = Windows(found.ids, found.mask)
+    if len(every) < 2:
+        raise DataError(
+            f"'{asked.text}' has {len(every)} windows of {seq_len} tokens, and one to train on and one to hold out are "
+            "needed.",
+            "more text, or a smaller --seq-len",
+        )
+    count = min(held, max(1, len(every) // MOST_HELD_OUT))
+    return Windows(every.ids[count:], every.counted[count:]), Windows(every.ids[:count], every.counted[:count])
+
+
+def measured_text(asked: Recovery, reader: tuple[Any, Any], seq_len: int) -> Suite:
+    """Return the texts to measure on, before and after.
+
+    Raises:
+        SlimrankError: text that cannot be read, or is too short.
+    """
+    model, tokenizer = reader
+    texts: dict[str, torch.Tensor] = {}
+    for source in asked.evaluation:
+        text = read_source(source, "evaluation")
+        size: Any = {"windows": asked.windows, "seq_len": seq_len, "least": MIN_ITEMS}
+        texts[source] = windows_of(source, text, model, tokenizer, **size)
+    return Suite(texts, bos_of(tokenizer) is not None)

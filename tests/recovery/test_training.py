@@ -1,0 +1,259 @@
+"""Recovery by training: its loss, what is trained, resuming, and weights that do not get better."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import slimrank
+from helpers import tiny_model
+from slimrank.errors import ModelError, NonFiniteError, RecipeError
+from slimrank.layers.base import compressed_layers
+from slimrank.layers.trainable import parts
+from slimrank.methods.recover.distill import balanced
+from slimrank.methods.recoverer import RECOVERERS
+from slimrank.models.contexts import evaluating
+from slimrank.progress import Progress
+from slimrank.recovery import loss, trainer
+from slimrank.recovery.loss import Terms
+from slimrank.recovery.recovering import Machine, run_phases
+from slimrank.recovery.student import Student
+from slimrank.recovery.trainer import Windows, last_state
+
+DRAW = torch.Generator().manual_seed(0)
+STARTS, STRIDES = (torch.randint(1, high, (36, 1), generator=DRAW) for high in (40, 4))
+IDS = (STARTS + STRIDES * torch.arange(16)) % 40 + 30  # text with something to learn
+TEXT = Windows(IDS[:28], torch.ones(28, 16, dtype=torch.bool)), Windows(IDS[28:], torch.ones(8, 16, dtype=torch.bool))
+FAST = {"learning_rate": 3e-3, "batch_size": 4, "checks": 3}
+METHODS = ("distill", "tune_svd", "lora", "lora_sequential", "custom_lora")
+
+
+def compressed(form="pair", **options):
+    return slimrank.compress(
+        tiny_model(), keep_ratio=0.6, method="svd", form=form, evaluation=None, **options
+    ).model.requires_grad_(True)
+
+
+@cache
+def teacher():
+    return tiny_model().eval().requires_grad_(False)
+
+
+def recovered(model, folder, id="distill", text=TEXT, progress=None, **options):
+    method = RECOVERERS.get(id).configured({**FAST, **options})
+    return run_phases(model, teacher(), text, method, Machine(Path(folder)), progress)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# the loss -------------------------------------------------------------------------------------------------------------
+
+
+def naive(model, ids, counted, terms, hidden):
+    """Return the loss from whole logits."""
+    mine = model(input_ids=ids, output_hidden_states=hidden > 0)
+    with torch.no_grad():
+        aim = teacher()(input_ids=ids)
+    log_p, log_q, weights = aim.logits.log_softmax(-1), mine.logits.log_softmax(-1), counted.float()
+    total = terms.kl * ((log_p.exp() * (log_p - log_q)).sum(-1) * weights).sum()
+    each = cross_entropy(mine.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (total + terms.label * (each * weights[:, :-1].flatten()).sum()) / weights.sum()
+
+
+@pytest.mark.parametrize("terms", [Terms(), Terms(0.5, 0.25), Terms(0.0, 1.0)])
+@pytest.mark.parametrize("form", ["pair", "pivot"])
+@pytest.mark.parametrize("at_once", [5, 1000])
+def test_loss_and_gradients_are_those_of_whole_logits(terms, form, at_once, monkeypatch):
+    monkeypatch.setattr(loss, "POSITIONS", at_once)
+    model = compressed(form)
+    ids, counted = IDS[:3], torch.rand(3, 16, generator=torch.Generator().manual_seed(1)) > 0.3
+    student = Student(model, teacher() if terms.kl else None, terms)
+    found = student(ids, counted)["loss"]
+    found.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    wanted = naive(model, ids, counted, terms, 0)
+    wanted.backward()
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
+    names = {name for name, p in model.named_parameters() if name not in ("model.embed_tokens.weight",)}
+    assert gradients.keys() >= names - {"lm_head.weight"}
+    for name in names - {"lm_head.weight"}:
+        largest = float(dict(model.named_parameters())[name].grad.abs().max())
+        assert torch.allclose(
+            gradients[name], dict(model.named_parameters())[name].grad, rtol=1e-5, atol=1e-6 * largest
+        )
+
+
+def test_the_loss_of_hidden_states_is_a_mean_of_relative_errors():
+    model = compressed()
+    ids, counted = IDS[:2], torch.ones(2, 16, dtype=torch.bool)
+    with torch.no_grad():
+        plain, more = (float(Student(model, teacher(), Terms(), h)(ids, counted)["loss"]) for h in (0.0, 2.0))
+        mine, aims = (m.model(input_ids=ids, output_hidden_states=True).hidden_states for m in (model, teacher()))
+        norm = teacher().model.norm
+        last = []
+        for m in (model, teacher()):
+            m.model.layers[-1].register_forward_hook(lambda _, __, out: last.append(out))
+            m(input_ids=ids)
+        errors = [(a - b).square().sum() / b.square().sum() for a, b in zip(mine[1:-1], aims[1:-1], strict=True)]
+        errors.append((last[0] - last[1]).square().sum() / last[1].square().sum())
+    assert norm is not None
+    assert more - plain == pytest.approx(2.0 * float(torch.stack(errors).mean()), rel=1e-4)
+
+
+def test_the_divergence_of_a_model_from_itself_is_zero():
+    found = Student(tiny_model(), teacher(), Terms())(IDS[:2], torch.ones(2, 16, dtype=torch.bool))["loss"]
+    assert abs(float(found.detach())) < 1e-7
+
+
+# phases ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("id", METHODS)
+@pytest.mark.parametrize("form", ["pair", "pivot"])
+def test_what_is_kept_is_better_and_shapes_stay(id, form, tmp_path):
+    model = compressed(form)
+    before, shapes = state(model), {name: p.shape for name, p in model.named_parameters()}
+    if id == "custom_lora" and form == "pivot":
+        with pytest.raises(ModelError, match="only pairs grow"):
+            recovered(model, tmp_path, id)
+        return
+    phases = recovered(model, tmp_path, id)
+    assert len(phases) == (2 if id == "lora_sequential" else 1)
+    assert any(phase.kept for phase in phases)
+    for phase in phases:
+        assert (phase.after < phase.before) == phase.kept
+        assert phase.parameters > 0
+        assert phase.tokens == 28 * 16
+        assert [row for row in phase.curve if row[2] is not None]
+    after = state(model)
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    grown = {name for name, p in model.named_parameters() if p.shape != shapes[name]}
+    assert bool(grown) == RECOVERERS.get(id).changes_size
+    assert set(shapes) == {name for name, _ in model.named_parameters()}
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(layer.rank == layer.factors()[0].shape[0] for layer in compressed_layers(model).values())
+
+
+def test_sequential_lora_leaves_the_other_factor_alone(tmp_path):
+    """Byte by byte, in each of its phases; and the merged layer computes what the adapted one did."""
+    model = compressed().double()
+    a, b = ({f"{path}.weight" for path in parts(model, (part,))} for part in "AB")
+    before = state(model)
+    seen = []
+    method = RECOVERERS.get("lora_sequential").configured({"dropout": 0.0})
+    for name in method.phases(model):
+        for key, p in model.named_parameters():
+            if "lora_B" in key:
+                p.data.normal_(generator=torch.Generator().manual_seed(1))
+        assert all(("lora_" in key) == p.requires_grad for key, p in model.named_parameters())
+        with torch.no_grad(), evaluating(model):
+            adapted = model(input_ids=IDS[:1]).logits
+        seen.append(name)
+        if len(seen) == 2:  # the first phase is merged
+            middle = {key.replace(".base_layer", ""): tensor for key, tensor in state(model).items()}
+            assert all(torch.equal(middle[key], before[key]) for key in a)
+            assert not any(torch.equal(middle[key], before[key]) for key in b)
+    with torch.no_grad(), evaluating(model):
+        merged = model(input_ids=IDS[:1]).logits
+    assert seen == ["adapters on B", "adapters on A"]
+    assert torch.allclose(merged, adapted, rtol=0, atol=1e-9 * float(adapted.abs().max()))
+    after = state(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], middle[key]) for key in b)
+    assert not any(torch.equal(after[key], before[key]) for key in a)
+
+
+def test_weights_that_do_not_get_better_stay_as_they_were(tmp_path):
+    model, told, progress = compressed(), [], Progress()
+    before = state(model)
+    progress.note = told.append
+    (phase,) = recovered(model, tmp_path, learning_rate=0.3, balance=False, progress=progress)
+    assert not phase.kept
+    after = state(model)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert any("the weights stay as they were" in note for note in told)
+
+
+@pytest.mark.parametrize("id, stop", [("distill", 2), ("distill", 5), ("lora_sequential", 5), ("lora_sequential", 11)])
+def test_an_interrupted_run_ends_as_one_that_was_not(id, stop, tmp_path):
+    whole = compressed()
+    recovered(whole, tmp_path / "whole", id)
+
+    class Stops(Progress):
+        steps = 0
+
+        def step(self, done=1):
+            self.steps += 1
+            if self.steps == stop:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recovered(compressed(), tmp_path / "parts", id, progress=Stops())
+    again = compressed()
+    recovered(again, tmp_path / "parts", id)
+    one, other = state(whole), state(again)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_model_in_16_bits_is_trained_in_32_and_stays_in_16(tmp_path):
+    model = compressed().bfloat16()
+    (phase,) = recovered(model, tmp_path)
+    assert phase.kept
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_recomputing_changes_nothing(tmp_path):
+    plain, recomputing = compressed(), compressed()
+    recovered(plain, tmp_path / "a")
+    recovered(recomputing, tmp_path / "b", checkpointing=True)
+    for name, tensor in state(plain).items():
+        assert torch.allclose(tensor, state(recomputing)[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_in_parts_is_the_same(tmp_path):
+    whole, parted = compressed(), compressed()
+    recovered(whole, tmp_path / "a")
+    recovered(parted, tmp_path / "b", micro_batch=2)
+    for name, tensor in state(whole).items():
+        assert torch.allclose(tensor, state(parted)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_block(tmp_path, monkeypatch):
+    model = compressed()
+    step = trainer.Told.on_step_end
+
+    def broken(self, args, state, *others, **more):
+        if state.global_step == 4:
+            model.model.layers[1].mlp.down_proj.B.weight.data.fill_(float("nan"))
+        step(self, args, state, *others, **more)
+
+    monkeypatch.setattr(trainer.Told, "on_step_end", broken)
+    with pytest.raises(
+        NonFiniteError, match=r"loss of step 5 is not finite; the output of 'model\.layers\.1' is not"
+    ) as e:
+        recovered(model, tmp_path)
+    assert "the best state so far is in" in e.value.hint
+    assert last_state(tmp_path / "phase-0") is not None
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(RecipeError, match="no recovery method 'distil'"):
+        RECOVERERS.get("distil")
+    with pytest.raises(RecipeError, match="has no option 'rank'"):
+        RECOVERERS.get("distill").configured({"rank": 3})
+    with pytest.raises(RecipeError, match="option learning_rate"):
+        RECOVERERS.get("distill").configured({"learning_rate": -1.0})
+
+
+def test_balanced_factors_have_the_same_product():
+    a, b = (torch.randn(*shape, generator=DRAW, dtype=torch.float64) for shape in ((5, 9), (7, 5)))
+    c, d = balanced(a, b)
+    assert torch.allclose(d @ c, b @ a)
+    assert torch.allclose(c @ c.t(), d.t() @ d)
+    assert torch.allclose(c @ c.t(), (c @ c.t()).diagonal().diag())
