@@ -71,6 +71,13 @@ class RecipeFields(BaseModel):
         0, "Rounds that move all factors against the gradient of the divergence from the original.", ge=0
     )
     correction_windows: int = _what(16, "Windows of one round of correction.", ge=1)
+    recover: str | None = _what(
+        None, "Train the compressed model towards the original, before weights are rounded: see 'slimrank methods'."
+    )
+    recover_options: dict[str, Any] = _what(
+        {}, "Options of that training: see 'slimrank methods ID'.", flag="--recover-option", shape=_NAMED
+    )
+    recover_text: str | None = _what(None, "Text to train on; by default the calibration text.")
     stages: dict[str, dict[str, Any]] = _what(
         {},
         "Your own stages to run, and their options: see docs/extending.md.",

@@ -27,7 +27,7 @@ STARTS, STRIDES = (torch.randint(1, high, (36, 1), generator=DRAW) for high in (
 IDS = (STARTS + STRIDES * torch.arange(16)) % 40 + 30  # text with something to learn
 TEXT = Windows(IDS[:28], torch.ones(28, 16, dtype=torch.bool)), Windows(IDS[28:], torch.ones(8, 16, dtype=torch.bool))
 FAST = {"learning_rate": 3e-3, "batch_size": 4, "checks": 3}
-METHODS = ("distill", "tune_svd", "lora", "lora_sequential", "custom_lora")
+METHODS = ("distill", "tune_svd", "lora", "lora_sequential", "custom_lora", "block")
 
 
 def compressed(form="pair", **options):
@@ -43,7 +43,7 @@ def teacher():
 
 def recovered(model, folder, id="distill", text=TEXT, progress=None, **options):
     method = RECOVERERS.get(id).configured({**FAST, **options})
-    return run_phases(model, teacher(), text, method, Machine(Path(folder)), progress)
+    return run_phases(model, teacher(), text, method, Machine(Path(folder), torch.device("cpu")), progress)
 
 
 def state(model):
@@ -123,7 +123,7 @@ def test_what_is_kept_is_better_and_shapes_stay(id, form, tmp_path):
             recovered(model, tmp_path, id)
         return
     phases = recovered(model, tmp_path, id)
-    assert len(phases) == (2 if id == "lora_sequential" else 1)
+    assert len(phases) == {"lora_sequential": 2, "block": 3}.get(id, 1)
     assert any(phase.kept for phase in phases)
     for phase in phases:
         assert (phase.after < phase.before) == phase.kept
@@ -180,7 +180,9 @@ def test_weights_that_do_not_get_better_stay_as_they_were(tmp_path):
     assert any("the weights stay as they were" in note for note in told)
 
 
-@pytest.mark.parametrize("id, stop", [("distill", 2), ("distill", 5), ("lora_sequential", 5), ("lora_sequential", 11)])
+@pytest.mark.parametrize(
+    "id, stop", [("distill", 2), ("distill", 5), ("lora_sequential", 5), ("lora_sequential", 11), ("block", 10)]
+)
 def test_an_interrupted_run_ends_as_one_that_was_not(id, stop, tmp_path):
     whole = compressed()
     recovered(whole, tmp_path / "whole", id)

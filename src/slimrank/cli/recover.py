@@ -23,14 +23,11 @@ def recover(
         typer.Option(help="NAME=VALUE of the method or of training; repeatable. See 'slimrank methods METHOD'."),
     ] = None,
     text: Annotated[str, typer.Option(help="Text to train on: as for compress --calibration.")] = "demo",
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Render conversations by the chat template; only answers count.")
-    ] = False,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on.  \\[default: one pass]", min=1)] = None,
     eval_text: Annotated[
         list[str] | None, typer.Option(help="Text to measure on, before and after; repeatable.  \\[default: demo]")
     ] = None,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="Measure nothing but the held-out loss.")] = False,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Measure only the held-out loss.")] = False,
     windows: Annotated[int, typer.Option(help="First windows of each of these.", min=2)] = 16,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a window.  \\[default: 512]", min=2)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the text, and of adapters.")] = 0,
@@ -58,7 +55,7 @@ def recover(
     given = o.pairs(option) or {}
     options: dict[str, Any] = {
         "method": method, "options": given if tokens is None else {**given, "tokens": tokens}, "text": text,
-        "chat": chat, "evaluation": () if no_eval else tuple(eval_text or ["demo"]), "windows": windows,
+        "evaluation": () if no_eval else tuple(eval_text or ["demo"]), "windows": windows,
         "seq_len": seq_len, "seed": seed, "device": device, "dtype": dtype, "max_shard_size": max_shard_size,
         "report_to": tuple(name.strip() for name in report_to.split(",") if name.strip()),
     }  # fmt: skip

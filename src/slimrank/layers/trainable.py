@@ -11,7 +11,6 @@ from slimrank.errors import ModelError
 from slimrank.layers.base import CompressedLinear, compressed_layers
 from slimrank.layers.low_rank import LowRankLinear
 from slimrank.layers.pivot import PivotLinear
-from slimrank.layers.quantized import quantized_layers
 
 Part = Literal["A", "B"]
 
@@ -27,6 +26,13 @@ def outside_vocabulary(model: Any) -> set[str]:
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     kept = {id(p) for table in tables if table is not None for p in table.parameters()}
     return {name for name, p in model.named_parameters() if id(p) not in kept}
+
+
+def blocks_of(model: nn.Module) -> tuple[str, int]:
+    """Return the path of the list of blocks, and how many there are: the longest list of modules."""
+    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    path = max(lists, key=lambda name: lists[name])
+    return path, lists[path]
 
 
 def parts(model: nn.Module, which: Iterable[Part]) -> list[str]:
@@ -47,18 +53,4 @@ def _part(path: str, layer: CompressedLinear, part: Part) -> str:
         return part
     if type(layer) is PivotLinear:
         return "skeleton" if (part == "A") == (layer.side == "out") else "interpolation"
-    raise ModelError(f"'{path}' is of the kind '{layer.kind}', whose parts cannot be told apart.", "--method distill")
-
-
-def refuse_quantized(model: nn.Module) -> None:
-    """Make sure that no weight is an integer.
-
-    Raises:
-        ModelError: some are; it names the first.
-    """
-    found = list(quantized_layers(model))
-    if found:
-        raise ModelError(
-            f"{len(found)} layers are quantised, the first is '{found[0]}'; integers are not trained.",
-            "recover before rounding: slimrank compress MODEL --recover distill --quantize int4-g64",
-        )
+    raise ModelError(f"'{path}' is of the kind '{layer.kind}', which has no parts A and B.", "--method distill")

@@ -58,6 +58,7 @@ class Recoverer:
         title: one line for people.
         paper: its source.
         changes_size: whether the result is larger than the model.
+        by_block: each phase trains the next block by itself, towards the outputs of that of the original.
         phases: (model, **own options) -> generator. It sets `requires_grad` of what is trained next and yields a word
             for it; when it goes on, that is trained.
         options: names, types, ranges and defaults, those of `RecoverOptions` included.
@@ -67,6 +68,7 @@ class Recoverer:
     title: str
     paper: str
     changes_size: bool
+    by_block: bool
     phases: Phases
     options: type[BaseModel]
 
@@ -104,7 +106,7 @@ RECOVERERS: Registry[Recoverer] = Registry("slimrank.methods.recover", "recovery
 
 
 def recoverer(
-    *, id: str, title: str, paper: str, defaults: Mapping[str, Any] | None = None, changes_size: bool = False
+    *, id: str, title: str, paper: str, defaults: Mapping[str, Any] | None = None, **traits: bool
 ) -> Callable[[Phases], Phases]:
     """Register the decorated generator as a recovery method.
 
@@ -113,12 +115,15 @@ def recoverer(
         title: one line for people.
         paper: its source.
         defaults: of `RecoverOptions`, where they are others.
-        changes_size: whether the result is larger than the model.
+        traits: `changes_size` and `by_block`, see `Recoverer`.
     """
+    grows, by_block = (traits.pop(name, False) for name in ("changes_size", "by_block"))
+    if traits:
+        raise TypeError(f"unknown traits of a recovery method: {sorted(traits)}")
 
     def register(phases: Phases) -> Phases:
         options = options_of(phases, _settings(defaults or {}))
-        RECOVERERS.add(Recoverer(id, title, paper, changes_size, phases, options))
+        RECOVERERS.add(Recoverer(id, title, paper, grows, by_block, phases, options))
         return phases
 
     return register

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,3 +66,13 @@ def placed(parts: Iterable[nn.Module | torch.Tensor], device: torch.device, upca
     finally:
         for tensor, original in saved:
             tensor.data = original
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device multiplies in bfloat16 by itself, and not by way of float32."""
+    module: Any = torch.get_device_module(device)
+    if device.type == "cpu":
+        flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(module, flag, bool)() for flag in flags)
+    supported = getattr(module, "is_bf16_supported", None)
+    return bool(supported is not None and supported(including_emulation=False))

@@ -15,7 +15,6 @@ from slimrank.checkpoint.save import save_model
 from slimrank.errors import ModelError, RecipeError
 from slimrank.evaluate.suite import Suite, compare
 from slimrank.layers.base import compressed_layers
-from slimrank.layers.trainable import refuse_quantized
 from slimrank.methods.recoverer import RECOVERERS, ConfiguredRecoverer
 from slimrank.models.load import Loaded, digest, load_model
 from slimrank.models.placement import placed, resolve_device
@@ -63,6 +62,11 @@ class _Job:
     progress: Progress
 
     @property
+    def on_device(self) -> list[Any]:
+        """Return the models that compute as a whole."""
+        return [] if self.method.method.by_block else [self.student.model, self.teacher.model]
+
+    @property
     def reader(self) -> tuple[Any, Any]:
         return self.student.model, self.student.tokenizer
 
@@ -80,8 +84,6 @@ def recover(
     teacher: str | Path | None = None,
     *,
     out: str | Path,
-    run_dir: str | Path | None = None,
-    overwrite: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> RecoveryResult:
@@ -91,16 +93,16 @@ def recover(
         model: the folder of the compressed model.
         teacher: the original; by default the one that the folder's report names.
         out: folder to write the result to.
-        run_dir: folder for states of training, in which an interrupted run goes on; by default `OUT.run`, which is
-            removed at the end.
-        overwrite: replace what slimrank wrote to `out` before.
         progress: told what happens.
-        options: fields of `Recovery`.
+        options: fields of `Recovery`, and these two. `run_dir`: folder for states of training, in which an interrupted
+            run goes on; by default `OUT.run`, which is removed at the end. `overwrite`: replace what slimrank wrote to
+            `out` before.
 
     Raises:
         SlimrankError: an unknown option or method, a model that cannot be trained, another teacher, too little text,
             a loss that is not finite, a disk that is full.
     """
+    run_dir, overwrite = options.pop("run_dir", None), options.pop("overwrite", False)
     asked, progress = Recovery.make(options), progress or Progress()
     method = RECOVERERS.get(asked.method).configured(asked.options)
     output = OutputFolder(Path(out), overwrite)
@@ -110,9 +112,9 @@ def recover(
     text, suite = training_text(asked, method.training, job.reader, seq_len), measured_text(asked, job.reader, seq_len)
     size, place = saved_bytes(job.student.model), resolve_device(asked.device)
     bfloat16 = computes_bfloat16(method.training, place)
-    with _states(job, output, run_dir) as folder, placed([job.student.model, job.teacher.model], place, upcast=False):
+    with _states(job, output, run_dir) as folder, placed(job.on_device, place, upcast=False):
         before = job.measured(suite)
-        machine = Machine(folder, bfloat16, asked.seed, asked.report_to)
+        machine = Machine(folder, place, bfloat16, asked.seed, asked.report_to)
         phases = run_phases(job.student.model, job.teacher.model, text, method, machine, progress)
         after = job.measured(suite)
         sizes = size, saved_bytes(job.student.model)
@@ -130,7 +132,6 @@ def _loaded(
     student, dense = (load_model(each, asked.dtype, progress) for each in (model, original))
     job = _Job(asked, method, student, dense, original, progress)
     check_pair(job.student.model, job.teacher.model)
-    refuse_quantized(job.student.model)
     job.teacher.model.requires_grad_(False)
     return job
 

@@ -6,6 +6,7 @@ import torch
 
 from slimrank.errors import RecipeError
 from slimrank.methods.recoverer import RecoverOptions
+from slimrank.models.placement import has_bfloat16
 
 
 def computes_bfloat16(options: RecoverOptions, device: torch.device) -> bool:
@@ -20,10 +21,3 @@ def computes_bfloat16(options: RecoverOptions, device: torch.device) -> bool:
     if options.compute_dtype == "bfloat16" and not native:
         raise RecipeError(f"the device '{device}' has no products in bfloat16.", "compute_dtype=float32")
     return native
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Tell whether a device multiplies in bfloat16 by itself."""
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -16,6 +16,7 @@ from torch import nn
 from slimrank.methods.recoverer import ConfiguredRecoverer
 from slimrank.models.contexts import evaluating
 from slimrank.progress import Progress
+from slimrank.recovery.blocks import BlockWork
 from slimrank.recovery.loss import Terms
 from slimrank.recovery.student import Student
 from slimrank.recovery.trainer import (
@@ -58,6 +59,12 @@ class PhaseRecord:
         """Return all of it for JSON."""
         return asdict(self)
 
+    def row(self) -> tuple[str, ...]:
+        """Return it as the cells of a table, without the curve."""
+        speed = self.tokens / max(self.seconds, 1e-9)
+        counts = f"{self.parameters:,}", f"{self.tokens:,}", f"{speed:,.0f}"
+        return (self.name, *counts, f"{self.before:.4f}", f"{self.after:.4f}", "yes" if self.kept else "no")
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -65,12 +72,14 @@ class Machine:
 
     Attributes:
         folder: for states, in which an interrupted run goes on.
+        device: that computes.
         bfloat16: whether products are computed in bfloat16.
         seed: of the order of windows, and of adapters.
         report_to: trackers that transformers knows.
     """
 
     folder: Path
+    device: torch.device
     bfloat16: bool = False
     seed: int = 0
     report_to: tuple[str, ...] = ()
@@ -100,12 +109,22 @@ def run_phases(
     """
     found: list[PhaseRecord] = []
     with _in_float32(model), _wanting_gradients_back(model):
-        phases = method.phases(model)
         torch.manual_seed(machine.seed)
-        for number, name in enumerate(phases):
-            phase = _Phase(name, model, teacher, text, method, machine.folder / f"phase-{number}")
-            found.append(phase.run(machine, progress or Progress()))
+        work = BlockWork(model, teacher, text, machine.device) if method.method.by_block else None
+        for number, name in enumerate(method.phases(model)):
+            student, mine = (_whole(model, teacher, method), text) if work is None else work.begin()
+            phase = _Phase(name, model, student, mine, method, machine.folder / f"phase-{number}")
+            found.append(phase.run(machine, progress or Progress(), tokens=text[0].ids.shape[1]))
+            if work is not None:
+                work.end()
     return found
+
+
+def _whole(model: Any, teacher: Any, method: ConfiguredRecoverer) -> Student:
+    """Return a student of the whole model."""
+    options = method.training
+    wanted = teacher if options.kl or options.hidden else None
+    return Student(model, wanted, Terms(options.kl, options.label), options.hidden)
 
 
 @dataclass
@@ -114,23 +133,21 @@ class _Phase:
 
     name: str
     model: Any
-    teacher: Any
+    student: nn.Module
     text: tuple[Windows, Windows]
     method: ConfiguredRecoverer
     folder: Path
 
-    def run(self, machine: Machine, progress: Progress) -> PhaseRecord:
-        """Train, and keep the best state if it is better than the first."""
-        options = self.method.training
-        teacher = self.teacher if options.kl or options.hidden else None
-        student = Student(self.model, teacher, Terms(options.kl, options.label), options.hidden)
+    def run(self, machine: Machine, progress: Progress, tokens: int) -> PhaseRecord:
+        """Train, and keep the best state if it is better than the first; windows have so many tokens."""
+        options, student = self.method.training, self.student
         how = arguments(
             options,
             len(self.text[0]),
             self.folder,
             seed=machine.seed,
             report_to=list(machine.report_to) or "none",
-            use_cpu=next(self.model.parameters()).device.type == "cpu",
+            use_cpu=machine.device.type == "cpu",
             bf16=machine.bfloat16,
         )
         before = self._started(student, machine.bfloat16)
@@ -145,10 +162,10 @@ class _Phase:
             load_trained(student, self.folder)
             progress.note(f"{self.name}: the held-out loss did not fall ({before:.4f}); the weights stay as they were")
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        tokens = min(len(self.text[0]), how.max_steps * options.batch_size) * self.text[0].ids.shape[1]
-        return PhaseRecord(self.name, trained, tokens, seconds, before, after, kept, _curve(log))
+        count = min(len(self.text[0]), how.max_steps * options.batch_size)
+        return PhaseRecord(self.name, trained, count * tokens, seconds, before, after, kept, _curve(log))
 
-    def _started(self, student: Student, bfloat16: bool) -> float:
+    def _started(self, student: nn.Module, bfloat16: bool) -> float:
         """Store the first state, if no earlier run has; return its held-out loss."""
         if (self.folder / TRAINED).is_file():
             load_trained(student, self.folder)

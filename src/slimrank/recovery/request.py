@@ -20,7 +20,6 @@ class Recovery(BaseModel):
         dict[str, Any], Field(description="Options of the method and of training: see 'slimrank methods ID'.")
     ] = {}
     text: Annotated[str, Field(description="Text to train on: as for compress --calibration.")] = "demo"
-    chat: Annotated[bool, Field(description="Render conversations by the chat template; only answers count.")] = False
     evaluation: Annotated[tuple[str, ...], Field(description="Texts to measure on, before and after; none: ().")] = (
         "demo",
     )

@@ -14,8 +14,7 @@ from slimrank.methods.recoverer import RecoverOptions
 from slimrank.recovery.request import Recovery
 from slimrank.recovery.trainer import Windows
 from slimrank.text.sources import read_source
-from slimrank.text.tokens import bos_of
-from slimrank.text.training import training_windows
+from slimrank.text.tokens import bos_of, check_tokens, tokenise
 
 MOST_HELD_OUT = 4  # of so many windows, one may be held out
 
@@ -36,9 +35,10 @@ def training_text(
         SlimrankError: text that cannot be read.
     """
     held = options.held_out
-    wanted = None if options.tokens is None else options.tokens + held * seq_len
-    found = training_windows(asked.text, reader, seq_len, wanted, asked.seed, asked.chat)
-    every = Windows(found.ids, found.mask)
+    ids = _windows(asked, reader, seq_len)
+    if options.tokens is not None:
+        ids = ids[: held + -(-options.tokens // seq_len)]
+    every = Windows(ids, torch.ones_like(ids, dtype=torch.bool))
     if len(every) < 2:
         raise DataError(
             f"'{asked.text}' has {len(every)} windows of {seq_len} tokens, and one to train on and one to hold out are "
@@ -47,6 +47,19 @@ def training_text(
         )
     count = min(held, max(1, len(every) // MOST_HELD_OUT))
     return Windows(every.ids[count:], every.counted[count:]), Windows(every.ids[:count], every.counted[:count])
+
+
+def _windows(asked: Recovery, reader: tuple[Any, Any], seq_len: int) -> torch.Tensor:
+    """Cut the text into windows, in a random order."""
+    model, tokenizer = reader
+    tokens = tokenise(read_source(asked.text, "calibration"), tokenizer)
+    check_tokens(tokens, tokenizer, model)
+    bos = bos_of(tokenizer)
+    length = seq_len - (bos is not None)
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    if bos is not None:
+        windows = torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(asked.seed))]
 
 
 def measured_text(asked: Recovery, reader: tuple[Any, Any], seq_len: int) -> Suite:

@@ -1,0 +1,94 @@
+"""Recover: train the compressed model towards the original, before its weights are rounded."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from slimrank.errors import RecipeError
+from slimrank.methods.recoverer import RECOVERERS, ConfiguredRecoverer
+from slimrank.models.placement import placed
+from slimrank.pipeline.forecast import Cost, Shape
+from slimrank.pipeline.stage import STAGES, Stage
+from slimrank.recovery.precision import computes_bfloat16
+from slimrank.recovery.recovering import Machine, run_phases
+from slimrank.recovery.request import Recovery
+from slimrank.recovery.text import training_text
+from slimrank.report.section import Section
+from slimrank.text.sources import read_source
+
+if TYPE_CHECKING:
+    from slimrank.pipeline.prepare import Choices, Prepared
+    from slimrank.pipeline.state import State
+
+PASSES = 4.0  # the original's forward pass, and the student's with its backward pass, in forward passes
+USUAL_TOKENS = 2**18  # of a text whose length is not known yet
+
+
+@STAGES.add
+class Recover(Stage):
+    """Train the model as `slimrank recover` does; a copy of the original is its teacher."""
+
+    id, order, title = "recover", 62, "recover"
+
+    def wanted(self, choices: Choices) -> bool:
+        return choices.recipe.recover is not None
+
+    def check(self, choices: Choices) -> None:
+        recipe = choices.recipe
+        if recipe.recover is None:
+            if recipe.recover_options or recipe.recover_text is not None:
+                raise RecipeError("options of recovery are given, but nothing is recovered.", "--recover distill")
+            return
+        _method(choices)
+        read_source(_asked(choices).text, "calibration")
+
+    def cost(self, prepared: Prepared, shape: Shape) -> Cost:
+        tokens = _method(prepared.choices).training.tokens or USUAL_TOKENS
+        parameters = shape.parameters
+        return Cost(
+            float32=PASSES * shape.through(tokens),
+            peak=4 * parameters * 4 + shape.itemsize * parameters,
+            stored=4 * 4 * parameters,
+        )
+
+    def key(self, state: State) -> dict[str, Any]:
+        asked = _asked(state.prepared.choices)
+        return {"recover": asked.model_dump(mode="json", exclude={"evaluation", "windows", "report_to"})}
+
+    def before_factorizing(self, state: State) -> None:
+        self.teacher = copy.deepcopy(state.model).requires_grad_(False)
+
+    def run(self, state: State) -> Section:
+        choices = state.prepared.choices
+        method, asked, recipe = _method(choices), _asked(choices), state.prepared.recipe
+        assert recipe.seq_len is not None
+        reader = state.model, state.inputs.tokenizer
+        text = training_text(asked, method.training, reader, recipe.seq_len)
+        folder = state.store(state.chained(self.id)).folder
+        device = state.prepared.device
+        machine = Machine(folder, device, computes_bfloat16(method.training, device), asked.seed)
+        with (
+            state.timed(self.title, 0),
+            placed([] if method.method.by_block else [state.model, self.teacher], device, upcast=False),
+        ):
+            phases = run_phases(state.model, self.teacher, text, method, machine, state.progress)
+        del self.teacher
+        rows = tuple(phase.row() for phase in phases)
+        columns = ("trained", "parameters", "tokens", "tokens/s", "held-out loss before", "after", "kept")
+        note = f"{method.method.title}; on '{asked.text}'. Losses are nats a token."
+        return Section(stage=self.id, title="Recovery", columns=columns, rows=rows, note=note)
+
+
+def _method(choices: Choices) -> ConfiguredRecoverer:
+    return RECOVERERS.get(str(choices.recipe.recover)).configured(choices.recipe.recover_options)
+
+
+def _asked(choices: Choices) -> Recovery:
+    """Return what is asked of recovery; its text is that of calibration, unless the recipe names another."""
+    recipe = choices.recipe
+    text = recipe.recover_text if recipe.recover_text is not None else recipe.calibration
+    if not isinstance(text, str):
+        raise RecipeError("documents given as a list are not trained on.", "recover_text='FILE'")
+    chosen = {"method": recipe.recover, "options": recipe.recover_options, "text": text, "seed": recipe.seed}
+    return Recovery.make(chosen)

@@ -1,0 +1,163 @@
+"""`slimrank recover` and `compress --recover`: teachers, texts, folders and reports."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import slimrank
+from helpers import byte_tokenizer, save_tiny, text, tiny_model
+from slimrank.cli.app import app
+from slimrank.errors import DataError, ModelError, OutputError, RecipeError, RunError
+
+FAST = {"learning_rate": 3e-3, "batch_size": 4, "checks": 2, "tokens": 480, "held_out": 4}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, a compressed one, and a text."""
+    folder = tmp_path_factory.mktemp("recover")
+    save_tiny(folder / "model")
+    (folder / "text.txt").write_text(text(400))
+    options = {"keep_ratio": 0.6, "method": "svd", "evaluation": None}
+    slimrank.compress(folder / "model", out=folder / "small", **options)
+    return folder
+
+
+def recover(place, out, **options):
+    given = {"text": str(place / "text.txt"), "evaluation": (str(place / "text.txt"),), "windows": 4, "seq_len": 24}
+    chosen = {**given, **options, "options": {**FAST, **options.get("options", {})}}
+    return slimrank.recover(chosen.pop("model", place / "small"), chosen.pop("teacher", None), out=out, **chosen)
+
+
+def weights(folder):
+    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+
+
+@pytest.mark.parametrize("method", ["distill", "lora_sequential", "block"])
+def test_the_result_loads_is_better_and_as_large(method, place, tmp_path):
+    result = recover(place, tmp_path / "better", method=method)
+    record = json.loads((tmp_path / "better" / "recovery.json").read_text())
+    assert record == json.loads(json.dumps(result.record.plain()))
+    assert any(phase["kept"] for phase in record["phases"])
+    name = str(place / "text.txt")
+    assert record["bytes"][0] == record["bytes"][1]
+    if method == "distill":
+        assert record["after"][name]["kl"] < record["before"][name]["kl"]
+    old, new = weights(place / "small"), weights(tmp_path / "better")
+    assert {n: p.shape for n, p in old.items()} == {n: p.shape for n, p in new.items()}
+    assert not all(torch.equal(old[n], new[n]) for n in old)
+    assert (tmp_path / "better" / "plan.json").read_text() == (place / "small" / "plan.json").read_text()
+    assert "tokens/s" in (tmp_path / "better" / "recovery.md").read_text()
+    assert not (tmp_path / "better.run").exists()
+    again = recover(
+        place, tmp_path / "again", model=tmp_path / "better", method="distill"
+    )  # its report names the original
+    assert again.record.teacher == result.record.teacher
+
+
+def test_a_model_in_bfloat16_stays_in_it(place, tmp_path):
+    recover(place, tmp_path / "o", dtype="bfloat16", evaluation=())
+    assert {p.dtype for p in weights(tmp_path / "o").values()} == {torch.bfloat16}
+
+
+def test_another_teacher_is_refused(place, tmp_path):
+    other = tmp_path / "other"
+    tiny_model(num_hidden_layers=2).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    with pytest.raises(ModelError, match="its num_hidden_layers is 2, and that of the student 3"):
+        recover(place, tmp_path / "o", teacher=other)
+    with pytest.raises(ModelError, match="has no compressed layers"):
+        slimrank.recover(place / "model", place / "model", out=tmp_path / "o")
+    with pytest.raises(RecipeError, match=r"no report\.json that names its original"):
+        slimrank.recover(place / "model", out=tmp_path / "o")
+
+
+def test_bad_input_is_refused(place, tmp_path):
+    with pytest.raises(RecipeError, match="recovery has no option 'txt'"):
+        slimrank.recover(place / "small", out=tmp_path / "o", txt="demo")
+    with pytest.raises(RecipeError, match=r"windows: .*greater than or equal to 2"):
+        recover(place, tmp_path / "o", windows=1)
+    (place / "short.txt").write_text("too short")
+    with pytest.raises(DataError, match="one to train on and one to hold out are needed"):
+        recover(place, tmp_path / "o", text=str(place / "short.txt"))
+    with pytest.raises(DataError):
+        recover(place, tmp_path / "o", text="/no/such.txt")
+    with pytest.raises(OutputError, match="exists"):
+        recover(place, place / "small")
+    assert not (tmp_path / "o").exists()
+
+
+def test_integers_are_not_trained(place, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    slimrank.compress(
+        place / "model", out=tmp_path / "q", keep_ratio=0.6, method="svd", quantize="int8", evaluation=None,
+        calibration=str(place / "text.txt"), samples=2, seq_len=24,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="is quantised"):
+        recover(place, tmp_path / "o", model=tmp_path / "q")
+
+
+def test_a_run_directory_belongs_to_one_recovery(place, tmp_path):
+    recover(place, tmp_path / "a", run_dir=tmp_path / "run", evaluation=())
+    first = weights(tmp_path / "a")
+    recover(place, tmp_path / "b", run_dir=tmp_path / "run", evaluation=())
+    assert all(torch.equal(p, weights(tmp_path / "b")[n]) for n, p in first.items())
+    with pytest.raises(RunError, match="belongs to a different run"):
+        recover(place, tmp_path / "c", run_dir=tmp_path / "run", evaluation=(), seed=1)
+
+
+def test_compress_recovers_before_it_rounds(place, tmp_path):
+    options = {
+        "keep_ratio": 0.6, "method": "svd", "allocation": "uniform", "seq_len": 24, "samples": 4, "windows": 4,
+        "calibration": str(place / "text.txt"), "evaluation": str(place / "text.txt"),
+    }  # fmt: skip
+    plain = slimrank.compress(place / "model", **options)
+    better = slimrank.compress(place / "model", recover="distill", recover_options=FAST, **options)
+    assert better.plan == plain.plan
+    assert better.report["size"] == plain.report["size"]
+    sides = [result.report["after"]["perplexity"]["perplexity"] for result in (plain, better)]
+    assert sides[0] != sides[1]
+    (section,) = [s for s in better.report["sections"] if s["stage"] == "recover"]
+    assert section["rows"][0][-1] == "yes"
+    again = slimrank.compress(tiny_model(), byte_tokenizer(), recover="distill", recover_options=FAST, **options)
+    for one, other in zip(better.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    told = slimrank.preview(place / "model", recover="distill", **options)
+    assert told["seconds"]["recover"] > 0
+    with pytest.raises(RecipeError, match="nothing is recovered"):
+        slimrank.compress(place / "model", recover_options=FAST, **options)
+    with pytest.raises(RecipeError, match="no recovery method 'x'"):
+        slimrank.compress(place / "model", recover="x", **options)
+
+
+def test_from_the_command_line(place, tmp_path):
+    def run(*arguments):
+        found = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+        assert found.exit_code == 0, found.output
+        return " ".join(found.output.split())
+
+    options = [part for name, value in FAST.items() if name != "tokens" for part in ("--option", f"{name}={value}")]
+    page = place / "text.txt"
+    measured = ["--eval-text", page, "--windows", 4, "--seq-len", 24, "--tokens", 480]
+    told = run("recover", place / "small", "--text", page, *measured, *options, "--out", tmp_path / "o")
+    assert "everything but embeddings and output head: 480 tokens" in told
+    assert "recovery.md" in told
+    shown = run(
+        "recover",
+        place / "small",
+        "--text",
+        page,
+        "--no-eval",
+        "--seq-len",
+        24,
+        *options,
+        "--out",
+        tmp_path / "p",
+        "--json",
+    )
+    assert '"evaluation": []' in shown
+    assert "lora_sequential" in run("methods")
+    assert "learning_rate" in run("methods", "distill")
