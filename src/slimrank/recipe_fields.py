@@ -141,7 +141,12 @@ class RecipeFields(BaseModel):
     calibration: str | tuple[str, ...] = _text(
         "demo",
         "Text to calibrate on: a .txt, .jsonl, .json or .parquet file, a folder, hub:ID[:CONFIG[:SPLIT]], demo, or "
-        "self (the model writes it). Use text like your own.",
+        "self (the model writes it); or a mixture by shares of tokens: a.txt:0.7,b.jsonl:0.3. Use text like your own.",
+    )
+    chat: bool = _text(
+        False,
+        "Read rows with messages, or with instruction, input and output, as chats, and render them by the tokenizer's "
+        "chat template.",
     )
     samples: int = _text(128, "Calibration windows.", ge=1)
     search_samples: int = _text(16, "Held-out windows that allocations measure plans on.", ge=1)

@@ -17,6 +17,7 @@ from slimrank import comparison
 from slimrank.cli import main
 from slimrank.cli.compare import _show
 from slimrank.comparison import Cell, processes, running, worker
+from slimrank.comparison.files import sources_of
 from slimrank.errors import BudgetError, DataError, OutputError, RecipeError, RunError, SlimrankError
 from slimrank.evaluate.tasks import TaskRequest
 from slimrank.progress import Progress
@@ -106,6 +107,16 @@ def test_files_at_their_own_budget_or_at_every_size(tmp_path):
     assert [(cell.name, cell.recipe().keep_ratio, cell.recipe().keep_total) for cell in sized] == [
         ("mine 0.8", 0.8, None), ("mine 0.7", 0.7, None),
     ]  # fmt: skip
+
+
+def test_parts_of_a_mixture_are_files_that_a_cell_depends_on(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("words")
+    mixture, chat = f"{tmp_path}/a.txt:2,{tmp_path}/b.txt:1", {"calibration": "a.jsonl", "chat": True}
+    asked = {"model": "m", "texts": ["demo"], "options": {"calibration": mixture}}
+    assert sources_of(asked) == ["m", "demo", f"{tmp_path}/a.txt", f"{tmp_path}/b.txt", "None"]
+    (few,) = comparison.in_few_bits(["6"], chat)
+    assert chat.items() <= few.options.items()
 
 
 def test_sizes_in_bytes_and_the_original_in_few_bits():

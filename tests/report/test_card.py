@@ -42,6 +42,8 @@ def test_metadata_of_a_model_and_text_from_the_hub(record):
     assert data["base_model"] == "Org/model-1B"
     assert {key: data[key] for key in licence} == licence
     assert data["datasets"] == ["Org/words"]
+    mixed = changed(record, {"calibration": "hub:Org/words:0.5, a.txt:1,hub:Org/talk:config:train:2"})
+    assert ModelCard(model_card(mixed)).data.datasets == ["Org/words", "Org/talk"]
     assert ModelCard(str(card)).data.to_dict() == data
     assert "https://huggingface.co/Org/model-1B" in card.text
     assert "No licence is stated" not in card.text

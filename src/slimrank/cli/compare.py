@@ -15,7 +15,7 @@ _GRID, _MEASURE = "What to compare", "Measured on"
 _SPARE = ("seconds", "decode", "95 %", "KL", "kept", "size")
 
 
-@o.takes_recipe("calibration", "samples")
+@o.takes_recipe("calibration", "chat", "samples")
 def compare(
     model: o.Model,
     chosen: dict[str, Any],

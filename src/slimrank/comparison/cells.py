@@ -15,7 +15,18 @@ from slimrank.recipe_values import renamed
 
 GROUP = 64  # columns that share a scale, where a baseline is given as a width
 _ELSEWHERE = {"device": "--device", "dtype": "--dtype", "evaluation": "--text", "windows": "--windows"}
-_OF_ROUNDING = ("calibration", "samples", "seq_len", "seed", "batch_size", "targets", "ignore", "split", "resident")
+_OF_ROUNDING = (
+    "calibration",
+    "chat",
+    "samples",
+    "seq_len",
+    "seed",
+    "batch_size",
+    "targets",
+    "ignore",
+    "split",
+    "resident",
+)
 _OF_THE_GRID = {"method": "--methods", "allocation": "--allocations"}
 
 

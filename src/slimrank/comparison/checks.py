@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimrank.comparison.cells import Cell
-from slimrank.comparison.files import slug, state_of
+from slimrank.comparison.files import names_of, slug, state_of
 from slimrank.comparison.request import Measurement
 from slimrank.errors import RecipeError
 from slimrank.evaluate.tasks import Tasks
@@ -16,10 +16,11 @@ from slimrank.pipeline.prepare import Choices
 from slimrank.pipeline.preview import preview
 from slimrank.recipe import Recipe
 from slimrank.store import content_key
+from slimrank.text.reading import read_parts
 from slimrank.text.sources import read_source
 
 LAYERS = ("dtype", "targets", "ignore", "split")
-WINDOWS = ("calibration", "samples", "seq_len", "seed")
+WINDOWS = ("calibration", "chat", "samples", "seq_len", "seed")
 
 
 def check_cells(model: str | Path, cells: Sequence[Cell], measured: Measurement) -> None:
@@ -48,8 +49,8 @@ def check_sources(cells: Sequence[Cell], measured: Measurement) -> None:
     for source in measured.texts:
         read_source(source, "evaluation")
     recipes = [cell.recipe() for cell in cells]
-    for calibration in {recipe.calibration for recipe in recipes if _calibrates(recipe)} - {"self"}:
-        read_source(calibration, "calibration")
+    for calibration, chat in {(recipe.calibration, recipe.chat) for recipe in recipes if _calibrates(recipe)}:
+        read_parts(calibration, "calibration", chat=chat)
     if measured.tasks is not None:
         Tasks(measured.tasks)
 
@@ -60,11 +61,11 @@ def run_folder(asked: Mapping[str, Any], folder: Path) -> Path:
         return folder / "run"
     recipe = Recipe.make(asked["options"])
     about = {name: getattr(recipe, name) for name in LAYERS}
-    sources = [asked["model"]]
+    sources = [str(asked["model"])]
     if Choices.of(recipe).reads_text:
         about |= {name: getattr(recipe, name) for name in WINDOWS}
-        sources.append(recipe.calibration)
-    files = [state_of(str(source)) for source in sources]
+        sources += names_of(recipe.calibration)
+    files = [state_of(source) for source in sources]
     return folder / "run" / content_key({"model": str(asked["model"]), **about, "files": files})
 
 

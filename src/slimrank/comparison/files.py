@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slimrank.text.mixtures import parts_of
+
 
 def slug(name: str) -> str:
     """Return the name of a cell as that of a file."""
@@ -26,6 +28,10 @@ def state_of(source: str) -> list[tuple[str, int, int]]:
 def sources_of(asked: Mapping[str, Any]) -> list[str]:
     """Return whatever may be a file or a folder that a cell depends on."""
     options = asked["options"] or {}
-    return [
-        str(source) for source in (asked["model"], *asked["texts"], options.get("calibration"), options.get("plan"))
-    ]
+    calibration = names_of(options.get("calibration", "demo"))
+    return [*map(str, (asked["model"], *asked["texts"])), *calibration, str(options.get("plan"))]
+
+
+def names_of(calibration: Any) -> list[str]:
+    """Return the names of the parts of a calibration text; a list of texts is not a name of a file."""
+    return [str(part.source) for part in parts_of(calibration)]

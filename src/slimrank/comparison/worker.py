@@ -36,10 +36,11 @@ from slimrank.recipe import Recipe
 from slimrank.report.build import environment
 from slimrank.store import write_text
 from slimrank.text.overlap import windows_found
+from slimrank.text.reading import read_parts, tokens_of
 from slimrank.text.rows import Tell
 from slimrank.text.sources import read_source
 from slimrank.text.texts import found_note, window_length
-from slimrank.text.tokens import bos_of, tokenise
+from slimrank.text.tokens import bos_of
 from slimrank.text.windows import tokens_digest
 
 MEMORY_HINT = "keep less in memory: a smaller --seq-len or --samples, --set batch_size=1, or --dtype bfloat16"
@@ -106,11 +107,13 @@ def _suite(asked: dict[str, Any], model: Any, tokenizer: Any, progress: Progress
 
 def _overlaps(report: dict[str, Any], recipe: Recipe, tokenizer: Any, suite: Suite) -> list[str]:
     """Name the texts whose windows are found in the text that calibrated."""
-    if report["provenance"]["inputs"]["calibration"] is None or recipe.calibration == "self":
+    if report["provenance"]["inputs"]["calibration"] is None:
         return []
-    tokens = tokenise(read_source(recipe.calibration, "calibration"), tokenizer)
-    skipped = int(suite.bos)
-    found = {name: windows_found(windows[:, skipped:], tokens) for name, windows in suite.texts.items()}
+    parts = tokens_of(read_parts(recipe.calibration, "calibration", chat=recipe.chat), tokenizer)
+    found = {name: torch.zeros(len(windows), dtype=torch.bool) for name, windows in suite.texts.items()}
+    for name, windows in suite.texts.items():
+        for tokens in parts:
+            found[name] |= windows_found(windows[:, int(suite.bos) :], tokens)
     return [f"{name}: {found_note(some)}" for name, some in found.items() if bool(some.any())]
 
 

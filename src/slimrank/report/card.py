@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from slimrank.report.render import render
 
 TAGS = ["slimrank", "low-rank", "svd", "compressed"]
+_HUB_ID = re.compile(r"(?:^|,)\s*hub:([^:,]+)")
 
 
 def model_card(record: dict[str, Any]) -> str:
@@ -28,7 +30,7 @@ def _metadata(record: dict[str, Any]) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="image-text-to-text" if _reads_images(record) else "text-generation",
         tags=TAGS,
-        datasets=[calibration.split(":")[1]] if calibration.startswith("hub:") else None,
+        datasets=_HUB_ID.findall(calibration) or None,
         model_name=f"{Path(record['model']['name']).name}, compressed",
         eval_results=_results(record) or None,
     )

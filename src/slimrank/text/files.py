@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slimrank.errors import DataError, MissingExtraError, first_line
-from slimrank.text.rows import Row, row_value, text_column
+from slimrank.text.rows import Row, columns_of, row_value
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 WHAT_A_SOURCE_IS = (
@@ -33,13 +33,26 @@ def kind_of(path: Path) -> str:
     return suffix if suffix in SUFFIXES else ""
 
 
-def file_rows(path: Path) -> Iterator[Row]:
-    """Read the rows of a file; a plain text is a single one.
+def existing(name: str) -> Path | None:
+    """Return the file or folder of a name; None if there is none."""
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # a name that no file system allows, or an unknown user
+        return None
+
+
+def file_rows(path: Path, chat: bool = False) -> Iterator[Row]:
+    """Read the rows of a file; a plain text is a single one. If `chat` asks for it, rows may be chats.
 
     Raises:
         DataError: a file of another kind, or one that cannot be read.
         MissingExtraError: a parquet file without the extra `data`.
     """
+    return ((where, row_value(row, where, chat)) for where, row in _raw_rows(path, chat))
+
+
+def _raw_rows(path: Path, chat: bool) -> Iterator[Row]:
     kind = kind_of(path)
     if kind == ".txt":
         return iter([(f"'{path}'", _text(path))])
@@ -48,7 +61,7 @@ def file_rows(path: Path) -> Iterator[Row]:
     if kind == ".json":
         return _json(path, _text(path))
     if kind == ".parquet":
-        return _parquet(path)
+        return _parquet(path, chat)
     raise DataError(f"slimrank cannot read text from '{path}'.", WHAT_A_SOURCE_IS)
 
 
@@ -89,7 +102,7 @@ def _lines(path: Path, text: str) -> Iterator[Row]:
             except (ValueError, RecursionError) as error:  # also numbers that are too long
                 message = f"{where} is not JSON: {getattr(error, 'msg', first_line(error))}."
                 raise DataError(message, "write one JSON object per line") from error
-            yield where, row_value(row, where)
+            yield where, row
 
 
 def _json(path: Path, text: str) -> Iterator[Row]:
@@ -100,18 +113,18 @@ def _json(path: Path, text: str) -> Iterator[Row]:
         return _lines(path, text)
     rows = whole if isinstance(whole, list) else [whole]
     places = [f"row {number} of '{path}'" for number in range(1, len(rows) + 1)]
-    return ((where, row_value(row, where)) for where, row in zip(places, rows, strict=True))
+    return zip(places, rows, strict=True)
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, chat: bool) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise MissingExtraError("pyarrow", "data", f"reading '{path.name}'") from error
     try:
-        column = text_column(parquet.read_schema(path).names, f"'{path}'")
-        values = parquet.read_table(path, columns=[column])[column].to_pylist()
+        columns = columns_of(parquet.read_schema(path).names, f"'{path}'", chat)
+        rows = parquet.read_table(path, columns=columns).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"'{path}' is not a readable parquet file: {error}.", WHAT_A_SOURCE_IS) from error
-    return ((f"row {number} of '{path}'", value) for number, value in enumerate(values, start=1))
+    return ((f"row {number} of '{path}'", row) for number, row in enumerate(rows, start=1))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from slimrank.errors import DataError
+from slimrank.text.chats import Chat, Document, chat_columns, chat_of
 
 Row = tuple[str, Any]  # where it is, and its value
 Tell = Callable[[str], None]
@@ -14,34 +15,35 @@ Tell = Callable[[str], None]
 TEXT_COLUMNS = ("text", "content", "document", "sentence")
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
 RENDER = (
-    "render each chat with tokenizer.apply_chat_template(messages, tokenize=False) and store the result under 'text': "
+    "slimrank compress --chat reads chats under 'messages'; or render each chat with "
+    "tokenizer.apply_chat_template(messages, tokenize=False) and store the result under 'text': "
     "see 'How to compress a chat model' in docs/troubleshooting.md"
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def documents(rows: Iterable[Row], tell: Tell) -> list[str]:
-    """Check that the value of every row is text.
+def documents(rows: Iterable[Row], tell: Tell) -> list[Document]:
+    """Check that the value of every row is text or a chat.
 
     Args:
         rows: the place of each, and its value.
         tell: called with one sentence for each kind of row that is skipped or changed.
 
     Raises:
-        DataError: a value that is neither text nor null.
+        DataError: a value that is neither text, a chat nor null.
     """
-    found: list[str] = []
+    found: list[Document] = []
     null: list[str] = []
     broken: list[str] = []
     for where, value in rows:
         if value is None:
             null.append(where)
             continue
-        text = _string(value, where)
-        if _SURROGATE.search(text):
+        document = value if isinstance(value, Chat) else _string(value, where)
+        whole = document.changed(_whole) if isinstance(document, Chat) else _whole(document)
+        if whole != document:
             broken.append(where)
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        found.append(text)
+        found.append(whole)
     if null:
         tell(f"{len(null)} rows without text (null) were skipped, the first is {null[0]}")
     if broken:
@@ -52,14 +54,16 @@ def documents(rows: Iterable[Row], tell: Tell) -> list[str]:
     return found
 
 
-def row_value(row: Any, where: str) -> Any:
-    """Find the text of a row of JSON: the row itself, or its text column.
+def row_value(row: Any, where: str, chat: bool = False) -> Any:
+    """Find the text of a row: the row itself, its text column or, if `chat` asks for it, its chat.
 
     Raises:
         DataError: a row of another kind, or without such a column.
     """
     if row is None or isinstance(row, str):
         return row
+    if chat and isinstance(row, dict) and chat_columns(list(row)):
+        return chat_of(row, where)
     if _is_chat(row):
         raise DataError(f"{where} is a chat, not text.", RENDER)
     if not isinstance(row, dict):
@@ -67,6 +71,15 @@ def row_value(row: Any, where: str) -> Any:
             f"{where} is neither a string nor an object.", "write one JSON object per line, with its text under 'text'"
         )
     return row[text_column(list(row), where)]
+
+
+def columns_of(names: Sequence[str], where: str, chat: bool) -> list[str]:
+    """Choose the columns that `row_value` looks at.
+
+    Raises:
+        DataError: there is none.
+    """
+    return (chat_columns(names) if chat else []) or [text_column(names, where)]
 
 
 def text_column(names: Sequence[str], where: str) -> str:
@@ -90,6 +103,13 @@ def _string(value: Any, where: str) -> str:
     if _is_chat(value):
         raise DataError(f"{where} holds a chat where text is expected.", RENDER)
     raise DataError(f"{where} holds a {type(value).__name__} where text is expected.", "give text (strings)")
+
+
+def _whole(text: str) -> str:
+    """Replace half characters."""
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _is_chat(value: Any) -> bool:

@@ -1,39 +1,52 @@
 """Read text for calibration and evaluation from files, a hub data set, a list, or Python's own documentation.
 
 A source is a local file or folder (.txt, .jsonl, .json, .parquet), `hub:ID[:CONFIG[:SPLIT]]`, `demo`, or a list of
-strings. (`self`, text that the model samples, is in `text.self_sampling`.)
+strings. (`self`, text that the model samples, is in `text.self_sampling`; mixtures of sources are in `text.mixtures`.)
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from slimrank.errors import DataError, MissingExtraError, first_line
-from slimrank.text.files import WHAT_A_SOURCE_IS, file_rows, kind_of
-from slimrank.text.rows import Row, Tell, documents, text_column
+from slimrank.text.chats import Chat, Document
+from slimrank.text.files import WHAT_A_SOURCE_IS, existing, file_rows, kind_of
+from slimrank.text.mixtures import SELF, Source
+from slimrank.text.rows import Row, Tell, columns_of, documents, row_value
 
-Source = str | Path | Sequence[str]
+Use = Literal["calibration", "evaluation", "training"]
 _SPLIT = re.compile(r"(?:^|/)(train|test|validation|valid|val|dev|eval)(?=[-_./])", re.IGNORECASE)
 
 
-def read_source(source: Source, part: Literal["calibration", "evaluation"], tell: Tell = lambda _: None) -> str:
-    """Read the whole text of a source. Documents are joined by blank lines; a .txt file is used as it is.
+def read_source(source: Source, part: Use, tell: Tell = lambda _: None) -> str:
+    """Read the whole text of a source without chats, see `read_documents`; `joined` says how."""
+    return joined([document for document in read_documents(source, part, tell) if isinstance(document, str)])
+
+
+def joined(texts: Iterable[str]) -> str:
+    """Join documents by blank lines, so that a single .txt file is used as it is."""
+    return "\n\n".join(texts)
+
+
+def read_documents(source: Source, part: Use, tell: Tell = lambda _: None, chat: bool = False) -> list[Document]:
+    """Read all documents of a source.
 
     Args:
         source: see the module's docstring; a list holds one document per item.
-        part: which of the two disjoint parts of the `demo` text to read.
+        part: what the text is for. The `demo` text has a part to evaluate on, which is disjoint from the other.
         tell: called with one sentence for each kind of thing that is skipped or changed.
+        chat: read rows with `messages` or the fields of Alpaca as chats; without it, they are refused.
 
     Raises:
         DataError: a missing, unreadable or empty source, or `self` for evaluation.
         MissingExtraError: a parquet file or hub data set without the extra `data`.
     """
-    if source == "self" and part == "evaluation":
+    if source == SELF and part == "evaluation":
         raise DataError(
             "a model cannot be evaluated on text that it wrote itself.", "give another evaluation text, such as demo"
         )
@@ -41,39 +54,35 @@ def read_source(source: Source, part: Literal["calibration", "evaluation"], tell
     def named(note: str) -> None:
         tell(f"{part} text {_name(source)}: {note}")
 
-    text = "\n\n".join(documents(_rows(source, part, named), named))
-    if not text.strip():
+    found = documents(_rows(source, part, named, chat), named)
+    if not any(isinstance(document, Chat) or document.strip() for document in found):
         raise DataError(f"the text source {_name(source)} is empty.", "give text with at least a few thousand words")
-    return text
+    return found
 
 
-def _rows(source: Source, part: str, tell: Tell) -> Iterable[Row]:
+def _rows(source: Source, part: str, tell: Tell, chat: bool) -> Iterable[Row]:
     if not isinstance(source, (str, Path)):
         return ((f"item {number} of the list", item) for number, item in enumerate(source, start=1))
     if str(source) == "demo":
         return (("demo", text) for text in demo_documents(part))
     if str(source).startswith("hub:"):
-        return _hub(str(source))
-    return _local(str(source), tell)
+        return _hub(str(source), chat)
+    return _local(str(source), tell, chat)
 
 
-def _local(name: str, tell: Tell) -> Iterator[Row]:
-    try:
-        path = Path(name).expanduser()
-        folder, file = bool(name) and path.is_dir(), path.is_file()
-    except (OSError, ValueError, RuntimeError):  # a name that no file system allows, or an unknown user
-        folder = file = False
-    if folder:
-        return _folder(path, tell)
-    if not file:
+def _local(name: str, tell: Tell, chat: bool) -> Iterator[Row]:
+    path = existing(name)
+    if path is not None and path.is_dir():
+        return _folder(path, tell, chat)
+    if path is None or not path.is_file():
         raise DataError(
             f"the text source '{_short(name)}' does not exist.",
             f"give {WHAT_A_SOURCE_IS}; in Python, also a list of texts",
         )
-    return file_rows(path)
+    return file_rows(path, chat)
 
 
-def _folder(path: Path, tell: Tell) -> Iterator[Row]:
+def _folder(path: Path, tell: Tell, chat: bool) -> Iterator[Row]:
     """Read all files of text in a folder and in the folders inside it, in the order of their names.
 
     Hidden files are left out. So is plain .json, which usually describes other files in a folder.
@@ -90,10 +99,10 @@ def _folder(path: Path, tell: Tell) -> Iterator[Row]:
     splits = {match[1].lower() for name in read if (match := _SPLIT.search(name.as_posix()))}
     if len(splits) > 1:
         tell(f"all splits in the folder were read: {', '.join(sorted(splits))}")
-    return chain.from_iterable(file_rows(path / name) for name in read)
+    return chain.from_iterable(file_rows(path / name, chat) for name in read)
 
 
-def _hub(source: str) -> Iterator[Row]:
+def _hub(source: str, chat: bool) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as error:
@@ -110,8 +119,10 @@ def _hub(source: str) -> Iterator[Row]:
         raise DataError(
             f"the data set '{source}' cannot be loaded: {first_line(error)}", "check the id and the network"
         ) from error
-    column = text_column(data.column_names, f"'{source}'")
-    return ((f"row {number} of '{source}'", value) for number, value in enumerate(data[column], start=1))
+    names = columns_of(data.column_names, f"'{source}'", chat)
+    rows = enumerate(zip(*(data[name] for name in names), strict=True), start=1)
+    places = ((f"row {number} of '{source}'", dict(zip(names, row, strict=True))) for number, row in rows)
+    return ((where, row_value(row, where, chat)) for where, row in places)
 
 
 def demo_documents(part: str) -> list[str]:

@@ -14,14 +14,17 @@ from slimrank.models.placement import placed, resolve_device
 from slimrank.models.structure import context_of
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
+from slimrank.text.mixtures import Part
 from slimrank.text.overlap import windows_found
+from slimrank.text.reading import Counts, ReadPart, draws_of, read_parts, without_chats
 from slimrank.text.self_sampling import sample_windows
-from slimrank.text.sources import read_source
+from slimrank.text.sources import read_documents
 from slimrank.text.tokens import bos_of, check_tokens, tokenise
-from slimrank.text.window_draws import Draws, FromModel, FromText
+from slimrank.text.window_draws import Draws
 from slimrank.text.windows import count_windows, leading_windows, tokens_digest
 
 DEFAULT_SEQ_LEN = 512
+NO_CHATS = "chats are asked for (chat), but no text holds any"
 TOO_SHORT = (
     "the calibration text is too short for separate windows to calibrate, search, check and correct on: they overlap"
 )
@@ -95,12 +98,14 @@ class RawTexts:
 
     Attributes:
         requests: the windows to make of them.
-        sources: the text of each source; no calibration text where the model writes it.
+        calibration: the parts of the text to calibrate on; none if it is not needed.
+        evaluation: the text to measure on, in the same way.
         notes: what reading skipped or changed.
     """
 
     requests: list[WindowRequest]
-    sources: Mapping[str, str]
+    calibration: Sequence[ReadPart]
+    evaluation: Sequence[ReadPart]
     notes: list[str]
 
     def tokenised(self, recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Texts:
@@ -119,13 +124,13 @@ class RawTexts:
             )
         bos, notes = bos_of(tokenizer), list(self.notes)
         windows = {
-            request.name: _leading(request, self.sources["evaluation"], recipe, model, tokenizer, notes)
+            request.name: _leading(request, self.evaluation[0].text(tokenizer), recipe, model, tokenizer, notes)
             for request in self._from("evaluation")
         }
         drawn = self._from("calibration")
         if not drawn:
             return Texts(windows, bos is not None, notes)
-        draws = self._draws(recipe, model, tokenizer, bos, progress)
+        draws = self._draws(recipe, model, tokenizer, progress)
         found = _drawn(draws, drawn, notes)
         overlap = _overlap(windows.values(), draws, list(_calibrating(found, drawn)), bos)
         return Texts({**found, **windows}, bos is not None, [*notes, overlap] if overlap else notes, overlap)
@@ -133,7 +138,7 @@ class RawTexts:
     def _from(self, source: str) -> list[WindowRequest]:
         return [request for request in self.requests if request.source == source]
 
-    def _draws(self, recipe: Recipe, model: Any, tokenizer: Any, bos: int | None, progress: Progress) -> Draws:
+    def _draws(self, recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Draws:
         def sampled(count: int, seq_len: int, seed: int) -> Tensor:
             with placed([model], resolve_device(recipe.device), upcast=False):
                 return sample_windows(model, tokenizer, count, seq_len, seed, progress)
@@ -141,12 +146,10 @@ class RawTexts:
         requests = self._from("calibration")
         samples = max((r.count for r in requests if not (r.disjoint or r.spread)), default=0)
         apart = tuple(r.count for r in requests if r.disjoint)
-        shared = samples, apart, recipe.seq_len or DEFAULT_SEQ_LEN, recipe.seed
-        if "calibration" not in self.sources:
-            return FromModel(*shared, sampled)
-        tokens = tokenise(self.sources["calibration"], tokenizer)
-        check_tokens(tokens, tokenizer, model)
-        return FromText(*shared, tokens, bos)
+        counts = Counts(samples, apart, recipe.seq_len or DEFAULT_SEQ_LEN, recipe.seed)
+        return draws_of(
+            self.calibration, counts, tokenizer, sampled, lambda tokens: check_tokens(tokens, tokenizer, model)
+        )
 
 
 def _drawn(draws: Draws, requests: Sequence[WindowRequest], notes: list[str]) -> dict[str, Tensor]:
@@ -218,14 +221,19 @@ def read_texts(recipe: Recipe, requests: Iterable[WindowRequest]) -> RawTexts:
 
     Raises:
         DataError: a missing, unreadable or empty source.
+        RecipeError: the notation of a mixture is wrong.
     """
-    wanted, notes, read = merged(requests), list[str](), dict[str, str]()
+    wanted, notes = merged(requests), list[str]()
+    calibration, evaluation = list[ReadPart](), list[ReadPart]()
     sources = {request.source for request in wanted}
-    if "calibration" in sources and recipe.calibration != "self":
-        read["calibration"] = read_source(recipe.calibration, "calibration", notes.append)
+    if "calibration" in sources:
+        calibration = read_parts(recipe.calibration, "calibration", notes.append, recipe.chat)
     if "evaluation" in sources and recipe.evaluation is not None:
-        read["evaluation"] = read_source(recipe.evaluation, "evaluation", notes.append)
-    return RawTexts(wanted, read, notes)
+        documents = read_documents(recipe.evaluation, "evaluation", notes.append, recipe.chat)
+        evaluation = [ReadPart(Part(recipe.evaluation), documents)]
+    if recipe.chat and wanted and without_chats([*calibration, *evaluation]):
+        notes.append(NO_CHATS)
+    return RawTexts(wanted, calibration, evaluation, notes)
 
 
 def window_length(model: Any, wanted: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Draw the windows of a run for each use, from one text or from the model itself."""
+"""Draw the windows of a run for each use: from one text, from the model itself, or from a mixture of these."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slimrank.text.mixtures import Part, interleaved, shares
 from slimrank.text.overlap import windows_found
 from slimrank.text.windows import draw_apart, draw_spread, draw_windows
 
@@ -73,13 +74,41 @@ class FromModel(Draws):
     sampled: Callable[[int, int, int], Tensor]
 
     def calibration(self) -> Tensor:  # noqa: D102
-        return self.sampled(self.samples, self.seq_len, self.seed)
+        return self._sampled(self.samples, 0)
 
     def kept_apart(self) -> tuple[list[Tensor], bool]:  # noqa: D102
-        return list(self.sampled(sum(self.apart), self.seq_len, self.seed + 1).split(tuple(self.apart))), True
+        return list(self._sampled(sum(self.apart), 1).split(tuple(self.apart))), True
 
     def refinement(self, count: int) -> Tensor:  # noqa: D102
-        return self.sampled(count, self.seq_len, self.seed + 2)
+        return self._sampled(count, 2)
 
     def holds(self, windows: Tensor) -> Tensor:  # noqa: D102
         return torch.zeros(len(windows), dtype=torch.bool)
+
+    def _sampled(self, count: int, use: int) -> Tensor:
+        if not count:
+            return torch.empty(0, self.seq_len, dtype=torch.long)
+        return self.sampled(count, self.seq_len, self.seed + use)
+
+
+@dataclass(frozen=True)
+class FromMixture(Draws):
+    """Windows of several parts by their shares; `draws` are those of each part, for its own numbers of windows."""
+
+    parts: Sequence[Part]
+    draws: Sequence[Draws]
+
+    def calibration(self) -> Tensor:  # noqa: D102
+        return interleaved([draws.calibration() for draws in self.draws])
+
+    def kept_apart(self) -> tuple[list[Tensor], bool]:  # noqa: D102
+        found = [draws.kept_apart() for draws in self.draws]
+        uses = zip(*(windows for windows, _ in found), strict=True)
+        return [interleaved(use) for use in uses], all(apart for _, apart in found)
+
+    def refinement(self, count: int) -> Tensor:  # noqa: D102
+        counts = shares(count, self.parts)
+        return interleaved([draws.refinement(n) for draws, n in zip(self.draws, counts, strict=True)])
+
+    def holds(self, windows: Tensor) -> Tensor:  # noqa: D102
+        return torch.stack([draws.holds(windows) for draws in self.draws]).any(dim=0)

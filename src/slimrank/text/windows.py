@@ -78,7 +78,7 @@ def leading_windows(tokens: Tensor, windows: int, seq_len: int, bos: int | None 
         DataError: fewer tokens than that many windows need.
     """
     length = _length(tokens, seq_len, bos, needed=windows)
-    return _with_bos(tokens[: windows * length].reshape(windows, length), bos)
+    return with_bos(tokens[: windows * length].reshape(windows, length), bos)
 
 
 def count_windows(tokens: Tensor, seq_len: int, bos: int | None = None) -> int:
@@ -137,7 +137,7 @@ def _even_starts(places: int, count: int, seed: int) -> Tensor:
 
 
 def _windows(tokens: Tensor, starts: Tensor, length: int, bos: int | None) -> Tensor:
-    return _with_bos(tokens[starts[:, None] + torch.arange(length)], bos)
+    return with_bos(tokens[starts[:, None] + torch.arange(length)], bos)
 
 
 def _length(tokens: Tensor, seq_len: int, bos: int | None, needed: int) -> int:
@@ -150,7 +150,8 @@ def _length(tokens: Tensor, seq_len: int, bos: int | None, needed: int) -> int:
     return length
 
 
-def _with_bos(windows: Tensor, bos: int | None) -> Tensor:
+def with_bos(windows: Tensor, bos: int | None) -> Tensor:
+    """Put the BOS before every window, if there is one."""
     if bos is None:
         return windows
     return torch.cat([torch.full((len(windows), 1), bos, dtype=windows.dtype), windows], dim=1)
