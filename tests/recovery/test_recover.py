@@ -80,7 +80,7 @@ def test_bad_input_is_refused(place, tmp_path):
         slimrank.recover(place / "small", out=tmp_path / "o", txt="demo")
     with pytest.raises(RecipeError, match=r"windows: .*greater than or equal to 2"):
         recover(place, tmp_path / "o", windows=1)
-    (place / "short.txt").write_text("too short")
+    (place / "short.txt").write_text("one window of 24 tokens, no more")
     with pytest.raises(DataError, match="one to train on and one to hold out are needed"):
         recover(place, tmp_path / "o", text=str(place / "short.txt"))
     with pytest.raises(DataError):
@@ -161,3 +161,36 @@ def test_from_the_command_line(place, tmp_path):
     assert '"evaluation": []' in shown
     assert "lora_sequential" in run("methods")
     assert "learning_rate" in run("methods", "distill")
+
+
+def test_text_of_the_models_own_and_mixtures(place, tmp_path):
+    page = place / "text.txt"
+    for source in ("self", f"{page}:0.5,self:0.5"):
+        result = recover(
+            place, tmp_path / source.partition(":")[0].strip("/").replace("/", "-"), text=source, evaluation=()
+        )
+        assert result.record.phases[0].tokens >= 480 - 24
+
+
+def test_chats_train_on_their_answers(place, tmp_path):
+    from transformers import AutoTokenizer
+
+    from slimrank.methods.recoverer import RECOVERERS
+    from slimrank.recovery.request import Recovery
+    from slimrank.recovery.text import training_text
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    rows = [
+        {"messages": [{"role": "user", "content": "ab" * i}, {"role": "assistant", "content": "z" * i}]}
+        for i in range(1, 40)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = Recovery.make({"text": str(tmp_path / "chats.jsonl"), "chat": True})
+    options = RECOVERERS.get("distill").configured({"held_out": 2}).training
+    train, held = training_text(asked, options, (tiny_model(), tokenizer), 24)
+    letter = tokenizer("z", add_special_tokens=False).input_ids[0]
+    counted = torch.cat([train.counted, held.counted])
+    answers = torch.cat([train.ids, held.ids])[:, 1:] == letter
+    assert bool(counted[:, :-1][answers].all())
+    assert 0 < float(counted.float().mean()) < 0.6

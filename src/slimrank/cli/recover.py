@@ -23,6 +23,7 @@ def recover(
         typer.Option(help="NAME=VALUE of the method or of training; repeatable. See 'slimrank methods METHOD'."),
     ] = None,
     text: Annotated[str, typer.Option(help="Text to train on: as for compress --calibration.")] = "demo",
+    chat: Annotated[bool, typer.Option("--chat", help="Train on the answers of chats, by the chat template.")] = False,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on.  \\[default: one pass]", min=1)] = None,
     eval_text: Annotated[
         list[str] | None, typer.Option(help="Text to measure on, before and after; repeatable.  \\[default: demo]")
@@ -55,6 +56,7 @@ def recover(
     given = o.pairs(option) or {}
     options: dict[str, Any] = {
         "method": method, "options": given if tokens is None else {**given, "tokens": tokens}, "text": text,
+        "chat": chat,
         "evaluation": () if no_eval else tuple(eval_text or ["demo"]), "windows": windows,
         "seq_len": seq_len, "seed": seed, "device": device, "dtype": dtype, "max_shard_size": max_shard_size,
         "report_to": tuple(name.strip() for name in report_to.split(",") if name.strip()),

@@ -20,6 +20,7 @@ class Recovery(BaseModel):
         dict[str, Any], Field(description="Options of the method and of training: see 'slimrank methods ID'.")
     ] = {}
     text: Annotated[str, Field(description="Text to train on: as for compress --calibration.")] = "demo"
+    chat: Annotated[bool, Field(description="Train on the answers of chats, by the chat template.")] = False
     evaluation: Annotated[tuple[str, ...], Field(description="Texts to measure on, before and after; none: ().")] = (
         "demo",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from slimrank.evaluate.windows import windows_of
 from slimrank.methods.recoverer import RecoverOptions
 from slimrank.recovery.request import Recovery
 from slimrank.recovery.trainer import Windows
+from slimrank.text.self_sampling import sample_windows
 from slimrank.text.sources import read_source
-from slimrank.text.tokens import bos_of, check_tokens, tokenise
+from slimrank.text.tokens import bos_of, check_tokens
+from slimrank.text.training import training_windows
 
 MOST_HELD_OUT = 4  # of so many windows, one may be held out
 
@@ -35,10 +38,14 @@ def training_text(
         SlimrankError: text that cannot be read.
     """
     held = options.held_out
-    ids = _windows(asked, reader, seq_len)
-    if options.tokens is not None:
-        ids = ids[: held + -(-options.tokens // seq_len)]
-    every = Windows(ids, torch.ones_like(ids, dtype=torch.bool))
+    model, tokenizer = reader
+    wanted = None if options.tokens is None else options.tokens + held * seq_len
+    sampled = partial(sample_windows, model, tokenizer)
+    found = training_windows(
+        asked.text, tokenizer, seq_len, tokens=wanted, seed=asked.seed, chat=asked.chat, sampled=sampled
+    )
+    check_tokens(found.ids.flatten(), tokenizer, model)
+    every = Windows(found.ids, _predicting(found.mask))
     if len(every) < 2:
         raise DataError(
             f"'{asked.text}' has {len(every)} windows of {seq_len} tokens, and one to train on and one to hold out are "
@@ -49,17 +56,9 @@ def training_text(
     return Windows(every.ids[count:], every.counted[count:]), Windows(every.ids[:count], every.counted[:count])
 
 
-def _windows(asked: Recovery, reader: tuple[Any, Any], seq_len: int) -> torch.Tensor:
-    """Cut the text into windows, in a random order."""
-    model, tokenizer = reader
-    tokens = tokenise(read_source(asked.text, "calibration"), tokenizer)
-    check_tokens(tokens, tokenizer, model)
-    bos = bos_of(tokenizer)
-    length = seq_len - (bos is not None)
-    windows = tokens[: len(tokens) // length * length].view(-1, length)
-    if bos is not None:
-        windows = torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(asked.seed))]
+def _predicting(mask: torch.Tensor) -> torch.Tensor:
+    """Return the positions whose next token is one to predict (windows x tokens); the last is as the one before it."""
+    return torch.cat([mask[:, 1:], mask[:, -1:]], dim=1)
 
 
 def measured_text(asked: Recovery, reader: tuple[Any, Any], seq_len: int) -> Suite:

@@ -15,7 +15,7 @@ from slimrank.recovery.recovering import Machine, run_phases
 from slimrank.recovery.request import Recovery
 from slimrank.recovery.text import training_text
 from slimrank.report.section import Section
-from slimrank.text.sources import read_source
+from slimrank.text.reading import read_parts
 
 if TYPE_CHECKING:
     from slimrank.pipeline.prepare import Choices, Prepared
@@ -41,7 +41,7 @@ class Recover(Stage):
                 raise RecipeError("options of recovery are given, but nothing is recovered.", "--recover distill")
             return
         _method(choices)
-        read_source(_asked(choices).text, "calibration")
+        read_parts(_asked(choices).text, "training", chat=recipe.chat)
 
     def cost(self, prepared: Prepared, shape: Shape) -> Cost:
         tokens = _method(prepared.choices).training.tokens or USUAL_TOKENS
@@ -90,5 +90,11 @@ def _asked(choices: Choices) -> Recovery:
     text = recipe.recover_text if recipe.recover_text is not None else recipe.calibration
     if not isinstance(text, str):
         raise RecipeError("documents given as a list are not trained on.", "recover_text='FILE'")
-    chosen = {"method": recipe.recover, "options": recipe.recover_options, "text": text, "seed": recipe.seed}
+    chosen = {
+        "method": recipe.recover,
+        "options": recipe.recover_options,
+        "text": text,
+        "seed": recipe.seed,
+        "chat": recipe.chat,
+    }
     return Recovery.make(chosen)
