@@ -81,7 +81,7 @@ def test_bad_input_is_refused(place, tmp_path):
     with pytest.raises(RecipeError, match=r"windows: .*greater than or equal to 2"):
         recover(place, tmp_path / "o", windows=1)
     (place / "short.txt").write_text("one window of 24 tokens, no more")
-    with pytest.raises(DataError, match="one to train on and one to hold out are needed"):
+    with pytest.raises(DataError, match="one to train on and another to hold out are needed"):
         recover(place, tmp_path / "o", text=str(place / "short.txt"))
     with pytest.raises(DataError):
         recover(place, tmp_path / "o", text="/no/such.txt")
@@ -161,6 +161,27 @@ def test_from_the_command_line(place, tmp_path):
     assert '"evaluation": []' in shown
     assert "lora_sequential" in run("methods")
     assert "learning_rate" in run("methods", "distill")
+
+
+def test_further_epochs_hold_no_held_out_window(place):
+    from slimrank.methods.recoverer import RECOVERERS
+    from slimrank.recovery.request import Recovery
+    from slimrank.recovery.text import training_text
+    from slimrank.text.overlap import windows_found
+
+    reader = tiny_model(), byte_tokenizer()
+    for source, tokens in ((str(place / "text.txt"), 10**6), (f"{place / 'text.txt'}:1,{place / 'short.txt'}:1", 400)):
+        (place / "short.txt").write_text(text(30, seed=5))
+        options = RECOVERERS.get("distill").configured({"held_out": 3, "tokens": tokens}).training
+        train, held = training_text(Recovery.make({"text": source}), options, reader, 24)
+        if ":" in source:
+            assert not bool(windows_found(held.ids, train.ids.flatten()).any())
+        else:
+            once = len(reader[1]((place / "text.txt").read_text()).input_ids) + 1  # it ends with an EOS
+            assert len(train) + len(held) == once // 24
+        assert len(train) * 24 < 10**6
+    with pytest.raises(RecipeError, match="has no end, or shares"):
+        training_text(Recovery.make({"text": "self"}), RECOVERERS.get("distill").configured({}).training, reader, 24)
 
 
 def test_text_of_the_models_own_and_mixtures(place, tmp_path):

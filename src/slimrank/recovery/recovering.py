@@ -143,7 +143,7 @@ class _Phase:
         options, student = self.method.training, self.student
         how = arguments(
             options,
-            len(self.text[0]),
+            options.tokens // tokens if options.tokens else len(self.text[0]),
             self.folder,
             seed=machine.seed,
             report_to=list(machine.report_to) or "none",
@@ -162,8 +162,10 @@ class _Phase:
             load_trained(student, self.folder)
             progress.note(f"{self.name}: the held-out loss did not fall ({before:.4f}); the weights stay as they were")
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        count = min(len(self.text[0]), how.max_steps * options.batch_size)
-        return PhaseRecord(self.name, trained, count * tokens, seconds, before, after, kept, _curve(log))
+        steps = max((int(row["step"]) for row in log), default=0)
+        return PhaseRecord(
+            self.name, trained, steps * options.batch_size * tokens, seconds, before, after, kept, _curve(log)
+        )
 
     def _started(self, student: nn.Module, bfloat16: bool) -> float:
         """Store the first state, if no earlier run has; return its held-out loss."""

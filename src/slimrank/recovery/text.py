@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 
-from slimrank.errors import DataError
+from slimrank.errors import DataError, RecipeError
 from slimrank.evaluate.paired import MIN_ITEMS
 from slimrank.evaluate.suite import Suite
 from slimrank.evaluate.windows import windows_of
 from slimrank.methods.recoverer import RecoverOptions
 from slimrank.recovery.request import Recovery
 from slimrank.recovery.trainer import Windows
+from slimrank.text.mixtures import SELF, parts_of
+from slimrank.text.overlap import windows_found
 from slimrank.text.self_sampling import sample_windows
 from slimrank.text.sources import read_source
 from slimrank.text.tokens import bos_of, check_tokens
-from slimrank.text.training import training_windows
+from slimrank.text.training import TrainingWindows, training_windows
 
 MOST_HELD_OUT = 4  # of so many windows, one may be held out
 
@@ -35,25 +37,45 @@ def training_text(
 
     Raises:
         DataError: too little text.
+        RecipeError: parts with shares, or text of the model itself, and no number of tokens.
         SlimrankError: text that cannot be read.
     """
-    held = options.held_out
     model, tokenizer = reader
-    wanted = None if options.tokens is None else options.tokens + held * seq_len
-    sampled = partial(sample_windows, model, tokenizer)
-    found = training_windows(
-        asked.text, tokenizer, seq_len, tokens=wanted, seed=asked.seed, chat=asked.chat, sampled=sampled
-    )
-    check_tokens(found.ids.flatten(), tokenizer, model)
-    every = Windows(found.ids, _predicting(found.mask))
-    if len(every) < 2:
+    every = _packed(asked, options, reader, seq_len)
+    check_tokens(every.ids.flatten(), tokenizer, model)
+    counted = _predicting(every.mask)
+    count = min(options.held_out, max(1, len(every.ids) // MOST_HELD_OUT))
+    train, held = Windows(every.ids[count:], counted[count:]), Windows(every.ids[:count], counted[:count])
+    if not _has_end(asked):
+        apart = ~windows_found(held.ids, train.ids.flatten())
+        held = Windows(held.ids[apart], held.counted[apart])
+    if not len(train) or not len(held):
         raise DataError(
-            f"'{asked.text}' has {len(every)} windows of {seq_len} tokens, and one to train on and one to hold out are "
-            "needed.",
-            "more text, or a smaller --seq-len",
+            f"'{asked.text}' has {len(every.ids)} windows of {seq_len} tokens, and one to train on and another to hold "
+            "out are needed.",
+            "more text, fewer tokens, or a smaller --seq-len",
         )
-    count = min(held, max(1, len(every) // MOST_HELD_OUT))
-    return Windows(every.ids[count:], every.counted[count:]), Windows(every.ids[:count], every.counted[:count])
+    return train, held
+
+
+def _packed(asked: Recovery, options: RecoverOptions, reader: tuple[Any, Any], seq_len: int) -> TrainingWindows:
+    """Return windows of the text: all of it once, or as many as are wanted where its parts have shares.
+
+    Further epochs of the former are left to training, so that none of them holds a held-out window.
+    """
+    model, tokenizer = reader
+    reading: Any = {"seed": asked.seed, "chat": asked.chat, "sampled": partial(sample_windows, model, tokenizer)}
+    if _has_end(asked):
+        return training_windows(asked.text, tokenizer, seq_len, **reading)
+    if options.tokens is None:
+        raise RecipeError(f"'{asked.text}' has no end, or shares: how much of it?", "--tokens 500000")
+    wanted = options.tokens + options.held_out * seq_len
+    return training_windows(asked.text, tokenizer, seq_len, tokens=wanted, **reading)
+
+
+def _has_end(asked: Recovery) -> bool:
+    """Tell whether the text is read as a whole: its parts have no shares, and the model writes none of it."""
+    return all(part.weight is None and part.source != SELF for part in parts_of(asked.text))
 
 
 def _predicting(mask: torch.Tensor) -> torch.Tensor:

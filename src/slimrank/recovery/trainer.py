@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from slimrank.methods.recoverer import RecoverOptions
 from slimrank.models.recording import first_of
 from slimrank.models.structure import find_blocks
 from slimrank.progress import Progress
+from slimrank.store import write_text
 
 TRAINED = "trained.safetensors"
+DONE = "done.json"
 BETAS = (0.9, 0.95)  # of AdamW
 
 
@@ -176,10 +179,18 @@ def train(student: nn.Module, text: tuple[Windows, Windows], how: TrainingArgume
         how: arguments of the Trainer.
         told: callbacks.
     """
+    folder = Path(str(how.output_dir))
+    if (folder / DONE).is_file():  # Trainer would go on for a step
+        ended = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        if ended["best"]:
+            load_trained(student, folder / ended["best"])
+        return list(ended["log"])
     trainer = RecoveryTrainer(model=student, args=how, train_dataset=text[0], eval_dataset=text[1], callbacks=[*told])
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_state(Path(str(how.output_dir))))
-    return list(trainer.state.log_history)
+    trainer.train(resume_from_checkpoint=last_state(folder))
+    best, log = trainer.state.best_model_checkpoint, list(trainer.state.log_history)
+    write_text(folder / DONE, json.dumps({"best": Path(best).name if best else None, "log": log}))
+    return log
 
 
 def patience(options: RecoverOptions) -> TrainerCallback:
