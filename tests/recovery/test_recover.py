@@ -1,6 +1,9 @@
 """`slimrank recover` and `compress --recover`: teachers, texts, folders and reports."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -215,3 +218,19 @@ def test_chats_train_on_their_answers(place, tmp_path):
     answers = torch.cat([train.ids, held.ids])[:, 1:] == letter
     assert bool(counted[:, :-1][answers].all())
     assert 0 < float(counted.float().mean()) < 0.6
+
+
+def test_two_processes_train_what_one_trains(place, tmp_path):
+    """Each takes its part of a step; the gradients are averaged."""
+    options = [part for name, value in FAST.items() if name != "tokens" for part in ("--option", f"{name}={value}")]
+    given = ["recover", place / "small", "--text", place / "text.txt", "--no-eval", "--seq-len", 24, "--tokens", 480]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "slimrank"]
+    command = [str(part) for part in (*launch, *given, *options, "--out", tmp_path / "two")]
+    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.count("written to") == 1
+    recover(place, tmp_path / "one", evaluation=())
+    start, one, two = (weights(folder) for folder in (place / "small", tmp_path / "one", tmp_path / "two"))
+    moved = max(float((one[name] - start[name]).abs().max()) for name in start)
+    assert max(float((one[name] - two[name]).abs().max()) for name in start) < 0.02 * moved
+    assert not (tmp_path / "two.run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,7 @@ def recover(
     Example: slimrank recover smaller --text my-text.txt --out better
     """
     from slimrank.recovery.api import recover as library_recover
+    from slimrank.recovery.processes import is_first
 
     given = o.pairs(option) or {}
     options: dict[str, Any] = {
@@ -63,14 +65,15 @@ def recover(
     }  # fmt: skip
     say_quietly()
     try:
-        with ConsoleProgress() as progress:
+        with ConsoleProgress() if is_first() else nullcontext() as progress:
             result = library_recover(
                 model, teacher, out=out, run_dir=run_dir, overwrite=overwrite, progress=progress, **options
             )
     except KeyboardInterrupt as error:
         typer.secho("\ninterrupted; give the same command again to resume", err=True)
         raise typer.Exit(130) from error
-    print_json(result.record.plain()) if json else _show(result)
+    if is_first():
+        print_json(result.record.plain()) if json else _show(result)
 
 
 def _show(result: Any) -> None:

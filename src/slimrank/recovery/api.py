@@ -21,6 +21,7 @@ from slimrank.models.placement import placed, resolve_device
 from slimrank.models.storage import saved_bytes
 from slimrank.progress import Progress
 from slimrank.recovery.precision import computes_bfloat16
+from slimrank.recovery.processes import is_first
 from slimrank.recovery.record import RecoveryRecord, write_record
 from slimrank.recovery.recovering import Machine, run_phases
 from slimrank.recovery.request import Recovery
@@ -106,7 +107,8 @@ def recover(
     asked, progress = Recovery.make(options), progress or Progress()
     method = RECOVERERS.get(asked.method).configured(asked.options)
     output = OutputFolder(Path(out), overwrite)
-    output.rehearse()
+    if is_first():
+        output.rehearse()
     job = _loaded(asked, method, Path(model), teacher, progress)
     seq_len = window_length(job.student.model, asked.seq_len)
     text, suite = training_text(asked, method.training, job.reader, seq_len), measured_text(asked, job.reader, seq_len)
@@ -119,7 +121,8 @@ def recover(
         after = job.measured(suite)
         sizes = size, saved_bytes(job.student.model)
         record = RecoveryRecord(str(model), job.original, asked, phases, before, after, sizes)
-        _write(job, output, record)
+        if is_first():
+            _write(job, output, record)
     return RecoveryResult(job.student.model, job.student.tokenizer, record, output.path)
 
 
@@ -173,6 +176,9 @@ def _states(job: _Job, output: OutputFolder, run_dir: str | Path | None) -> Iter
     """Yield a folder for states; one that nobody named is removed at the end."""
     own = output.path.with_name(output.path.name + ".run")
     folder = usable_folder(run_dir if run_dir is not None else own, output.path)
+    if not is_first():
+        yield folder / "store" / "recovery"
+        return
     asked = job.asked.model_dump(mode="json", exclude={"evaluation", "windows", "report_to", "max_shard_size"})
     with Run(folder, {"recover": content_key({"model": digest(job.student.model), "asked": asked})}):
         need_space(folder, STATES * 4 * sum(p.numel() for p in job.student.model.parameters()))

@@ -18,6 +18,7 @@ from slimrank.models.contexts import evaluating
 from slimrank.progress import Progress
 from slimrank.recovery.blocks import BlockWork
 from slimrank.recovery.loss import Terms
+from slimrank.recovery.processes import is_first
 from slimrank.recovery.student import Student
 from slimrank.recovery.trainer import (
     TRAINED,
@@ -172,10 +173,11 @@ class _Phase:
         if (self.folder / TRAINED).is_file():
             load_trained(student, self.folder)
             return held_out_loss(student, self.text[1], bfloat16)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{TRAINED}.partial"
-        save_file(trained_state(student), partial)
-        partial.rename(self.folder / TRAINED)
+        if is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.folder / f"{TRAINED}.partial"
+            save_file(trained_state(student), partial)
+            partial.rename(self.folder / TRAINED)
         return held_out_loss(student, self.text[1], bfloat16)
 
 

@@ -19,6 +19,7 @@ from slimrank.methods.recoverer import RecoverOptions
 from slimrank.models.recording import first_of
 from slimrank.models.structure import find_blocks
 from slimrank.progress import Progress
+from slimrank.recovery.processes import is_first, world_size
 from slimrank.store import write_text
 
 TRAINED = "trained.safetensors"
@@ -133,14 +134,15 @@ def arguments(options: RecoverOptions, windows: int, folder: Path, **machine: An
         machine: `seed`, `report_to`, `use_cpu` and `bf16`.
     """
     steps = max(1, windows // options.batch_size)
-    micro = options.micro_batch or options.batch_size
+    processes = world_size()
+    micro = options.micro_batch or max(1, options.batch_size // processes)
     every = max(1, math.ceil(steps / options.checks))
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=max(1, options.batch_size // micro),
+        gradient_accumulation_steps=max(1, options.batch_size // (micro * processes)),
         learning_rate=options.learning_rate,
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
@@ -189,7 +191,8 @@ def train(student: nn.Module, text: tuple[Windows, Windows], how: TrainingArgume
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_state(folder))
     best, log = trainer.state.best_model_checkpoint, list(trainer.state.log_history)
-    write_text(folder / DONE, json.dumps({"best": Path(best).name if best else None, "log": log}))
+    if is_first():
+        write_text(folder / DONE, json.dumps({"best": Path(best).name if best else None, "log": log}))
     return log
 
 
