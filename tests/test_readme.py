@@ -106,8 +106,10 @@ def test_every_example_has_its_line():
 def test_every_method_has_a_page():
     from slimrank.methods.allocator import ALLOCATORS
     from slimrank.methods.decomposer import DECOMPOSERS
-    from slimrank.methods.refiner import REFINERS
+    from slimrank.methods.recoverer import RECOVERERS
+from slimrank.methods.refiner import REFINERS
 
     assert {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} == set(DECOMPOSERS.all())
     assert {p.stem for p in (ROOT / "docs" / "refine").glob("*.md")} == {"README", *REFINERS.all()}
     assert {p.stem for p in (ROOT / "docs" / "allocation").glob("*.md")} == {"README", *ALLOCATORS.all()}
+    assert {p.stem for p in (ROOT / "docs" / "recover").glob("*.md")} == {"README", *RECOVERERS.all()}

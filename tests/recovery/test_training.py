@@ -27,7 +27,7 @@ STARTS, STRIDES = (torch.randint(1, high, (36, 1), generator=DRAW) for high in (
 IDS = (STARTS + STRIDES * torch.arange(16)) % 40 + 30  # text with something to learn
 TEXT = Windows(IDS[:28], torch.ones(28, 16, dtype=torch.bool)), Windows(IDS[28:], torch.ones(8, 16, dtype=torch.bool))
 FAST = {"learning_rate": 3e-3, "batch_size": 4, "checks": 3}
-METHODS = ("distill", "tune_svd", "lora", "lora_sequential", "custom_lora", "block")
+METHODS = tuple(RECOVERERS.all())
 
 
 def compressed(form="pair", **options):
