@@ -107,7 +107,7 @@ def test_every_method_has_a_page():
     from slimrank.methods.allocator import ALLOCATORS
     from slimrank.methods.decomposer import DECOMPOSERS
     from slimrank.methods.recoverer import RECOVERERS
-from slimrank.methods.refiner import REFINERS
+    from slimrank.methods.refiner import REFINERS
 
     assert {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} == set(DECOMPOSERS.all())
     assert {p.stem for p in (ROOT / "docs" / "refine").glob("*.md")} == {"README", *REFINERS.all()}
