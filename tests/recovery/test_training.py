@@ -1,5 +1,6 @@
 """Recovery by training: its loss, what is trained, resuming, and weights that do not get better."""
 
+import copy
 from functools import cache
 from pathlib import Path
 
@@ -108,6 +109,27 @@ def test_the_loss_of_hidden_states_is_a_mean_of_relative_errors():
 def test_the_divergence_of_a_model_from_itself_is_zero():
     found = Student(tiny_model(), teacher(), Terms())(IDS[:2], torch.ones(2, 16, dtype=torch.bool))["loss"]
     assert abs(float(found.detach())) < 1e-7
+
+
+def test_only_adapters_drop_inputs():
+    """A model with dropout everywhere gives its own divergence, zero, in training, too."""
+    dropping = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    model = tiny_model("gpt2", **dropping)
+    student = Student(model, copy.deepcopy(model).eval(), Terms()).train()
+    counted = torch.ones(2, 16, dtype=torch.bool)
+    assert abs(float(student(IDS[:2], counted)["loss"].detach())) < 1e-6
+    assert not model.transformer.h[0].attn.attn_dropout.training
+    model = compressed()
+    phases = RECOVERERS.get("lora").configured({"dropout": 0.5}).phases(model)
+    next(phases)  # the adapters are there until it goes on
+    student = Student(model, None, Terms(0.0, 1.0)).train()
+    losses = [float(student(IDS[:2], counted)["loss"].detach()) for _ in range(2)]
+    for p in model.parameters():
+        p.data.add_(0.01) if p.requires_grad else None
+    torch.manual_seed(0)
+    one, other = (float(student(IDS[:2], counted)["loss"].detach()) for _ in range(2))
+    assert losses[0] == losses[1]
+    assert one != other
 
 
 # phases ---------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,16 @@ class Student(nn.Module):
         self.model, self.terms, self.hidden = model, terms, hidden
         self._heads: tuple[Head, Head | None] = (Head(model), None if teacher is None else Head(teacher))
 
+    def train(self, mode: bool = True) -> Student:
+        """Set the mode of training, in which only adapters drop inputs: the original drops nothing either."""
+        super().train(mode)
+        if mode:
+            self.model.eval()
+            for name, module in self.model.named_modules():
+                if "lora_dropout" in name or getattr(module, "gradient_checkpointing", False):
+                    module.training = True
+        return self
+
     def forward(self, input_ids: Tensor, counted: Tensor) -> dict[str, Tensor]:
         """Return the loss of windows (batch x tokens); `counted` marks the positions whose prediction counts."""
         mine, teacher = self._heads
