@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 
 import slimrank
 from helpers import tiny_model
-from slimrank.errors import ModelError, NonFiniteError, RecipeError
+from slimrank.errors import ModelError, NonFiniteError, OutputError, RecipeError
 from slimrank.layers.base import compressed_layers
 from slimrank.layers.trainable import parts
 from slimrank.methods.recover.distill import balanced
@@ -264,6 +265,18 @@ def test_a_loss_that_is_not_finite_names_step_and_block(tmp_path, monkeypatch):
         recovered(model, tmp_path)
     assert "the best state so far is in" in e.value.hint
     assert last_state(tmp_path / "phase-0") is not None
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_is_told(failure, tmp_path, monkeypatch):
+    def full(*_):
+        raise failure
+
+    monkeypatch.setattr(trainer, "save_file", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        recovered(compressed(), tmp_path)
 
 
 def test_bad_options_are_refused():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -30,6 +31,7 @@ from slimrank.recovery.trainer import (
     train,
     trained_state,
 )
+from slimrank.store import disk_error
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,22 @@ def run_phases(
     Raises:
         NonFiniteError: a loss that is not finite.
         ModelError: a model that the method cannot train.
+        OutputError: states cannot be stored.
     """
+    try:
+        return _run_phases(model, teacher, text, method, machine, progress or Progress())
+    except (OSError, SafetensorError) as error:
+        raise disk_error(error, machine.folder) from error
+
+
+def _run_phases(
+    model: Any,
+    teacher: Any,
+    text: tuple[Windows, Windows],
+    method: ConfiguredRecoverer,
+    machine: Machine,
+    progress: Progress,
+) -> list[PhaseRecord]:
     found: list[PhaseRecord] = []
     with _in_float32(model), _wanting_gradients_back(model):
         torch.manual_seed(machine.seed)
@@ -115,7 +132,7 @@ def run_phases(
         for number, name in enumerate(method.phases(model)):
             student, mine = (_whole(model, teacher, method), text) if work is None else work.begin()
             phase = _Phase(name, model, student, mine, method, machine.folder / f"phase-{number}")
-            found.append(phase.run(machine, progress or Progress(), tokens=text[0].ids.shape[1]))
+            found.append(phase.run(machine, progress, tokens=text[0].ids.shape[1]))
             if work is not None:
                 work.end()
     return found
