@@ -1,13 +1,12 @@
 """Form, rank and bits of every target chosen together: menus, their curves, and allocations of them."""
 
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
 from slimrank.budget.curves import Limits
-from slimrank.budget.menu import Candidate, Family, Loss, Menu, shrunk
+from slimrank.budget.menu import Candidate, Family, Loss, Menu
 from slimrank.budget.problem import Item, Problem
 from slimrank.errors import BudgetError, PlanError, RecipeError
 from slimrank.layers.forms import layer_form
@@ -176,40 +175,6 @@ def test_only_families_that_may_beat_dense_weights_are_measured():
                 expected |= cost < dense[3] or cut < 0.01 * 4 ** (4 - min(4, bits))
             assert menu.worth_measuring(family, cut) == expected
         assert menu.measured({}).worth_measuring(family, 1.0)
-
-
-def test_shrinking_pulls_losses_per_parameter_to_their_mean():
-    made = problem(10**6, count=5)
-    sizes = {item.path: item.parameters * (1 + item.block) for item in made.items}
-    curves = made.curves()
-
-    def each(curves):
-        return np.array([made.menus[c.path].rounding_in(c) / sizes[c.path] for c in curves])
-
-    before, weights = each(curves), np.array([sizes[c.path] for c in curves])
-    mean = np.exp(np.average(np.log(before), weights=weights))
-    assert each(shrunk(curves, made.menus, sizes, 0.0)) == pytest.approx(before)
-    assert each(shrunk(curves, made.menus, sizes, 1.0)) == pytest.approx(mean)
-    assert each(shrunk(curves, made.menus, sizes, 0.5)) == pytest.approx(np.sqrt(mean * before))
-
-
-def test_a_plan_of_shrunk_losses_differs_less_between_layers():
-    made = problem(int(0.25 * 8 * 32 * 64 * 16), count=8, forms=("dense",))
-    spread = []
-    for shrink in (0.0, 0.5, 1.0):
-        found = ALLOCATORS.get("spectrum").configured({"shrink": shrink}).allocate(made)
-        widths = [made.menus[path].candidates[int(pick)].width for path, pick in found.picks.items()]
-        spread.append(np.std(widths))
-        assert sum(c.errors[c.index(found.picks[c.path])] for c in found.curves) == pytest.approx(
-            sum(
-                made.menus[c.path].errors()[int(found.picks[c.path])] * made.menus[c.path].energy_in(c)
-                for c in made.curves()
-            )
-        )
-    assert spread[0] > spread[1] >= spread[2]
-    plain = problem(10**6)
-    with pytest.raises(RecipeError, match="is for bits"):
-        ALLOCATORS.get("spectrum").configured({"shrink": 0.5}).check(replace(plain, menus={}))
 
 
 def test_a_family_without_a_loss_is_not_chosen():

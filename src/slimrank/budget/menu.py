@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from math import exp, inf, log
+from math import inf
 
 import numpy as np
 
@@ -135,35 +135,6 @@ class Menu:
         numbers, costs, errors = numbers[order], costs[order], errors[order]
         kept = errors < np.concatenate(([inf], np.minimum.accumulate(errors)[:-1]))
         return Curve(path, numbers[kept], costs[kept], energy * errors[kept])
-
-    def energy_in(self, curve: Curve) -> float:
-        """Return what losses are multiplied by in a curve of this menu."""
-        loss = float(self.errors()[curve.ranks[0]])
-        return float(curve.errors[0]) / loss if loss > 0 else 0.0
-
-    def rounding_in(self, curve: Curve) -> float:
-        """Return what rounding to 4 bits loses in the unit of a curve of this menu: of its first family."""
-        return self.energy_in(curve) * next((loss.at_four for loss in self.losses.values()), 0.0)
-
-
-def shrunk(curves: Sequence[Curve], menus: Mapping[str, Menu], sizes: Mapping[str, int], shrink: float) -> list[Curve]:
-    """Return curves whose losses by rounding, for each parameter, are closer to their geometric mean.
-
-    Losses of single layers are estimates, and later layers make up for a part of them: a plan that follows them all the
-    way gains less than they promise.
-
-    Args:
-        curves: of all targets.
-        menus: theirs.
-        sizes: parameters of each target.
-        shrink: 0 leaves the curves as they are; with 1 all parameters lose the same.
-    """
-    found = {curve.path: menus[curve.path].rounding_in(curve) / sizes[curve.path] for curve in curves}
-    logs = {path: log(loss) for path, loss in found.items() if loss > 0}
-    weight = sum(sizes[path] for path in logs)
-    mean = sum(sizes[path] * value for path, value in logs.items()) / weight if weight else 0.0
-    factors = {path: exp(shrink * (mean - value)) for path, value in logs.items()}
-    return [curve.scaled(factors.get(curve.path, 1.0)) for curve in curves]
 
 
 def _guessed(family: Family) -> Loss:

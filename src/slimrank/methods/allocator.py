@@ -121,10 +121,6 @@ class ConfiguredAllocator:
         if problem.menus and not self.allocator.joint:
             able = ", ".join(f"--allocation {found.id}" for found in ALLOCATORS.all().values() if found.joint)
             raise RecipeError(f"the allocation '{self.allocator.id}' chooses ranks only, no bits.", able)
-        if self.options.get("shrink") and not problem.menus:
-            raise RecipeError(
-                f"shrink={self.options['shrink']} is for bits, and ranks only are chosen.", "leave it out"
-            )
         if problem.menus and self.options.get("search"):
             raise RecipeError("plans of bits cannot be measured before they are made.", "search=false")
         if self.needs:  # without any it is a fixed plan, which checks itself

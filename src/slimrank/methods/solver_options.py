@@ -13,7 +13,6 @@ from slimrank.budget.constraints import Constraints, reachable_blocks
 from slimrank.budget.curves import Curve
 from slimrank.budget.exact import solve_exactly
 from slimrank.budget.knapsack import solve
-from slimrank.budget.menu import shrunk
 from slimrank.budget.problem import Allocation, Problem
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -33,15 +32,6 @@ class SolverOptions(BaseModel):
     monotone: Annotated[bool, Field(description="No block keeps a larger fraction than the one before it.")] = False
     block_floor: Annotated[float, Field(ge=0, le=1, description="Least fraction that a block keeps.")] = 0.0
     block_cap: Annotated[float, Field(gt=0, le=1, description="Largest fraction that a block keeps.")] = 1.0
-    shrink: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=1,
-            description="Where bits are chosen: how far the losses of layers, for each parameter, are pulled towards "
-            "their mean.",
-        ),
-    ] = 0.0
 
 
 def least_error(problem: Problem, curves: Sequence[Curve], options: Mapping[str, Any]) -> Allocation:
@@ -52,9 +42,7 @@ def least_error(problem: Problem, curves: Sequence[Curve], options: Mapping[str,
     """
     problem.check(curves)
     chosen, constraints = SolverOptions(**options), constraints_of(problem, options)
-    sizes = {item.path: item.parameters for item in problem.items}
-    wanted = shrunk(curves, problem.menus, sizes, chosen.shrink) if problem.menus and chosen.shrink else curves
-    counted, exact = problem.in_units(wanted), chosen.solver == "exact"
+    counted, exact = problem.in_units(curves), chosen.solver == "exact"
     if constraints.any:
         found = (solve_constrained_exactly if exact else solve_constrained)(*counted, constraints)
     else:

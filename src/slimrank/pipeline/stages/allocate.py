@@ -11,7 +11,9 @@ import numpy as np
 
 from slimrank.budget.additivity import additivity
 from slimrank.budget.alternatives import alternatives, form_and_rank
+from slimrank.budget.curves import Curve
 from slimrank.budget.knapsack import TradeOff, trade_off
+from slimrank.budget.menu import Menu
 from slimrank.budget.problem import Allocation, Problem
 from slimrank.pipeline.forecast import Cost, Shape
 from slimrank.pipeline.stage import STAGES, Stage
@@ -136,12 +138,18 @@ def _about(state: State, problem: Problem, found: Allocation) -> dict[str, Any]:
         picks = found.picks or found.ranks
         about["predicted"] = sum(float(c.errors[c.index(picks[c.path])]) for c in found.curves)
     if problem.menus:
-        energies = {curve.path: problem.menus[curve.path].energy_in(curve) for curve in found.curves}
+        energies = {curve.path: _energy(curve, problem.menus[curve.path]) for curve in found.curves}
         about["alternatives"] = [asdict(each) for each in alternatives(problem.menus, energies)]
     plans = state.prepared.choices.allocator.measuring.plans
     if found.divergence and plans > 1 and not problem.menus:  # plans of bits are not measured before they are made
         about["additivity"] = asdict(additivity(problem, found.curves, plans))
     return about
+
+
+def _energy(curve: Curve, menu: Menu) -> float:
+    """Return what the losses of a menu are multiplied by in a curve."""
+    loss = float(menu.errors()[curve.ranks[0]])
+    return float(curve.errors[0]) / loss if loss > 0 else 0.0
 
 
 def _beside(allocation: Mapping[str, Any], size: int) -> Section | None:
