@@ -107,7 +107,7 @@ class Shape:
             batch_tokens=recipe.batch_size * seq_len,
             tokens=tokens,
             itemsize=prepared.dtype.itemsize,
-            upcast=prepared.device.type == "cpu",
+            upcast=prepared.upcast,
             resident=recipe.resident,
             **stored,
         )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from slimrank.models.placement import resolve_device
+from slimrank.models.precision import autocasts
 from slimrank.models.structure import find_blocks
 from slimrank.models.targets import TargetSet
 from slimrank.pipeline.forecast import Cost, Shape, group_widths
@@ -35,6 +37,10 @@ class Calibrate(Stage):
 
     def wanted(self, choices: Choices) -> bool:
         return True
+
+    def check(self, choices: Choices) -> None:
+        if choices.recipe.compute_dtype == "bfloat16":
+            autocasts("bfloat16", resolve_device(choices.recipe.device))
 
     def windows(self, choices: Choices) -> list[WindowRequest]:
         return [WindowRequest("calibration", choices.recipe.samples)] if choices.method.gathering.calibrates else []
