@@ -48,12 +48,12 @@ def register():
             return Spectrum(torch.zeros(1), torch.zeros(weight.shape[0], 1), "out")
 
 
-def calibrate(name, model, tokenizer, args):
+def calibrate(name, model, tokenizer, args, **options):
     """Seconds that the pipeline takes to gather statistics of all blocks, stored files included."""
     recipe = Recipe.make(
         {
             "keep_ratio": 0.8, "method": f"gather: {name}", "samples": args.windows, "seq_len": args.seq_len,
-            "batch_size": args.batch, "resident": ROWS[name][1], "evaluation": None,
+            "batch_size": args.batch, "resident": ROWS[name][1], "evaluation": None, **options,
         }
     )  # fmt: skip
     choices = Choices.of(recipe)

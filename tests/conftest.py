@@ -75,7 +75,7 @@ def _plots_where_they_count(request, monkeypatch):
 def _any_machine(monkeypatch):
     """No test goes by how fast this machine is; to measure it takes as long as to compress a tiny model."""
     for user in ("pipeline.compression", "pipeline.preview"):
-        monkeypatch.setattr(f"slimrank.{user}.measure_machine", lambda device: Machine(1e9, 1e9))
+        monkeypatch.setattr(f"slimrank.{user}.measure_machine", lambda device, bfloat16: Machine(1e9, 1e9, 1e9))
 
 
 @pytest.fixture

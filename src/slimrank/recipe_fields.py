@@ -165,5 +165,11 @@ class RecipeFields(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _where(
         "auto", "Stored dtype: auto (that of the checkpoint), float32, bfloat16 or float16."
     )
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = _where(
+        "auto",
+        "Precision of the blocks' products in calibration, allocation, refining, corrections and rounding: auto "
+        "(float32 on a CPU, the stored dtype elsewhere), float32, or bfloat16 where the device has it. Sums and solves "
+        "are always in float32 or float64.",
+    )
     resident: bool = _where(False, "Keep the whole model on the device instead of one block at a time.")
     max_shard_size: str = _where("5GB", "Size of the largest weight file.", pattern=r"^\d+(KB|MB|GB)$")

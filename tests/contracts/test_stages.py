@@ -79,7 +79,7 @@ def test_every_stage_keeps_the_contract(stage, rounding, prepared):
     shape = Shape.of(prepared, expected_tokens(choices.requests, 24))
     if stage.wanted(choices):
         cost = stage.cost(prepared, shape)
-        assert min(cost.float32, cost.float64, cost.peak, cost.stored, cost.written) >= 0
+        assert min(cost.float32, cost.float64, cost.products, cost.peak, cost.stored, cost.written) >= 0
     assert (stage.cost_before(prepared, shape) is None) == (not stage.before_title)
     assert stage.id
     assert stage.title

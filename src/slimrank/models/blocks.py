@@ -8,7 +8,7 @@ that each block can run alone with these arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from slimrank.errors import ModelError, NonFiniteError
 from slimrank.models.contexts import evaluating
 from slimrank.models.handover import Handover, handover_of
 from slimrank.models.placement import placed
+from slimrank.models.precision import Autocast
 from slimrank.models.recording import Answer, Batch, Call, Recorder, share
 from slimrank.models.states import HiddenState
 from slimrank.models.structure import experts_by_kind, find_blocks
@@ -32,12 +33,16 @@ class BlockRunner:
         upcast: compute in float32 what is stored in 16 bits.
         resident: keep the whole model on the device (inside `self.session()`), instead of one block at a time.
             The results are the same.
+        bfloat16: compute the products of blocks in bfloat16 (inside `self.session()`).
 
     `states[b]` is what enters the next block, for batch b: hidden states, and what else earlier blocks pass on.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, upcast: bool, resident: bool) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, upcast: bool, resident: bool, bfloat16: bool = False
+    ) -> None:
         self.model, self.device, self.upcast, self.resident = model, device, upcast, resident
+        self.bfloat16 = bfloat16
         self.path, self.blocks = find_blocks(model)
         self.batches: list[Batch] = []
         self.states: list[HiddenState] = []
@@ -60,7 +65,8 @@ class BlockRunner:
     @contextmanager
     def session(self) -> Iterator[BlockRunner]:
         """Set evaluation mode without gradients; when resident, place the whole model on the device."""
-        with evaluating(self.model), placed([self.model] if self.resident else [], self.device, self.upcast):
+        products = Autocast(self.blocks) if self.bfloat16 else nullcontext()
+        with evaluating(self.model), placed([self.model] if self.resident else [], self.device, self.upcast), products:
             yield self
 
     def embed(self, batches: Iterable[Batch]) -> None:

@@ -184,7 +184,7 @@ def _run(stage: Stage, state: State) -> None:
 
 def _announce(state: State, costs: Mapping[str, Cost]) -> None:
     """Tell the progress which stages are coming, and how long each may take."""
-    machine = measure_machine(state.prepared.device)
+    machine = measure_machine(state.prepared.device, state.prepared.bfloat16)
     seconds = {title: cost.seconds(machine) for title, cost in costs.items()}
     for stage in state.stages:
         if stage.is_done(state):

@@ -26,10 +26,17 @@ DISK_BYTES_PER_SECOND = 1e9
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured speed of the compute device, in floating point operations per second."""
+    """Measured speed of the compute device, in floating point operations per second.
+
+    Attributes:
+        float32: in single precision.
+        float64: in double precision.
+        products: in the precision of the blocks' products.
+    """
 
     float32: float
     float64: float
+    products: float
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Cost:
     Attributes:
         float32: operations in single precision.
         float64: operations in double precision.
+        products: operations of the blocks' products, in the precision that blocks are computed in.
         written: bytes written to disk at the end.
         peak: bytes of memory at most, besides the libraries and the weights of the model.
         stored: bytes that it leaves in the run directory.
@@ -46,13 +54,15 @@ class Cost:
 
     float32: float = 0.0
     float64: float = 0.0
+    products: float = 0.0
     written: float = 0.0
     peak: int = 0
     stored: int = 0
 
     def seconds(self, machine: Machine) -> float:
         """Estimate the time on a machine."""
-        return self.float32 / machine.float32 + self.float64 / machine.float64 + self.written / DISK_BYTES_PER_SECOND
+        solved = self.float32 / machine.float32 + self.float64 / machine.float64
+        return solved + self.products / machine.products + self.written / DISK_BYTES_PER_SECOND
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ class Shape:
             batch_tokens=recipe.batch_size * seq_len,
             tokens=tokens,
             itemsize=prepared.dtype.itemsize,
-            upcast=prepared.device.type == "cpu",
+            upcast=prepared.upcast,
             resident=recipe.resident,
             **stored,
         )
@@ -156,13 +166,17 @@ class Shape:
         """Return the bytes that the largest eigenproblem takes."""
         return 8 * 5 * self.widest * min(self.widest, max(min(t.shape) for t in self.targets))
 
-    def forward(self, tokens: int) -> float:
+    def forward(self, tokens: float) -> float:
         """Count the operations of a forward pass through the blocks."""
         return 2.0 * tokens * self.matrices
 
     def through(self, tokens: float) -> float:
         """Count the operations of a forward pass through the blocks and the head."""
-        return 2 * tokens * (self.matrices + self.head)
+        return self.forward(tokens) + self.logits_of(tokens)
+
+    def logits_of(self, tokens: float) -> float:
+        """Count the operations of the output head."""
+        return 2.0 * tokens * self.head
 
     def grams(self, tokens: int) -> float:
         """Count the operations of the grams of all layers' inputs."""
@@ -192,17 +206,22 @@ def timetable(stages: Iterable[Stage], prepared: Prepared, shape: Shape) -> dict
     return costs
 
 
-def measure_machine(device: torch.device) -> Machine:
-    """Measure the device by matrix products, for a fraction of a second."""
+def measure_machine(device: torch.device, bfloat16: bool) -> Machine:
+    """Measure the device by matrix products, for a fraction of a second.
+
+    Args:
+        device: what computes.
+        bfloat16: whether the blocks' products are in bfloat16; else they count as float32.
+    """
     rates: list[float] = []
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64, *([torch.bfloat16] if bfloat16 else [])):
         if device.type == "mps" and dtype == torch.float64:
             rates.append(rates[0] / 8)
             continue
         a = torch.ones(768, 768, dtype=dtype, device=device)
         _time(lambda a=a: a @ a)  # type: ignore[misc]
         rates.append(2 * 768**3 / min(_time(lambda a=a: a @ a) for _ in range(4)))  # type: ignore[misc]
-    return Machine(*rates)
+    return Machine(rates[0], rates[1], rates[-1] if bfloat16 else rates[0])
 
 
 def group_widths(targets: Iterable[Target]) -> list[int]:

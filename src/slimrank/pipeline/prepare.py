@@ -20,6 +20,7 @@ from slimrank.methods.decomposer import DECOMPOSERS, Configured
 from slimrank.methods.refiner import REFINERS, ConfiguredRefiner
 from slimrank.models.fused_layers import split_layers
 from slimrank.models.placement import resolve_device, solving_device
+from slimrank.models.precision import autocasts
 from slimrank.models.storage import stored_dtype
 from slimrank.models.targets import TargetSet, find_targets
 from slimrank.pipeline.model_bytes import ModelBytes
@@ -161,7 +162,19 @@ class Prepared:
     @cached_property
     def upcast(self) -> bool:
         """Tell whether blocks are computed in float32, whatever their stored dtype."""
-        return self.device.type == "cpu" or (self.choices.differentiates and self.dtype == torch.float16)
+        narrow = self.choices.differentiates and self.dtype == torch.float16
+        return self.device.type == "cpu" or self.recipe.compute_dtype != "auto" or narrow
+
+    @cached_property
+    def bfloat16(self) -> bool:
+        """Tell whether blocks compute their products in bfloat16, by autocast."""
+        return autocasts(self.recipe.compute_dtype, self.device)
+
+    @property
+    def compute(self) -> str:
+        """Return the precision of blocks, as keys of the run directory name it."""
+        stored = str(self.dtype).removeprefix("torch.")
+        return "autocast" if self.bfloat16 else "float32" if self.upcast else stored
 
     @property
     def backwards(self) -> bool:

@@ -40,7 +40,7 @@ def preview(
     requests = merged(request for stage in stages for request in stage.windows(choices))
     shape = Shape.of(prepared, expected_tokens(requests, prepared.recipe.seq_len or 0))
     costs = timetable(stages, prepared, shape)
-    machine = measure_machine(prepared.device)
+    machine = measure_machine(prepared.device, prepared.bfloat16)
     coverage = prepared.targets.coverage
     return {
         "plan": prepared.plan,

@@ -148,6 +148,7 @@ class State:
         recipe = self.prepared.recipe
         return {
             "device": self.prepared.device.type,
+            "compute": self.prepared.compute,
             "batch": recipe.batch_size,
             "resident": recipe.resident,
             "threads": torch.get_num_threads(),
@@ -159,7 +160,8 @@ class State:
 
     def runner(self, resident: bool) -> BlockRunner:
         """Return the model's blocks, as they are computed here."""
-        return BlockRunner(self.model, self.prepared.device, self.prepared.upcast, resident)
+        prepared = self.prepared
+        return BlockRunner(self.model, prepared.device, prepared.upcast, resident, prepared.bfloat16)
 
     def batches(self, name: str) -> Sequence[Batch]:
         """Return the windows of a request in batches; none if nobody asked for them."""

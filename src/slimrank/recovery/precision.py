@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from slimrank.errors import RecipeError
 from slimrank.methods.recoverer import RecoverOptions
 from slimrank.models.placement import has_bfloat16
+from slimrank.models.precision import need_bfloat16
 
 
 def computes_bfloat16(options: RecoverOptions, device: torch.device) -> bool:
@@ -17,7 +17,6 @@ def computes_bfloat16(options: RecoverOptions, device: torch.device) -> bool:
     """
     if options.compute_dtype == "float32":
         return False
-    native = has_bfloat16(device)
-    if options.compute_dtype == "bfloat16" and not native:
-        raise RecipeError(f"the device '{device}' has no products in bfloat16.", "compute_dtype=float32")
-    return native
+    if options.compute_dtype == "bfloat16":
+        need_bfloat16(device, "compute_dtype=float32")
+    return has_bfloat16(device)

@@ -27,6 +27,7 @@ from slimrank.statistics.calls import LayerCall
 from slimrank.statistics.catalogue import GatherOptions
 from slimrank.statistics.dobi_projectors import truncate_output
 from slimrank.statistics.layer_statistics import LayerStatistics
+from slimrank.statistics.precision import exact
 from slimrank.statistics.routing import Routing
 from slimrank.statistics.tokens import Tokens
 from slimrank.statistics.windows import BatchWindows, Part
@@ -72,8 +73,8 @@ class Collector:
     def __enter__(self) -> Collector:
         self._handles += self.routing.watch()
         for path, layer in self.layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._reads(path)))
-            self._handles.append(layer.register_forward_hook(self._writes(path)))
+            self._handles.append(layer.register_forward_pre_hook(exact(self._reads(path))))
+            self._handles.append(layer.register_forward_hook(exact(self._writes(path))))
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:

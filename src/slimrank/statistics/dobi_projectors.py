@@ -9,6 +9,7 @@ from slimrank.layers.dense import weight_of
 from slimrank.linalg.forms import Metric
 from slimrank.linalg.lowrank import solve
 from slimrank.statistics.layer_statistics import LayerStatistics
+from slimrank.statistics.precision import widened
 
 
 def truncate_output(mine: LayerStatistics, module: nn.Module, gram: Tensor, output: Tensor) -> Tensor:
@@ -36,10 +37,11 @@ def truncate_output(mine: LayerStatistics, module: nn.Module, gram: Tensor, outp
     projector = coordinates @ coordinates.t()
     mine.projector = projector if mine.projector is None else mine.projector + projector
     bias = getattr(module, "bias", None)
-    narrow = u.to(output.device, output.dtype)
-    centred = output if bias is None else output - bias
+    wide = widened(output)
+    narrow = u.to(wide)
+    centred = wide if bias is None else wide - bias
     truncated = centred @ narrow @ narrow.t()
-    return truncated if bias is None else truncated + bias
+    return (truncated if bias is None else truncated + bias).to(output)
 
 
 def column_basis(weight: Tensor) -> Tensor:

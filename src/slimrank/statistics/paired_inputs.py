@@ -13,6 +13,7 @@ from slimrank.errors import ModelError, NonFiniteError
 from slimrank.linalg.outliers import hides_small_spectrum
 from slimrank.linalg.regression import Regression
 from slimrank.statistics.accumulators import CHUNK_TOKENS, GramSum
+from slimrank.statistics.precision import exact, widened
 from slimrank.statistics.residual_gap import ResidualGap
 from slimrank.statistics.tokens import Tokens
 
@@ -169,7 +170,7 @@ class StreamCollector:
         for path, layer in self.originals.items():
             self._handles.append(layer.register_forward_pre_hook(self._remember(path)))
         for path, layer in self.compressed.items():
-            self._handles.append(layer.register_forward_pre_hook(self._add(path)))
+            self._handles.append(layer.register_forward_pre_hook(exact(self._add(path))))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -212,7 +213,8 @@ class StreamCollector:
                 self.sums[path] = self.sums[leader]
                 if path not in self.adding:
                     return
-            read = self._rows(path, x), self._rows(path, self._wanted(path, x))
+            wide = widened(x)
+            read = self._rows(path, wide), self._rows(path, self._wanted(path, wide))
             if path in self.adding:
                 self._read[path] = read
             if leader != path:

@@ -41,8 +41,9 @@ class Allocate(Stage):
         return [search_windows(choices)] if choices.measures else []
 
     def cost(self, prepared: Prepared, shape: Shape) -> Cost:
-        tokens = prepared.recipe.search_samples * shape.seq_len
-        return Cost(float32=shape.through(search_passes(prepared.choices, len(prepared.targets)) * tokens))
+        passes = search_passes(prepared.choices, len(prepared.targets))
+        tokens = passes * prepared.recipe.search_samples * shape.seq_len
+        return Cost(products=shape.forward(tokens), float32=shape.logits_of(tokens))
 
     def key(self, state: State) -> dict[str, Any]:
         return {"plan": state.plan.factored(), "stored_as": state.plan.stored_as}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from slimrank.models.placement import resolve_device
+from slimrank.models.precision import autocasts
 from slimrank.models.structure import find_blocks
 from slimrank.models.targets import TargetSet
 from slimrank.pipeline.forecast import Cost, Shape, group_widths
@@ -36,6 +38,10 @@ class Calibrate(Stage):
     def wanted(self, choices: Choices) -> bool:
         return True
 
+    def check(self, choices: Choices) -> None:
+        if choices.recipe.compute_dtype == "bfloat16":
+            autocasts("bfloat16", resolve_device(choices.recipe.device))
+
     def windows(self, choices: Choices) -> list[WindowRequest]:
         return [WindowRequest("calibration", choices.recipe.samples)] if choices.method.gathering.calibrates else []
 
@@ -43,6 +49,7 @@ class Calibrate(Stage):
         method, recipe = prepared.choices.method, prepared.recipe
         solves = SOLVES_PER_WEIGHT.get(method.method.solves, 1 + -(-recipe.samples // recipe.batch_size))
         return Cost(
+            products=_passes(prepared) * shape.forward(shape.tokens.get("calibration", 0)),
             float32=_operations(prepared, shape),
             float64=solves * shape.decompose(),
             peak=_peak_bytes(prepared, shape),
@@ -102,13 +109,20 @@ def _held_gradients(prepared: Prepared) -> int:
     return -(-prepared.recipe.samples // gathering.accumulate) if "gradients" in gathering.needs else 0
 
 
+def _passes(prepared: Prepared) -> float:
+    """Count the passes through the blocks; those for gradients go forwards twice and backwards once."""
+    gathering = prepared.choices.method.gathering
+    return 3.2 if gathering.backward else float(gathering.calibrates)
+
+
 def _operations(prepared: Prepared, shape: Shape) -> float:
+    """Count the operations of sums and of the output head."""
     gathering, tokens = prepared.choices.method.gathering, shape.tokens.get("calibration", 0)
-    forward, grams = shape.forward(tokens), shape.grams(tokens)
-    if gathering.backward:  # each block forwards twice and backwards once, the head thrice; grams on both sides
+    grams = shape.grams(tokens)
+    if gathering.backward:  # the head thrice; grams on both sides
         held = 12 * _held_gradients(prepared) * sum(t.parameters * sum(t.shape) for t in shape.targets)
-        return 3.2 * forward + 2.2 * grams + 6 * tokens * shape.head + held
-    return forward + grams if gathering.calibrates else 0.0
+        return 2.2 * grams + 3 * shape.logits_of(tokens) + held
+    return grams if gathering.calibrates else 0.0
 
 
 def _peak_bytes(prepared: Prepared, shape: Shape) -> int:

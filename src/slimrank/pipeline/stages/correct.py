@@ -40,14 +40,15 @@ class Correct(Stage):
         return [calibration, search_windows(choices), WindowRequest("correction", count, disjoint=True)]
 
     def cost_before(self, prepared: Prepared, shape: Shape) -> Cost:
-        return Cost(float32=shape.forward(_tokens(prepared, shape)))
+        return Cost(products=shape.forward(_tokens(prepared, shape)))
 
     def cost(self, prepared: Prepared, shape: Shape) -> Cost:
         tokens, rounds = _tokens(prepared, shape), prepared.recipe.corrections
         stored = 2 * prepared.plan.stored_parameters
         stored += (rounds + shape.blocks) * (tokens // rounds) * shape.width
         return Cost(
-            float32=4 * shape.through(tokens),
+            products=4 * shape.forward(tokens),
+            float32=4 * shape.logits_of(tokens),
             float64=rounds * sum(_step_operations(*t.shape) for t in shape.targets),
             stored=4 * stored,
         )

@@ -23,6 +23,7 @@ from slimrank.models.states import HiddenState
 from slimrank.pipeline.stages.spectrum_store import SpectrumStore
 from slimrank.pipeline.units import Unit
 from slimrank.progress import Forecast
+from slimrank.statistics.precision import exact, widened
 from slimrank.store import Store, content_key
 
 if TYPE_CHECKING:
@@ -221,12 +222,12 @@ def _transformed(model: nn.Module, units: Mapping[str, Unit], transforms: Mappin
 
 def _hook(transform: Transform, rows: slice) -> Any:
     def replace_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        bias = getattr(module, "bias", None)
+        bias, x, wide = getattr(module, "bias", None), widened(args[0]), widened(output)
         if bias is None:
-            return transform(args[0], output, rows)
-        return transform(args[0], output - bias, rows) + bias
+            return transform(x, wide, rows).to(output.dtype)
+        return (transform(x, wide - bias, rows) + bias).to(output.dtype)
 
-    return replace_output
+    return exact(replace_output)
 
 
 _FLOAT32 = "run in float32 (--dtype float32)"

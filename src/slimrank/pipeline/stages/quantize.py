@@ -115,7 +115,8 @@ def rounding_cost(prepared: Prepared, shape: Shape) -> Cost:
     sums = 3 * sum(8 * n * n for n in group_widths(shape.first))
     streams = 3 * tokens * shape.width * shape.compute_bytes
     return Cost(
-        float32=5 * shape.forward(tokens) + 4 * shape.grams(tokens),
+        products=5 * shape.forward(tokens),
+        float32=4 * shape.grams(tokens),
         float64=sum(ROUNDING * t.parameters * t.shape[1] for t in shape.targets),
         peak=shape.copies + streams + sums + shape.solving,
         stored=prepared.size.targets // 2 + 8 * tokens * shape.width if shape.resumable else 0,

@@ -55,12 +55,13 @@ class Refine(Stage):
         assert refiner is not None
         tokens = shape.tokens.get("refinement", shape.tokens.get("calibration", 0))
         judged = min(refiner.following.held_out, prepared.recipe.search_samples) * shape.seq_len
-        read = 5 * shape.forward(tokens) + 4 * shape.grams(tokens)
+        judged *= shape.compressed_blocks
         sums = 3 * sum(8 * n * n for n in group_widths(shape.first))
         streams = 3 * tokens * shape.width * shape.compute_bytes
         stored = prepared.plan.stored_parameters + 2 * tokens * shape.width
         return Cost(
-            float32=read + shape.through(judged * shape.compressed_blocks),
+            products=5 * shape.forward(tokens) + shape.forward(judged),
+            float32=4 * shape.grams(tokens) + shape.logits_of(judged),
             float64=factorizing(prepared, shape) + shape.decompose(),
             peak=shape.copies + streams + sums + shape.solving,
             stored=4 * stored if shape.resumable else 0,

@@ -51,7 +51,8 @@ class Rounding(Stage):
         tokens = shape.tokens.get("calibration", 0)
         sums = sum(8 * n * n for n in group_widths(shape.first))
         return Cost(
-            float32=2 * shape.forward(tokens) + shape.grams(tokens),
+            products=2 * shape.forward(tokens),
+            float32=shape.grams(tokens),
             float64=sum(4 * t.parameters * t.shape[1] for t in shape.targets) + shape.decompose(),
             peak=shape.copies + 2 * tokens * shape.width * shape.compute_bytes + sums + shape.solving,
         )
