@@ -18,6 +18,7 @@ DISABLES = {
     "docs": "building the documentation",
     "eval": "tasks of lm-evaluation-harness (evaluate --tasks)",
     "quant": "weights of few bits",
+    "recover": "recovery by adapters (lora, lora_sequential)",
     "report": "plots in report.html",
 }
 
