@@ -25,7 +25,10 @@ class RecoverOptions(BaseModel):
         None
     )
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False, description="Largest learning rate.")] = 1e-4
-    warmup: Annotated[float, Field(ge=0, le=1, description="Part of the steps in which the rate rises.")] = 0.03
+    warmup: Annotated[
+        float,
+        Field(ge=0, le=1, description="Part of the steps in which the rate rises; 10 steps at least, or half of them."),
+    ] = 0.03
     final_rate: Annotated[float, Field(ge=0, le=1, description="Last learning rate, over the largest.")] = 0.1
     batch_size: Annotated[int, Field(ge=1, description="Windows of a step.")] = 4
     micro_batch: Annotated[int | None, Field(ge=1, description="Windows at once; by default those of a step.")] = None

@@ -25,6 +25,7 @@ from slimrank.store import write_text
 TRAINED = "trained.safetensors"
 DONE = "done.json"
 BETAS = (0.9, 0.95)  # of AdamW
+WARMUP_STEPS = 10  # at least, if the run has twice as many: the first steps of AdamW do not know the gradients' size
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -150,7 +151,7 @@ def arguments(options: RecoverOptions, windows: int, folder: Path, **machine: An
         max_grad_norm=options.clip,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": options.final_rate},
-        warmup_steps=round(options.warmup * steps),
+        warmup_steps=min(max(round(options.warmup * steps), WARMUP_STEPS), steps // 2),
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=every,

@@ -19,7 +19,6 @@ from slimrank.methods.recoverer import recoverer
     id="distill",
     title="all factors, norms and biases, by the divergence from the original",
     paper="Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531",
-    defaults={"learning_rate": 3e-4},
 )
 def distill(
     model: Any,
