@@ -11,6 +11,7 @@ from slimrank.models.blocks import BlockRunner
 from slimrank.models.contexts import evaluating
 from slimrank.models.recording import Batch
 from slimrank.models.states import HiddenState
+from slimrank.recovery.student import Trained
 from slimrank.recovery.trainer import Windows
 
 
@@ -55,12 +56,16 @@ class BlockWork:
         self.index += 1
 
 
-class BlockStudent(nn.Module):
+class BlockStudent(Trained):
     """A block, whose loss is the relative squared error of its outputs, from its own inputs and from the original's."""
 
     def __init__(self, work: BlockWork, index: int) -> None:
         super().__init__()
         self.block, self.index, self._work = work.student.blocks[index], index, (work,)
+
+    def broken(self, input_ids: Tensor) -> str:
+        """See `Trained`: there is one block only."""
+        return f" (block {self.index})"
 
     def forward(self, input_ids: Tensor, counted: Tensor) -> dict[str, Tensor]:
         """Return the mean loss of windows, which are given by their numbers (batch x 1)."""

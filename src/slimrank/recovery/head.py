@@ -34,7 +34,7 @@ class Head:
         with evaluating(model):
             runner.embed([Batch(torch.arange(PROBE_TOKENS, device=device)[None])])
         assert runner.answer is not None
-        self.model, self.blocks, self.answer = model, runner.blocks, runner.answer
+        self.model, self.answer, self.path, self.blocks = model, runner.answer, runner.path, runner.blocks
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
 

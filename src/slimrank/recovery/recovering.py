@@ -126,7 +126,7 @@ def _run_phases(
     progress: Progress,
 ) -> list[PhaseRecord]:
     found: list[PhaseRecord] = []
-    with _in_float32(model), _wanting_gradients_back(model):
+    with _in_float32(model), _as_before(model):
         torch.manual_seed(machine.seed)
         work = BlockWork(model, teacher, text, machine.device) if method.method.by_block else None
         for number, name in enumerate(method.phases(model)):
@@ -233,14 +233,18 @@ def _in_float32(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _wanting_gradients_back(model: Any) -> Iterator[None]:
+def _as_before(model: Any) -> Iterator[None]:
+    """Restore the modes of modules, and which parameters have gradients; new ones have."""
     wanted: dict[int, bool] = {id(p): p.requires_grad for p in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
     try:
         yield
     finally:
         for p in model.parameters():
             p.requires_grad_(wanted.get(id(p), True))
             p.grad = None
+        for module in model.modules():
+            module.training = modes.get(module, model.training)
 
 
 @contextmanager

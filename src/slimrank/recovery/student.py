@@ -11,7 +11,24 @@ from slimrank.recovery.head import Head
 from slimrank.recovery.loss import Positions, Terms, head_loss, next_tokens
 
 
-class Student(nn.Module):
+class Trained(nn.Module):
+    """A module that gives its own loss. In training only adapters drop inputs, as the original drops nothing."""
+
+    def train(self, mode: bool = True) -> Trained:
+        """Set the mode of training."""
+        super().train(mode)
+        for name, module in self.named_modules():
+            module.training = mode and (
+                module is self or "lora_dropout" in name or getattr(module, "gradient_checkpointing", False)
+            )
+        return self
+
+    def broken(self, input_ids: Tensor) -> str:
+        """Name the first part whose output is not finite for these inputs, in words; nothing where it is not known."""
+        return ""
+
+
+class Student(Trained):
     """Gives the mean loss over the positions that count.
 
     Args:
@@ -26,15 +43,13 @@ class Student(nn.Module):
         self.model, self.terms, self.hidden = model, terms, hidden
         self._heads: tuple[Head, Head | None] = (Head(model), None if teacher is None else Head(teacher))
 
-    def train(self, mode: bool = True) -> Student:
-        """Set the mode of training, in which only adapters drop inputs: the original drops nothing either."""
-        super().train(mode)
-        if mode:
-            self.model.eval()
-            for name, module in self.model.named_modules():
-                if "lora_dropout" in name or getattr(module, "gradient_checkpointing", False):
-                    module.training = True
-        return self
+    def broken(self, input_ids: Tensor) -> str:
+        """See `Trained`: the first block."""
+        mine, _ = self._heads
+        with torch.no_grad():
+            states = mine.states(input_ids, wanted=True)
+        found = next((i for i, state in enumerate(states) if not bool(torch.isfinite(state).all())), None)
+        return "" if found is None else f"; the output of '{mine.path}.{found}' is not"
 
     def forward(self, input_ids: Tensor, counted: Tensor) -> dict[str, Tensor]:
         """Return the loss of windows (batch x tokens); `counted` marks the positions whose prediction counts."""

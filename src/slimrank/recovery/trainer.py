@@ -16,8 +16,6 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from slimrank.errors import NonFiniteError
 from slimrank.methods.recoverer import RecoverOptions
-from slimrank.models.recording import first_of
-from slimrank.models.structure import find_blocks
 from slimrank.progress import Progress
 from slimrank.recovery.processes import is_first, world_size
 from slimrank.store import write_text
@@ -53,7 +51,7 @@ class RecoveryTrainer(Trainer):
         loss = super().compute_loss(model, inputs, *others, **options)
         plain = loss[0] if isinstance(loss, tuple) else loss
         if not bool(torch.isfinite(plain)):
-            where = first_broken(self.accelerator.unwrap_model(model).model, inputs["input_ids"])
+            where = self.accelerator.unwrap_model(model).broken(inputs["input_ids"])
             kept = self.state.best_model_checkpoint
             good = f"; the best state so far is in {kept}" if kept else ""
             raise NonFiniteError(
@@ -76,7 +74,7 @@ class RecoveryTrainer(Trainer):
 
 
 class Told(TrainerCallback):
-    """Tells a progress of steps, and holds the curve: (step, loss of training or None, held-out loss or None)."""
+    """Tells a progress of steps and held-out losses."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -103,26 +101,6 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     held = dict(model.named_parameters())
     for name, tensor in load_file(folder / TRAINED).items():
         held[name].copy_(tensor)
-
-
-def first_broken(model: Any, ids: Tensor) -> str:
-    """Name the first block whose output is not finite, in words; nothing where all are."""
-    path, blocks = find_blocks(model)
-    broken: list[int] = []
-
-    def look(index: int) -> Any:
-        return lambda module, args, output: (
-            None if bool(torch.isfinite(first_of(output)).all()) else broken.append(index)
-        )
-
-    handles = [block.register_forward_hook(look(index)) for index, block in enumerate(blocks)]
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return f"; the output of '{path}.{broken[0]}' is not" if broken else ""
 
 
 def arguments(options: RecoverOptions, windows: int, folder: Path, **machine: Any) -> TrainingArguments:

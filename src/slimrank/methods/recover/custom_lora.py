@@ -46,8 +46,10 @@ def _grow(layer: LowRankLinear, rank: int, scale: float, draw: torch.Generator) 
     layer.A = _linear(torch.cat([a, rows]), None)
     layer.B = _linear(torch.cat([b, b.new_zeros(len(b), rank)], dim=1), layer.B.bias)
     layer.rank = old + rank
-    layer.A.weight.register_hook(lambda g: torch.cat([torch.zeros_like(g[:old]), g[old:]]))
-    return [layer.B.weight.register_hook(lambda g: torch.cat([torch.zeros_like(g[:, :old]), g[:, old:]], dim=1))]
+    return [
+        layer.A.weight.register_hook(lambda g: torch.cat([torch.zeros_like(g[:old]), g[old:]])),
+        layer.B.weight.register_hook(lambda g: torch.cat([torch.zeros_like(g[:, :old]), g[:, old:]], dim=1)),
+    ]
 
 
 def _linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
