@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 from slimrank.options import options_of, validated
 from slimrank.registry import Registry
 
-Phases = Callable[..., Iterator[str]]
+Phase = Generator[str, bool, None]
+Phases = Callable[..., Phase]
 
 
 class RecoverOptions(BaseModel):
@@ -63,7 +64,7 @@ class Recoverer:
         changes_size: whether the result is larger than the model.
         by_block: each phase trains the next block by itself, towards the outputs of that of the original.
         phases: (model, **own options) -> generator. It sets `requires_grad` of what is trained next and yields a word
-            for it; when it goes on, that is trained.
+            for it; when it goes on, that is trained. It is sent whether the trained weights are kept.
         options: names, types, ranges and defaults, those of `RecoverOptions` included.
     """
 
@@ -100,7 +101,7 @@ class ConfiguredRecoverer:
     options: Mapping[str, Any]
     training: RecoverOptions
 
-    def phases(self, model: Any) -> Iterator[str]:
+    def phases(self, model: Any) -> Phase:
         """Make each phase ready in turn; see `Recoverer.phases`."""
         return self.method.phases(model, **self.options)
 

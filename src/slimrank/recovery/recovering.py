@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from slimrank.methods.recoverer import ConfiguredRecoverer
+from slimrank.methods.recoverer import ConfiguredRecoverer, Phase
 from slimrank.models.contexts import evaluating
 from slimrank.progress import Progress
 from slimrank.recovery.blocks import BlockWork
@@ -127,15 +127,31 @@ def _run_phases(
 ) -> list[PhaseRecord]:
     found: list[PhaseRecord] = []
     with _in_float32(model), _as_before(model):
-        torch.manual_seed(machine.seed)
         work = BlockWork(model, teacher, text, machine.device) if method.method.by_block else None
-        for number, name in enumerate(method.phases(model)):
+        for number, (name, end) in enumerate(_seeded(method.phases(model), machine.seed)):
             student, mine = (_whole(model, teacher, method), text) if work is None else work.begin()
             phase = _Phase(name, model, student, mine, method, machine.folder / f"phase-{number}")
             found.append(phase.run(machine, progress, tokens=text[0].ids.shape[1]))
+            end(found[-1].kept)
             if work is not None:
                 work.end()
     return found
+
+
+def _seeded(phases: Phase, seed: int) -> Iterator[tuple[str, Callable[[bool], None]]]:
+    """Yield the name of each phase, and what is to be called with whether it was kept.
+
+    Random numbers of a phase depend on the seed alone, also where an earlier phase was taken from its states.
+    """
+    answer: list[bool | None] = [None]
+    with closing(phases):
+        while True:
+            torch.manual_seed(seed)
+            try:
+                name = phases.send(answer[0])  # type: ignore[arg-type]  # None starts it
+            except StopIteration:
+                return
+            yield name, lambda kept: answer.__setitem__(0, kept)
 
 
 def _whole(model: Any, teacher: Any, method: ConfiguredRecoverer) -> Student:

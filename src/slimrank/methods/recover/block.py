@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from slimrank.layers.trainable import blocks_of, train_only
-from slimrank.methods.recoverer import recoverer
+from slimrank.methods.recoverer import Phase, recoverer
 
 
 @recoverer(
@@ -16,7 +15,7 @@ from slimrank.methods.recoverer import recoverer
     defaults={"kl": 0.0, "hidden": 1.0},
     by_block=True,
 )
-def block(model: Any) -> Iterator[str]:
+def block(model: Any) -> Phase:
     """Train all parameters of one block after the other."""
     path, count = blocks_of(model)
     for index in range(count):

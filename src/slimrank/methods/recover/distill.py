@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from slimrank.layers.base import compressed_layers
 from slimrank.layers.low_rank import LowRankLinear
 from slimrank.layers.trainable import outside_vocabulary, train_only
-from slimrank.methods.recoverer import recoverer
+from slimrank.methods.recoverer import Phase, recoverer
 
 
 @recoverer(
@@ -26,25 +25,28 @@ def distill(
     balance: Annotated[
         bool, Field(description="Give both factors of a pair equal singular values first; their product stays.")
     ] = True,
-) -> Iterator[str]:
+) -> Phase:
     """Train everything but embeddings and output head."""
-    if balance:
-        _balance_pairs(model)
+    before = _balance_pairs(model) if balance else {}
     wanted = outside_vocabulary(model)
     train_only(model, lambda name: name in wanted)
-    yield "everything but embeddings and output head"
+    kept = yield "everything but embeddings and output head"
+    if not kept:
+        for parameter, own in before.items():
+            parameter.data = own
 
 
 @torch.no_grad()
-def _balance_pairs(model: Any) -> None:
-    """Balance the pairs whose factors no other layer holds."""
+def _balance_pairs(model: Any) -> dict[Tensor, Tensor]:
+    """Balance the pairs whose factors no other layer holds; return what the factors were."""
+    before: dict[Tensor, Tensor] = {}
     layers = [layer for layer in compressed_layers(model).values() if type(layer) is LowRankLinear]
     held = [p.data_ptr() for layer in layers for p in (layer.A.weight, layer.B.weight)]
     for layer in layers:
         if all(held.count(p.data_ptr()) == 1 for p in (layer.A.weight, layer.B.weight)):
-            a, b = balanced(*layer.factors())
-            layer.A.weight.copy_(a)
-            layer.B.weight.copy_(b)
+            for p, new in zip((layer.A.weight, layer.B.weight), balanced(*layer.factors()), strict=True):
+                before[p], p.data = p.data, new.to(p)
+    return before
 
 
 def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from slimrank.layers.adapters import Alpha, Dropout, Rank, adapted
 from slimrank.layers.trainable import Part, parts
-from slimrank.methods.recoverer import recoverer
+from slimrank.methods.recoverer import Phase, recoverer
 
 
 @recoverer(
@@ -25,7 +24,7 @@ def lora_sequential(
     alpha: Alpha = 16.0,
     dropout: Dropout = 0.05,
     first: Annotated[Literal["A", "B"], Field(description="The factor that is trained first.")] = "B",
-) -> Iterator[str]:
+) -> Phase:
     """Train adapters on one factor with the other frozen, merge them, and then the other way round."""
     order: tuple[Part, Part] = ("A", "B") if first == "A" else ("B", "A")
     for part in order:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from slimrank.layers.trainable import parts, train_only
-from slimrank.methods.recoverer import recoverer
+from slimrank.methods.recoverer import Phase, recoverer
 
 
 @recoverer(
@@ -15,7 +14,7 @@ from slimrank.methods.recoverer import recoverer
     paper="LEMS, its strategy tune_svd",
     defaults={"kl": 0.0, "label": 1.0},
 )
-def tune_svd(model: Any) -> Iterator[str]:
+def tune_svd(model: Any) -> Phase:
     """Train both factors of every layer."""
     wanted = {f"{path}.weight" for path in parts(model, ("A", "B"))}
     train_only(model, lambda name: name in wanted)
