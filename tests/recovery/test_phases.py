@@ -121,7 +121,7 @@ def test_only_adapters_drop_inputs():
     assert abs(float(student(IDS[:2], counted)["loss"].detach())) < 1e-6
     assert not model.transformer.h[0].attn.attn_dropout.training
     model = compressed()
-    phases = RECOVERERS.get("lora").configured({"dropout": 0.5}).phases(model)
+    phases = RECOVERERS.get("lora").configured({"dropout": 0.5}).phases(model, [])
     next(phases)  # the adapters are there until it goes on
     student = Student(model, None, Terms(0.0, 1.0)).train()
     losses = [float(student(IDS[:2], counted)["loss"].detach()) for _ in range(2)]
@@ -170,7 +170,7 @@ def test_sequential_lora_leaves_the_other_factor_alone(tmp_path):
     before = state(model)
     seen = []
     method = RECOVERERS.get("lora_sequential").configured({"dropout": 0.0})
-    for name in method.phases(model):
+    for name in method.phases(model, []):
         for key, p in model.named_parameters():
             if "lora_B" in key:
                 p.data.normal_(generator=torch.Generator().manual_seed(1))
@@ -283,7 +283,11 @@ def test_a_full_disk_is_told(failure, tmp_path, monkeypatch):
         recovered(compressed(), tmp_path)
 
 
-def test_bad_options_are_refused():
+def test_bad_options_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="a step of 4 windows cannot be divided into parts of 3 in 1 processes"):
+        recovered(compressed(), tmp_path, micro_batch=3)
+    with pytest.raises(RecipeError, match="'block' has no option 'kl'"):
+        RECOVERERS.get("block").configured({"kl": 1.0})
     with pytest.raises(RecipeError, match="no recovery method 'distil'"):
         RECOVERERS.get("distil")
     with pytest.raises(RecipeError, match="has no option 'rank'"):

@@ -28,13 +28,6 @@ def outside_vocabulary(model: Any) -> set[str]:
     return {name for name, p in model.named_parameters() if id(p) not in kept}
 
 
-def blocks_of(model: nn.Module) -> tuple[str, int]:
-    """Return the path of the list of blocks, and how many there are: the longest list of modules."""
-    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    path = max(lists, key=lambda name: lists[name])
-    return path, lists[path]
-
-
 def parts(model: nn.Module, which: Iterable[Part]) -> list[str]:
     """Return the paths of the linear layers that are the parts of compressed layers: A reads the inputs, B follows.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
+from typing_extensions import Unpack
 
 from slimrank.options import options_of, validated
 from slimrank.registry import Registry
@@ -63,9 +64,10 @@ class Recoverer:
         paper: its source.
         changes_size: whether the result is larger than the model.
         by_block: each phase trains the next block by itself, towards the outputs of that of the original.
-        phases: (model, **own options) -> generator. It sets `requires_grad` of what is trained next and yields a word
-            for it; when it goes on, that is trained. It is sent whether the trained weights are kept.
-        options: names, types, ranges and defaults, those of `RecoverOptions` included.
+        phases: (model, paths of its blocks, **own options) -> generator. It sets `requires_grad` of what is trained
+            next and yields a word for it; when it goes on, that is trained. It is sent whether the trained weights are
+            kept.
+        options: names, types, ranges and defaults, those of `RecoverOptions` that it takes included.
     """
 
     id: str
@@ -83,7 +85,7 @@ class Recoverer:
             RecipeError: an unknown option, or a value out of range.
         """
         chosen = validated(self.options, given, f"the recovery method '{self.id}'").model_dump()
-        training = RecoverOptions(**{name: chosen.pop(name) for name in RecoverOptions.model_fields})
+        training = RecoverOptions(**{name: chosen.pop(name) for name in RecoverOptions.model_fields if name in chosen})
         return ConfiguredRecoverer(self, chosen, training)
 
 
@@ -101,41 +103,53 @@ class ConfiguredRecoverer:
     options: Mapping[str, Any]
     training: RecoverOptions
 
-    def phases(self, model: Any) -> Phase:
+    def phases(self, model: Any, blocks: Sequence[str]) -> Phase:
         """Make each phase ready in turn; see `Recoverer.phases`."""
-        return self.method.phases(model, **self.options)
+        return self.method.phases(model, blocks, **self.options)
+
+
+class Traits(TypedDict, total=False):
+    """What a recovery method may say of itself.
+
+    Attributes:
+        settings: names of the `RecoverOptions` that it takes; by default all.
+        defaults: of these, where they are others.
+        changes_size: see `Recoverer`.
+        by_block: see `Recoverer`.
+    """
+
+    settings: Sequence[str]
+    defaults: Mapping[str, Any]
+    changes_size: bool
+    by_block: bool
 
 
 RECOVERERS: Registry[Recoverer] = Registry("slimrank.methods.recover", "recovery method")
 
 
-def recoverer(
-    *, id: str, title: str, paper: str, defaults: Mapping[str, Any] | None = None, **traits: bool
-) -> Callable[[Phases], Phases]:
+def recoverer(*, id: str, title: str, paper: str, **traits: Unpack[Traits]) -> Callable[[Phases], Phases]:
     """Register the decorated generator as a recovery method.
 
     Args:
         id: its name in recipes.
         title: one line for people.
         paper: its source.
-        defaults: of `RecoverOptions`, where they are others.
-        traits: `changes_size` and `by_block`, see `Recoverer`.
+        traits: see `Traits`.
     """
-    grows, by_block = (traits.pop(name, False) for name in ("changes_size", "by_block"))
-    if traits:
-        raise TypeError(f"unknown traits of a recovery method: {sorted(traits)}")
+    grows, by_block = traits.get("changes_size", False), traits.get("by_block", False)
 
     def register(phases: Phases) -> Phases:
-        options = options_of(phases, _settings(defaults or {}))
+        names = traits.get("settings", tuple(RecoverOptions.model_fields))
+        options = options_of(phases, _settings(names, traits.get("defaults", {})))
         RECOVERERS.add(Recoverer(id, title, paper, grows, by_block, phases, options))
         return phases
 
     return register
 
 
-def _settings(defaults: Mapping[str, Any]) -> dict[str, FieldInfo]:
-    """Return the options of training with other defaults."""
-    found = {name: copy(field) for name, field in RecoverOptions.model_fields.items()}
+def _settings(names: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, FieldInfo]:
+    """Return options of training with other defaults."""
+    found = {name: copy(RecoverOptions.model_fields[name]) for name in names}
     for name, value in defaults.items():
         found[name].default = value
     return found

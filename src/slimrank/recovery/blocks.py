@@ -11,6 +11,7 @@ from slimrank.models.blocks import BlockRunner
 from slimrank.models.contexts import evaluating
 from slimrank.models.recording import Batch
 from slimrank.models.states import HiddenState
+from slimrank.recovery.loss import relative_error
 from slimrank.recovery.student import Trained
 from slimrank.recovery.trainer import Windows
 
@@ -74,8 +75,7 @@ class BlockStudent(Trained):
 
     def _loss(self, number: int, mask: Tensor) -> Tensor:
         (work,) = self._work
-        aim = work.aims[number].hidden.to(work.device).float().squeeze(0)[mask]
-        energy = aim.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        aim = work.aims[number].hidden.to(work.device).squeeze(0)[mask]
         streams = work.student.states[number], work.before[number]
         outputs = (work.student.run(self.index, number, state).hidden.squeeze(0)[mask] for state in streams)
-        return torch.stack([(output.float() - aim).square().sum() / energy for output in outputs]).mean()
+        return torch.stack([relative_error(output, aim) for output in outputs]).mean()

@@ -70,6 +70,12 @@ def next_tokens(ids: Tensor) -> Tensor:
     return torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -100)], dim=1)
 
 
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return || found - wanted ||^2 / || wanted ||^2, in float32."""
+    wanted = wanted.float()
+    return (found.float() - wanted).square().sum() / wanted.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def head_loss(student: Head, teacher: Head | None, terms: Terms, final: Tensor, positions: Positions) -> Tensor:
     """Return the sum of the terms over positions, differentiable by the final states and the parameters of the head.
 

@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from transformers import EarlyStoppingCallback
 
 from slimrank.methods.recoverer import ConfiguredRecoverer, Phase
 from slimrank.models.contexts import evaluating
+from slimrank.models.structure import find_blocks
 from slimrank.progress import Progress
 from slimrank.recovery.blocks import BlockWork
 from slimrank.recovery.loss import Terms
@@ -27,7 +29,6 @@ from slimrank.recovery.trainer import (
     Windows,
     arguments,
     load_trained,
-    patience,
     train,
     trained_state,
 )
@@ -128,7 +129,7 @@ def _run_phases(
     found: list[PhaseRecord] = []
     with _in_float32(model), _as_before(model):
         work = BlockWork(model, teacher, text, machine.device) if method.method.by_block else None
-        for number, (name, end) in enumerate(_seeded(method.phases(model), machine.seed)):
+        for number, (name, end) in enumerate(_seeded(method.phases(model, _block_paths(model)), machine.seed)):
             student, mine = (_whole(model, teacher, method), text) if work is None else work.begin()
             phase = _Phase(name, model, student, mine, method, machine.folder / f"phase-{number}")
             found.append(phase.run(machine, progress, tokens=text[0].ids.shape[1]))
@@ -136,6 +137,11 @@ def _run_phases(
             if work is not None:
                 work.end()
     return found
+
+
+def _block_paths(model: Any) -> list[str]:
+    path, blocks = find_blocks(model)
+    return [f"{path}.{index}" for index in range(len(blocks))]
 
 
 def _seeded(phases: Phase, seed: int) -> Iterator[tuple[str, Callable[[bool], None]]]:
@@ -188,7 +194,7 @@ class _Phase:
         progress.stage(f"train {self.name}", how.max_steps)
         start = time.perf_counter()
         with _recomputing(self.model, options.checkpointing):
-            log = train(student, self.text, how, (Told(progress), patience(options)))
+            log = train(student, self.text, how, (Told(progress), EarlyStoppingCallback(options.patience)))
         seconds, after = time.perf_counter() - start, held_out_loss(student, self.text[1], machine.bfloat16)
         if kept := after < before:
             progress.note(f"{self.name}: held-out loss {before:.4f} before, {after:.4f} after")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.recovery.head import Head
-from slimrank.recovery.loss import Positions, Terms, head_loss, next_tokens
+from slimrank.recovery.loss import Positions, Terms, head_loss, next_tokens, relative_error
 
 
 class Trained(nn.Module):
@@ -63,12 +63,6 @@ class Student(Trained):
         total = head_loss(mine, teacher, self.terms, states[-1].flatten(0, 1), positions)
         loss = total / weights.sum().clamp(min=1)
         if self.hidden and aims:
-            loss = (
-                loss + self.hidden * torch.stack([_relative(*pair) for pair in zip(states, aims, strict=True)]).mean()
-            )
+            errors = [relative_error(*pair) for pair in zip(states, aims, strict=True)]
+            loss = loss + self.hidden * torch.stack(errors).mean()
         return {"loss": loss}
-
-
-def _relative(state: Tensor, aim: Tensor) -> Tensor:
-    aim = aim.float()
-    return (state.float() - aim).square().sum() / aim.square().sum().clamp(min=torch.finfo(torch.float32).tiny)

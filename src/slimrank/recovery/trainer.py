@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from slimrank.errors import NonFiniteError
+from slimrank.errors import NonFiniteError, RecipeError
 from slimrank.methods.recoverer import RecoverOptions
 from slimrank.progress import Progress
 from slimrank.recovery.processes import is_first, world_size
@@ -111,17 +111,24 @@ def arguments(options: RecoverOptions, windows: int, folder: Path, **machine: An
         windows: to train on, in all.
         folder: for states.
         machine: `seed`, `report_to`, `use_cpu` and `bf16`.
+
+    Raises:
+        RecipeError: the windows of a step cannot be divided as asked.
     """
-    steps = max(1, windows // options.batch_size)
-    processes = world_size()
+    steps, processes = max(1, windows // options.batch_size), world_size()
     micro = options.micro_batch or max(1, options.batch_size // processes)
+    if options.batch_size % (micro * processes):
+        raise RecipeError(
+            f"a step of {options.batch_size} windows cannot be divided into parts of {micro} in {processes} processes.",
+            "another batch_size or micro_batch",
+        )
     every = max(1, math.ceil(steps / options.checks))
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=max(1, options.batch_size // (micro * processes)),
+        gradient_accumulation_steps=options.batch_size // (micro * processes),
         learning_rate=options.learning_rate,
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
@@ -173,11 +180,6 @@ def train(student: nn.Module, text: tuple[Windows, Windows], how: TrainingArgume
     if is_first():
         write_text(folder / DONE, json.dumps({"best": Path(best).name if best else None, "log": log}))
     return log
-
-
-def patience(options: RecoverOptions) -> TrainerCallback:
-    """Return what stops training after so many checks without a gain."""
-    return EarlyStoppingCallback(options.patience)
 
 
 def last_state(folder: Path) -> str | None:

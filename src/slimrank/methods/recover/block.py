@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from slimrank.layers.trainable import blocks_of, train_only
-from slimrank.methods.recoverer import Phase, recoverer
+from slimrank.layers.trainable import train_only
+from slimrank.methods.recoverer import Phase, RecoverOptions, recoverer
 
 
 @recoverer(
     id="block",
     title="block by block, by the error of its outputs on both streams",
     paper="AA-SVD, arXiv 2604.02119; Lillama, arXiv 2412.16719",
-    defaults={"kl": 0.0, "hidden": 1.0},
+    settings=tuple(name for name in RecoverOptions.model_fields if name not in ("kl", "label", "hidden")),
     by_block=True,
 )
-def block(model: Any) -> Phase:
+def block(model: Any, blocks: Sequence[str]) -> Phase:
     """Train all parameters of one block after the other."""
-    path, count = blocks_of(model)
-    for index in range(count):
-        train_only(model, lambda name, mine=f"{path}.{index}.": name.startswith(mine))  # type: ignore[misc]
+    for index, path in enumerate(blocks):
+        train_only(model, lambda name, mine=f"{path}.": name.startswith(mine))  # type: ignore[misc]
         yield f"block {index}"

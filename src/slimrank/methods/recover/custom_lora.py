@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from slimrank.methods.recoverer import Phase, recoverer
     defaults={"kl": 0.0, "label": 1.0},
     changes_size=True,
 )
-def custom_lora(model: Any, *, rank: Rank = 8, alpha: Alpha = 16.0) -> Phase:
+def custom_lora(model: Any, blocks: Sequence[str], *, rank: Rank = 8, alpha: Alpha = 16.0) -> Phase:
     """Append rows to A and columns to B, and train these alone: y = B A x + (alpha / rank) Q P x."""
     grown, handles, before = set(), [], []
     for path, layer in compressed_layers(model).items():

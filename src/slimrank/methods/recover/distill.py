@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -21,6 +22,7 @@ from slimrank.methods.recoverer import Phase, recoverer
 )
 def distill(
     model: Any,
+    blocks: Sequence[str],
     *,
     balance: Annotated[
         bool, Field(description="Give both factors of a pair equal singular values first; their product stays.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -19,6 +20,7 @@ from slimrank.methods.recoverer import Phase, recoverer
 )
 def lora_sequential(
     model: Any,
+    blocks: Sequence[str],
     *,
     rank: Rank = 8,
     alpha: Alpha = 16.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from slimrank.layers.trainable import parts, train_only
@@ -14,7 +15,7 @@ from slimrank.methods.recoverer import Phase, recoverer
     paper="LEMS, its strategy tune_svd",
     defaults={"kl": 0.0, "label": 1.0},
 )
-def tune_svd(model: Any) -> Phase:
+def tune_svd(model: Any, blocks: Sequence[str]) -> Phase:
     """Train both factors of every layer."""
     wanted = {f"{path}.weight" for path in parts(model, ("A", "B"))}
     train_only(model, lambda name: name in wanted)
