@@ -12,8 +12,6 @@ from slimrank.errors import RecipeError
 from slimrank.models.placement import has_bfloat16
 from slimrank.models.recording import Patched, first_of
 
-AUTO_IS_BFLOAT16 = False  # until benchmarks/compute_dtype.py shows that perplexity moves by less than 0.3 %
-
 
 def need_bfloat16(device: torch.device, hint: str) -> None:
     """Make sure that a device multiplies in bfloat16 by itself.
@@ -31,10 +29,10 @@ def autocasts(asked: str, device: torch.device) -> bool:
     Raises:
         RecipeError: bfloat16 is asked for, and the device has no such products.
     """
-    if asked == "bfloat16":
-        need_bfloat16(device, "--compute-dtype float32 or auto")
-        return True
-    return AUTO_IS_BFLOAT16 and asked == "auto" and has_bfloat16(device)
+    if asked != "bfloat16":
+        return False
+    need_bfloat16(device, "--compute-dtype float32 or auto")
+    return True
 
 
 class Autocast(Patched):

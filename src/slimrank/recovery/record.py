@@ -38,11 +38,6 @@ class RecoveryRecord:
     after: dict[str, Any]
     sizes: tuple[int, int]
 
-    @property
-    def improved(self) -> bool:
-        """Tell whether any phase was kept."""
-        return any(phase.kept for phase in self.phases)
-
     def plain(self) -> dict[str, Any]:
         """Return all of it for JSON."""
         return {
@@ -75,13 +70,13 @@ def page(record: RecoveryRecord) -> str:
         lines += [*_table(headings, rows), ""]
     lines += ["Ratios are over the original. KL: nats a token.", ""]
     for phase in record.phases:
-        end = "kept" if phase.kept else "not better: the weights stayed as they were"
+        end = "kept" if phase.kept else "not better, so the weights stayed as they were"
         lines += [
             f"## {phase.name[0].upper()}{phase.name[1:]}",
             "",
             f"{phase.parameters:,} parameters, {phase.tokens:,} tokens in {phase.seconds:,.0f} s "
             f"({phase.tokens / max(phase.seconds, 1e-9):,.0f} tokens/s). Held-out loss {phase.before:.4f} before, "
-            f"{phase.after:.4f} after: {end}.",
+            f"{phase.after:.4f} after; {end}.",
             "",
             *_table(("step", "loss", "held-out loss"), [_row(*row) for row in phase.curve]),
             "",
