@@ -16,7 +16,6 @@ from torch import nn
 from transformers import EarlyStoppingCallback
 
 from slimrank.methods.recoverer import ConfiguredRecoverer, Phase
-from slimrank.models.contexts import evaluating
 from slimrank.models.structure import find_blocks
 from slimrank.progress import Progress
 from slimrank.recovery.blocks import BlockWork
@@ -25,9 +24,11 @@ from slimrank.recovery.processes import is_first
 from slimrank.recovery.student import Student
 from slimrank.recovery.trainer import (
     TRAINED,
+    LastCheck,
     Told,
     Windows,
     arguments,
+    held_out_loss,
     load_trained,
     train,
     trained_state,
@@ -194,8 +195,10 @@ class _Phase:
         progress.stage(f"train {self.name}", how.max_steps)
         start = time.perf_counter()
         with _recomputing(self.model, options.checkpointing):
-            log = train(student, self.text, how, (Told(progress), EarlyStoppingCallback(options.patience)))
-        seconds, after = time.perf_counter() - start, held_out_loss(student, self.text[1], machine.bfloat16)
+            after, log = train(
+                student, self.text, how, (LastCheck(), Told(progress), EarlyStoppingCallback(options.patience))
+            )
+        seconds = time.perf_counter() - start
         if kept := after < before:
             progress.note(f"{self.name}: held-out loss {before:.4f} before, {after:.4f} after")
         else:
@@ -218,20 +221,6 @@ class _Phase:
             save_file(trained_state(student), partial)
             partial.rename(self.folder / TRAINED)
         return held_out_loss(student, self.text[1], bfloat16)
-
-
-@torch.no_grad()
-def held_out_loss(student: nn.Module, text: Windows, bfloat16: bool) -> float:
-    """Return the mean loss of a student over windows."""
-    device = next(student.parameters()).device
-    total, count = 0.0, 0.0
-    with evaluating(student), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        for index in range(len(text)):
-            ids, counted = text.ids[index : index + 1].to(device), text.counted[index : index + 1].to(device)
-            weight = float(counted.sum())
-            total += weight * float(student(ids, counted)["loss"])
-            count += weight
-    return total / max(count, 1.0)
 
 
 def _curve(log: list[dict[str, Any]]) -> list[tuple[int, float | None, float | None]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from slimrank.errors import NonFiniteError, RecipeError
 from slimrank.methods.recoverer import RecoverOptions
+from slimrank.models.contexts import evaluating
 from slimrank.progress import Progress
 from slimrank.recovery.processes import is_first, world_size
 from slimrank.store import write_text
@@ -60,6 +62,15 @@ class RecoveryTrainer(Trainer):
             )
         return loss
 
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Compute the held-out loss, in every process for itself."""
+        assert isinstance(self.eval_dataset, Windows)
+        found = held_out_loss(self.accelerator.unwrap_model(self.model), self.eval_dataset, bool(self.args.bf16))
+        metrics = {"eval_loss": found}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +97,28 @@ class Told(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """See `TrainerCallback`."""
         self.progress.note(f"step {state.global_step}: held-out loss {others['metrics']['eval_loss']:.4f}")
+
+
+class LastCheck(TrainerCallback):
+    """Looks at the held-out loss after the last step, too."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See `TrainerCallback`."""
+        control.should_evaluate |= state.global_step >= state.max_steps
+
+
+@torch.no_grad()
+def held_out_loss(student: nn.Module, text: Windows, bfloat16: bool) -> float:
+    """Return the mean loss of a student over windows."""
+    device = next(student.parameters()).device
+    total, count = 0.0, 0.0
+    with evaluating(student), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        for index in range(len(text)):
+            ids, counted = text.ids[index : index + 1].to(device), text.counted[index : index + 1].to(device)
+            weight = float(counted.sum())
+            total += weight * float(student(ids, counted)["loss"])
+            count += weight
+    return total / max(count, 1.0)
 
 
 def trained_state(model: nn.Module, state: Any = None) -> dict[str, Tensor]:
@@ -127,7 +160,6 @@ def arguments(options: RecoverOptions, windows: int, folder: Path, **machine: An
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
         gradient_accumulation_steps=options.batch_size // (micro * processes),
         learning_rate=options.learning_rate,
         adam_beta1=BETAS[0],
@@ -147,8 +179,6 @@ def arguments(options: RecoverOptions, windows: int, folder: Path, **machine: An
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         remove_unused_columns=False,
-        label_names=["counted"],
-        prediction_loss_only=True,
         dataloader_pin_memory=False,
         disable_tqdm=True,
         logging_nan_inf_filter=False,
@@ -156,8 +186,10 @@ def arguments(options: RecoverOptions, windows: int, folder: Path, **machine: An
     )
 
 
-def train(student: nn.Module, text: tuple[Windows, Windows], how: TrainingArguments, told: Sequence[Any]) -> list[Any]:
-    """Train a student; its best state is kept. Return what was logged.
+def train(
+    student: nn.Module, text: tuple[Windows, Windows], how: TrainingArguments, told: Sequence[Any]
+) -> tuple[float, list[Any]]:
+    """Train a student; its best state is kept. Return the held-out loss of that state, and what was logged.
 
     A state in the folder of the arguments is gone on from.
 
@@ -172,14 +204,15 @@ def train(student: nn.Module, text: tuple[Windows, Windows], how: TrainingArgume
         ended = json.loads((folder / DONE).read_text(encoding="utf-8"))
         if ended["best"]:
             load_trained(student, folder / ended["best"])
-        return list(ended["log"])
+        return float(ended["loss"]), list(ended["log"])
     trainer = RecoveryTrainer(model=student, args=how, train_dataset=text[0], eval_dataset=text[1], callbacks=[*told])
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_state(folder))
-    best, log = trainer.state.best_model_checkpoint, list(trainer.state.log_history)
+    best, loss, log = trainer.state.best_model_checkpoint, trainer.state.best_metric, list(trainer.state.log_history)
+    ended = {"best": Path(best).name if best else None, "loss": inf if loss is None else loss, "log": log}
     if is_first():
-        write_text(folder / DONE, json.dumps({"best": Path(best).name if best else None, "log": log}))
-    return log
+        write_text(folder / DONE, json.dumps(ended))
+    return float(ended["loss"]), log
 
 
 def last_state(folder: Path) -> str | None:
