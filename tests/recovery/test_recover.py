@@ -55,6 +55,9 @@ def test_the_result_loads_is_better_and_as_large(method, place, tmp_path):
     assert (tmp_path / "better" / "plan.json").read_text() == (place / "small" / "plan.json").read_text()
     assert "tokens/s" in (tmp_path / "better" / "recovery.md").read_text()
     assert not (tmp_path / "better.run").exists()
+    card = (tmp_path / "better" / "README.md").read_text()
+    assert card.startswith((place / "small" / "README.md").read_text().rstrip())
+    assert "## Recovery of" in card
     again = recover(
         place, tmp_path / "again", model=tmp_path / "better", method="distill"
     )  # its report names the original

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimrank.checkpoint.output_folder import REPORTS, OutputFolder, need_space, write_manifest
+from slimrank.checkpoint.output_folder import CARD, REPORTS, OutputFolder, need_space, write_manifest
 from slimrank.checkpoint.save import save_model
 from slimrank.errors import ModelError, RecipeError
 from slimrank.evaluate.suite import Suite, compare
@@ -22,12 +22,12 @@ from slimrank.models.storage import saved_bytes
 from slimrank.progress import Progress
 from slimrank.recovery.precision import computes_bfloat16
 from slimrank.recovery.processes import is_first
-from slimrank.recovery.record import RecoveryRecord, write_record
+from slimrank.recovery.record import RecoveryRecord, page, write_record
 from slimrank.recovery.recovering import Machine, run_phases
 from slimrank.recovery.request import Recovery
 from slimrank.recovery.text import measured_text, training_text
 from slimrank.report.build import environment
-from slimrank.store import Run, content_key, remove_run, usable_folder
+from slimrank.store import Run, content_key, remove_run, usable_folder, write_text
 from slimrank.text.texts import window_length
 
 PLAN = "plan.json"
@@ -139,6 +139,13 @@ def _loaded(
     return job
 
 
+def _write_card(output: OutputFolder, record: RecoveryRecord, folder: Path) -> None:
+    """Write the model card of the compressed model with what recovery did; a card of someone else stays."""
+    before = Path(record.model) / CARD
+    if not output.keeps_card and before.is_file():
+        write_text(folder / CARD, f"{before.read_text(encoding='utf-8').rstrip()}\n\n{page(record, level=2)}")
+
+
 def _original_of(folder: Path) -> str:
     """Return the model that a folder's report names.
 
@@ -196,4 +203,5 @@ def _write(job: _Job, output: OutputFolder, record: RecoveryRecord) -> None:
             if (Path(record.model) / name).is_file():
                 shutil.copy2(Path(record.model) / name, partial / name)
         write_record(record, partial)
+        _write_card(output, record, partial)
         write_manifest(partial, {**environment(), "recovery": record.asked.model_dump(mode="json")})

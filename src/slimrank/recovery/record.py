@@ -62,17 +62,18 @@ def write_record(record: RecoveryRecord, folder: Path) -> None:
     write_text(folder / PAGE, page(record))
 
 
-def page(record: RecoveryRecord) -> str:
-    """Return the page for people, in Markdown."""
+def page(record: RecoveryRecord, level: int = 1) -> str:
+    """Return the page for people, in Markdown, with headings from a level on."""
     headings, rows = record.table()
-    lines = [f"# Recovery of {record.model}", "", f"By `{record.asked.method}`, towards {record.teacher}.", ""]
+    mark = "#" * level
+    lines = [f"{mark} Recovery of {record.model}", "", f"By `{record.asked.method}`, towards {record.teacher}.", ""]
     if rows:
         lines += [*_table(headings, rows), ""]
     lines += ["Ratios are over the original. KL: nats a token.", ""]
     for phase in record.phases:
         end = "kept" if phase.kept else "not better, so the weights stayed as they were"
         lines += [
-            f"## {phase.name[0].upper()}{phase.name[1:]}",
+            f"{mark}# {phase.name[0].upper()}{phase.name[1:]}",
             "",
             f"{phase.parameters:,} parameters, {phase.tokens:,} tokens in {phase.seconds:,.0f} s "
             f"({phase.tokens / max(phase.seconds, 1e-9):,.0f} tokens/s). Held-out loss {phase.before:.4f} before, "
