@@ -14,6 +14,10 @@ from slimrank.budget.rank_plan import RankPlan
 from slimrank.errors import BudgetError, RecipeError
 from slimrank.layers.base import compressed_layers
 from slimrank.layers.quantized import quantized_layers
+from slimrank.pipeline.forecast import Shape
+from slimrank.pipeline.prepare import Choices, Prepared
+from slimrank.pipeline.stages.rounding import Rounding
+from slimrank.recipe import Recipe
 
 pytest.importorskip("compressed_tensors", reason="the extra 'quant' is not installed")
 
@@ -210,6 +214,11 @@ def test_plan_previews_it(tmp_path):
     assert {"measure rounding", "quantize"} <= told["seconds"].keys()
     assert told["plan"].bits <= told["plan"].budget
     assert {t.base for t in told["plan"].targets.values()} <= {"dense", "residual"}
+    stage, costs = Rounding(), []
+    for forms in ("dense", "dense,pair", "dense,pair,pivot"):  # trials of factors take time
+        prepared = Prepared.of(Choices.of(Recipe.make({**JOINT, "max_bytes": 110_000, "forms": forms})), tiny_model())
+        costs.append(stage.cost(prepared, Shape.of(prepared, {"calibration": 64})).float64)
+    assert costs == sorted(set(costs))
 
 
 def test_from_the_command_line(tmp_path):

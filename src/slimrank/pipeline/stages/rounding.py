@@ -53,7 +53,8 @@ class Rounding(Stage):
         return Cost(
             products=2 * shape.forward(tokens),
             float32=shape.grams(tokens),
-            float64=sum(4 * t.parameters * t.shape[1] for t in shape.targets) + shape.decompose(),
+            float64=sum(4 * t.parameters * t.shape[1] * _trials(prepared, t) for t in shape.targets)
+            + shape.decompose(),
             peak=shape.copies + 2 * tokens * shape.width * shape.compute_bytes + sums + shape.solving,
         )
 
@@ -72,6 +73,13 @@ class Rounding(Stage):
                 store.save("losses", {}, {path: each for block in found for path, each in block.items()})
             for path, rows in store.load("losses")[1].items():
                 state.results.losses[path] = {Family(form, rank): Loss(*loss) for form, rank, *loss in rows}
+
+
+def _trials(prepared: Prepared, target: Target) -> int:
+    """Count the roundings of a weight at most: of itself, and of its factors at each rank."""
+    menus = prepared.problem.menus if prepared.problem is not None else {}
+    families = menus[target.path].families if target.path in menus else []
+    return 1 + sum(family.form.partition(":")[0] not in KEEPS_WEIGHT for family in families)
 
 
 def _written(losses: Mapping[Family, Loss]) -> list[list[Any]]:
