@@ -25,7 +25,7 @@ from slimrank.recovery.processes import is_first
 from slimrank.recovery.record import RecoveryRecord, page, write_record
 from slimrank.recovery.recovering import Machine, run_phases
 from slimrank.recovery.request import Recovery
-from slimrank.recovery.text import measured_text, training_text
+from slimrank.recovery.text import check_text, measured_text, training_text
 from slimrank.report.build import environment
 from slimrank.store import Run, content_key, remove_run, usable_folder, write_text
 from slimrank.text.texts import window_length
@@ -109,6 +109,7 @@ def recover(
     output = OutputFolder(Path(out), overwrite)
     if is_first():
         output.rehearse()
+    check_text(asked)
     job = _loaded(asked, method, Path(model), teacher, progress)
     seq_len = window_length(job.student.model, asked.seq_len)
     text, suite = training_text(asked, method.training, job.reader, seq_len), measured_text(asked, job.reader, seq_len)
@@ -150,8 +151,11 @@ def _original_of(folder: Path) -> str:
     """Return the model that a folder's report names.
 
     Raises:
+        ModelError: there is no such folder.
         RecipeError: it has no report.
     """
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder '{folder}'.", "the folder of a compressed model")
     try:
         return str(json.loads((folder / REPORTS[0]).read_text(encoding="utf-8"))["model"]["name"])
     except (OSError, ValueError, KeyError, TypeError) as error:

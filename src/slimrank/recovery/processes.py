@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch.distributed as dist
+
 
 def world_size() -> int:
     """Return the number of processes that train together."""
@@ -13,3 +15,9 @@ def world_size() -> int:
 def is_first() -> bool:
     """Tell whether this process writes what all of them have made."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_all() -> None:
+    """Go on when all processes are here: the first one deletes states that the others read."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

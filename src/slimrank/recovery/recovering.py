@@ -20,7 +20,7 @@ from slimrank.models.structure import find_blocks
 from slimrank.progress import Progress
 from slimrank.recovery.blocks import BlockWork
 from slimrank.recovery.loss import Terms
-from slimrank.recovery.processes import is_first
+from slimrank.recovery.processes import is_first, wait_for_all
 from slimrank.recovery.student import Student
 from slimrank.recovery.trainer import (
     TRAINED,
@@ -204,6 +204,7 @@ class _Phase:
         else:
             load_trained(student, self.folder)
             progress.note(f"{self.name}: the held-out loss did not fall ({before:.4f}); the weights stay as they were")
+        wait_for_all()
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         steps = max((int(row["step"]) for row in log), default=0)
         return PhaseRecord(

@@ -16,12 +16,24 @@ from slimrank.recovery.request import Recovery
 from slimrank.recovery.trainer import Windows
 from slimrank.text.mixtures import SELF, parts_of
 from slimrank.text.overlap import windows_found
+from slimrank.text.reading import read_parts
 from slimrank.text.self_sampling import sample_windows
 from slimrank.text.sources import read_source
 from slimrank.text.tokens import bos_of, check_tokens
 from slimrank.text.training import TrainingWindows, training_windows
 
 MOST_HELD_OUT = 4  # of so many windows, one may be held out
+
+
+def check_text(asked: Recovery) -> None:
+    """Make sure that all text can be read, before models are loaded.
+
+    Raises:
+        SlimrankError: it cannot.
+    """
+    read_parts(asked.text, "training", chat=asked.chat)
+    for source in asked.evaluation:
+        read_source(source, "evaluation")
 
 
 def training_text(
@@ -68,7 +80,9 @@ def _packed(asked: Recovery, options: RecoverOptions, reader: tuple[Any, Any], s
     if _has_end(asked):
         return training_windows(asked.text, tokenizer, seq_len, **reading)
     if options.tokens is None:
-        raise RecipeError(f"'{asked.text}' has no end, or shares: how much of it?", "--tokens 500000")
+        raise RecipeError(
+            f"how many tokens of '{asked.text}'? Its parts have shares, or the model writes it.", "--tokens 500000"
+        )
     wanted = options.tokens + options.held_out * seq_len
     return training_windows(asked.text, tokenizer, seq_len, tokens=wanted, **reading)
 

@@ -13,9 +13,8 @@ from slimrank.pipeline.stage import STAGES, Stage
 from slimrank.recovery.precision import computes_bfloat16
 from slimrank.recovery.recovering import Machine, run_phases
 from slimrank.recovery.request import Recovery
-from slimrank.recovery.text import training_text
+from slimrank.recovery.text import check_text, training_text
 from slimrank.report.section import Section
-from slimrank.text.reading import read_parts
 
 if TYPE_CHECKING:
     from slimrank.pipeline.prepare import Choices, Prepared
@@ -41,7 +40,7 @@ class Recover(Stage):
                 raise RecipeError("options of recovery are given, but nothing is recovered.", "--recover distill")
             return
         _method(choices)
-        read_parts(_asked(choices).text, "training", chat=recipe.chat)
+        check_text(_asked(choices).model_copy(update={"evaluation": ()}))
 
     def cost(self, prepared: Prepared, shape: Shape) -> Cost:
         tokens = _method(prepared.choices).training.tokens or USUAL_TOKENS
