@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from logging import ERROR, getLogger
 from typing import Any
 
 import typer
@@ -26,6 +27,7 @@ def say_quietly() -> None:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    getLogger("bitsandbytes").setLevel(ERROR)  # Trainer imports it, where it is installed
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

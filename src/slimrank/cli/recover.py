@@ -52,6 +52,7 @@ def recover(
 
     Example: slimrank recover smaller --text my-text.txt --out better
     """
+    say_quietly()
     from slimrank.recovery.api import recover as library_recover
     from slimrank.recovery.processes import is_first
 
@@ -63,7 +64,6 @@ def recover(
         "seq_len": seq_len, "seed": seed, "device": device, "dtype": dtype, "max_shard_size": max_shard_size,
         "report_to": tuple(name.strip() for name in report_to.split(",") if name.strip()),
     }  # fmt: skip
-    say_quietly()
     try:
         with ConsoleProgress() if is_first() else nullcontext() as progress:
             result = library_recover(
