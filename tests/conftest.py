@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from helpers import byte_tokenizer, nothing_drawn, save_tiny, text
-from slimrank.pipeline.forecast import Machine
+from slimrank.models.machine import Machine
 
 LIMIT = 60  # seconds of processor time that one test may take, with its fixtures and its processes
 
@@ -74,8 +74,8 @@ def _plots_where_they_count(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _any_machine(monkeypatch):
     """No test goes by how fast this machine is; to measure it takes as long as to compress a tiny model."""
-    for user in ("pipeline.compression", "pipeline.preview"):
-        monkeypatch.setattr(f"slimrank.{user}.measure_machine", lambda device, bfloat16: Machine(1e9, 1e9, 1e9))
+    for user in ("pipeline.compression", "pipeline.preview", "recovery.api"):
+        monkeypatch.setattr(f"slimrank.{user}.measure_machine", lambda device, bfloat16: Machine(1e9, 1e9, 1e9, 1e9))
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from slimrank.linalg.symmetric import mirror_upper
 from slimrank.models import placement, precision
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.models.gradients import loss_gradients, step_back
+from slimrank.models.machine import Machine
 from slimrank.models.targets import find_targets
-from slimrank.pipeline.forecast import Cost, Machine
+from slimrank.pipeline.forecast import Cost
 from slimrank.pipeline.prepare import Choices, Prepared
 from slimrank.recipe import Recipe
 from slimrank.statistics import collector, paired_inputs
@@ -148,7 +149,7 @@ def test_what_each_dtype_means_on_a_cpu(native):
 
 def test_estimates_count_products_at_their_own_rate():
     cost = Cost(float32=4.0, float64=2.0, products=8.0)
-    assert cost.seconds(Machine(1.0, 1.0, 1.0)) - cost.seconds(Machine(1.0, 1.0, 4.0)) == 6.0
+    assert cost.seconds(Machine(1.0, 1.0, 1.0, 1.0)) - cost.seconds(Machine(1.0, 1.0, 4.0, 1.0)) == 6.0
 
 
 @pytest.fixture

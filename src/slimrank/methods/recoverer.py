@@ -64,6 +64,7 @@ class Recoverer:
         paper: its source.
         changes_size: whether the result is larger than the model.
         by_block: each phase trains the next block by itself, towards the outputs of that of the original.
+        rounds: how many times it trains on the text.
         phases: (model, paths of its blocks, **own options) -> generator. It sets `requires_grad` of what is trained
             next and yields a word for it; when it goes on, that is trained. It is sent whether the trained weights are
             kept.
@@ -75,6 +76,7 @@ class Recoverer:
     paper: str
     changes_size: bool
     by_block: bool
+    rounds: int
     phases: Phases
     options: type[BaseModel]
 
@@ -116,12 +118,14 @@ class Traits(TypedDict, total=False):
         defaults: of these, where they are others.
         changes_size: see `Recoverer`.
         by_block: see `Recoverer`.
+        rounds: see `Recoverer`; 1 by default.
     """
 
     settings: Sequence[str]
     defaults: Mapping[str, Any]
     changes_size: bool
     by_block: bool
+    rounds: int
 
 
 RECOVERERS: Registry[Recoverer] = Registry("slimrank.methods.recover", "recovery method")
@@ -141,7 +145,7 @@ def recoverer(*, id: str, title: str, paper: str, **traits: Unpack[Traits]) -> C
     def register(phases: Phases) -> Phases:
         names = traits.get("settings", tuple(RecoverOptions.model_fields))
         options = options_of(phases, _settings(names, traits.get("defaults", {})))
-        RECOVERERS.add(Recoverer(id, title, paper, grows, by_block, phases, options))
+        RECOVERERS.add(Recoverer(id, title, paper, grows, by_block, traits.get("rounds", 1), phases, options))
         return phases
 
     return register

@@ -14,7 +14,8 @@ from slimrank.budget.rank_plan import RankPlan
 from slimrank.checkpoint.output_folder import OutputFolder, need_space
 from slimrank.errors import RecipeError
 from slimrank.models.fused_layers import join_layers
-from slimrank.pipeline.forecast import Cost, Shape, measure_machine, timetable
+from slimrank.models.machine import measure_machine
+from slimrank.pipeline.forecast import Cost, Shape, timetable
 from slimrank.pipeline.inputs import load_inputs
 from slimrank.pipeline.prepare import Choices
 from slimrank.pipeline.record import record_of

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from slimrank.evaluate.perplexity import LOGITS_AT_ONCE
+from slimrank.models.machine import Machine
 from slimrank.models.structure import find_blocks, parameters_of
 from slimrank.models.targets import Target
 
@@ -25,21 +23,6 @@ DISK_BYTES_PER_SECOND = 1e9
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Measured speed of the compute device, in floating point operations per second.
-
-    Attributes:
-        float32: in single precision.
-        float64: in double precision.
-        products: in the precision of the blocks' products.
-    """
-
-    float32: float
-    float64: float
-    products: float
-
-
-@dataclass(frozen=True)
 class Cost:
     """What a stage takes.
 
@@ -47,6 +30,7 @@ class Cost:
         float32: operations in single precision.
         float64: operations in double precision.
         products: operations of the blocks' products, in the precision that blocks are computed in.
+        mixed: operations of training, in mixed precision.
         written: bytes written to disk at the end.
         peak: bytes of memory at most, besides the libraries and the weights of the model.
         stored: bytes that it leaves in the run directory.
@@ -55,6 +39,7 @@ class Cost:
     float32: float = 0.0
     float64: float = 0.0
     products: float = 0.0
+    mixed: float = 0.0
     written: float = 0.0
     peak: int = 0
     stored: int = 0
@@ -62,7 +47,8 @@ class Cost:
     def seconds(self, machine: Machine) -> float:
         """Estimate the time on a machine."""
         solved = self.float32 / machine.float32 + self.float64 / machine.float64
-        return solved + self.products / machine.products + self.written / DISK_BYTES_PER_SECOND
+        products = self.products / machine.products + self.mixed / machine.mixed
+        return solved + products + self.written / DISK_BYTES_PER_SECOND
 
 
 @dataclass(frozen=True)
@@ -206,24 +192,6 @@ def timetable(stages: Iterable[Stage], prepared: Prepared, shape: Shape) -> dict
     return costs
 
 
-def measure_machine(device: torch.device, bfloat16: bool) -> Machine:
-    """Measure the device by matrix products, for a fraction of a second.
-
-    Args:
-        device: what computes.
-        bfloat16: whether the blocks' products are in bfloat16; else they count as float32.
-    """
-    rates: list[float] = []
-    for dtype in (torch.float32, torch.float64, *([torch.bfloat16] if bfloat16 else [])):
-        if device.type == "mps" and dtype == torch.float64:
-            rates.append(rates[0] / 8)
-            continue
-        a = torch.ones(768, 768, dtype=dtype, device=device)
-        _time(lambda a=a: a @ a)  # type: ignore[misc]
-        rates.append(2 * 768**3 / min(_time(lambda a=a: a @ a) for _ in range(4)))  # type: ignore[misc]
-    return Machine(rates[0], rates[1], rates[-1] if bfloat16 else rates[0])
-
-
 def group_widths(targets: Iterable[Target]) -> list[int]:
     """Guess the input widths of the groups that share a gram, without running the model.
 
@@ -241,9 +209,3 @@ def solve_flops(m: int, n: int) -> float:
     """Count the operations of the eigenproblem of an m x n weight."""
     k, widest = min(m, n), max(m, n)
     return 40 * k**3 + 4 * k * k * widest + (2 * k * widest * widest if n > m else 0)
-
-
-def _time(work: Callable[[], torch.Tensor]) -> float:
-    start = time.perf_counter()
-    work().sum().item()
-    return time.perf_counter() - start

@@ -9,8 +9,9 @@ from typing import Any
 from slimrank.budget.alternatives import alternatives
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.models.load import skeleton
+from slimrank.models.machine import measure_machine
 from slimrank.models.structure import short_names, without_numbers
-from slimrank.pipeline.forecast import LIBRARIES, Shape, expected_tokens, measure_machine, timetable
+from slimrank.pipeline.forecast import LIBRARIES, Shape, expected_tokens, timetable
 from slimrank.pipeline.model_bytes import new_biases
 from slimrank.pipeline.prepare import Choices, Prepared
 from slimrank.pipeline.stages.save import Save

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slimrank.checkpoint.output_folder import CARD, REPORTS, OutputFolder, need_space, write_manifest
 from slimrank.checkpoint.save import save_model
 from slimrank.errors import ModelError, RecipeError
@@ -17,9 +19,11 @@ from slimrank.evaluate.suite import Suite, compare
 from slimrank.layers.base import compressed_layers
 from slimrank.methods.recoverer import RECOVERERS, ConfiguredRecoverer
 from slimrank.models.load import Loaded, digest, load_model
+from slimrank.models.machine import measure_machine
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.storage import saved_bytes
 from slimrank.progress import Progress
+from slimrank.recovery.cost import Sizes, training_cost
 from slimrank.recovery.precision import computes_bfloat16
 from slimrank.recovery.processes import is_first
 from slimrank.recovery.record import RecoveryRecord, page, write_record
@@ -66,6 +70,17 @@ class _Job:
     def on_device(self) -> list[Any]:
         """Return the models that compute as a whole."""
         return [] if self.method.method.by_block else [self.student.model, self.teacher.model]
+
+    def announce(self, tokens: int, seq_len: int, place: torch.device) -> None:
+        """Tell what training is going to take."""
+        cost = training_cost(Sizes.of(self.student.model, self.teacher.model), self.method, tokens, seq_len)
+        machine = measure_machine(place, False)
+        float32 = self.method.training.compute_dtype == "float32"
+        minutes = cost.operations / (machine.float32 if float32 else machine.mixed) / 60
+        self.progress.note(
+            f"training on {tokens:,} tokens: about {minutes:,.0f} minutes, {cost.peak / 1e9:,.1f} GB of memory besides "
+            f"the two models, and {cost.stored / 1e9:,.1f} GB of disk until it ends"
+        )
 
     @property
     def reader(self) -> tuple[Any, Any]:
@@ -114,6 +129,7 @@ def recover(
     seq_len = window_length(job.student.model, asked.seq_len)
     text, suite = training_text(asked, method.training, job.reader, seq_len), measured_text(asked, job.reader, seq_len)
     size, place = saved_bytes(job.student.model), resolve_device(asked.device)
+    job.announce(method.training.tokens or text[0].ids.numel(), seq_len, place)
     bfloat16 = computes_bfloat16(method.training, place)
     with _states(job, output, run_dir) as folder, placed(job.on_device, place, upcast=False):
         before = job.measured(suite)

@@ -15,6 +15,7 @@ from slimrank.methods.recoverer import Phase, RecoverOptions, recoverer
     paper="AA-SVD, arXiv 2604.02119; Lillama, arXiv 2412.16719",
     settings=tuple(name for name in RecoverOptions.model_fields if name not in ("kl", "label", "hidden")),
     by_block=True,
+    rounds=2,  # one on each stream
 )
 def block(model: Any, blocks: Sequence[str]) -> Phase:
     """Train all parameters of one block after the other."""

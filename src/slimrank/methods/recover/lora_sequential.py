@@ -17,6 +17,7 @@ from slimrank.methods.recoverer import Phase, recoverer
     title="LoRA on one factor, merged, then on the other",
     paper="Wang et al., SVD-LLM, arXiv 2403.07378, section 3.3",
     defaults={"kl": 0.0, "label": 1.0},
+    rounds=2,
 )
 def lora_sequential(
     model: Any,

@@ -10,6 +10,7 @@ from slimrank.methods.recoverer import RECOVERERS, ConfiguredRecoverer
 from slimrank.models.placement import placed
 from slimrank.pipeline.forecast import Cost, Shape
 from slimrank.pipeline.stage import STAGES, Stage
+from slimrank.recovery.cost import Sizes, expected_tokens, training_cost
 from slimrank.recovery.precision import computes_bfloat16
 from slimrank.recovery.recovering import Machine, run_phases
 from slimrank.recovery.request import Recovery
@@ -17,11 +18,9 @@ from slimrank.recovery.text import check_text, training_text
 from slimrank.report.section import Section
 
 if TYPE_CHECKING:
+    from slimrank.budget.planned_target import PlannedTarget
     from slimrank.pipeline.prepare import Choices, Prepared
     from slimrank.pipeline.state import State
-
-PASSES = 4.0  # the original's forward pass, and the student's with its backward pass, in forward passes
-USUAL_TOKENS = 2**18  # of a text whose length is not known yet
 
 
 @STAGES.add
@@ -43,12 +42,23 @@ class Recover(Stage):
         check_text(_asked(choices).model_copy(update={"evaluation": ()}))
 
     def cost(self, prepared: Prepared, shape: Shape) -> Cost:
-        tokens = _method(prepared.choices).training.tokens or USUAL_TOKENS
-        parameters = shape.parameters
+        method, stored = _method(prepared.choices), prepared.plan.stored_parameters
+        fewer = prepared.targets.coverage.targets - stored
+        sizes = Sizes(
+            original=shape.matrices,
+            student=shape.matrices - fewer,
+            sides=sum(_sides(target) for target in prepared.plan.targets.values()),
+            whole=shape.parameters - fewer,
+            head=shape.head,
+            vocabulary=shape.vocabulary,
+        )
+        tokens = expected_tokens(_asked(prepared.choices), method.training)
+        cost = training_cost(sizes, method, tokens, shape.seq_len)
+        teacher = shape.itemsize * shape.parameters
         return Cost(
-            float32=PASSES * shape.through(tokens),
-            peak=4 * parameters * 4 + shape.itemsize * parameters,
-            stored=4 * 4 * parameters,
+            **{"float32" if method.training.compute_dtype == "float32" else "mixed": cost.operations},
+            peak=cost.peak + teacher,
+            stored=cost.stored,
         )
 
     def key(self, state: State) -> dict[str, Any]:
@@ -77,6 +87,11 @@ class Recover(Stage):
         columns = ("trained", "parameters", "tokens", "tokens/s", "held-out loss before", "after", "kept")
         note = f"{method.method.title}; on '{asked.text}'. Losses are nats a token."
         return Section(stage=self.id, title="Recovery", columns=columns, rows=rows, note=note)
+
+
+def _sides(target: PlannedTarget) -> int:
+    rank = 0 if target.rank == "dense" else target.rank
+    return sum(target.shape) + 2 * rank
 
 
 def _method(choices: Choices) -> ConfiguredRecoverer:
