@@ -4,9 +4,10 @@
         --train mixed=a.txt:0.7,b.jsonl:0.3 --test wikitext2=TEST.txt --test c4=OTHER.txt --out DIR --runs DIR
 
 Every start (--starts) is compressed to every --keep with --samples windows of --seq-len, and trained by --method on
-each --train text, one pass or --tokens. Perplexity is that of the first --windows windows of each test text. Beside each size stands the original in few bits: the widest of --widths that takes no more bytes than
-that part of 16-bit linears, unless --widths is empty. Cells that stand in DIR/recovery.json already are not computed
-again; --runs keeps compressed models, states of training and trained models, so an interrupted run goes on.
+each --train text, one pass or --tokens. Perplexity is that of the first --windows windows of each test text. Beside
+each size stands the original in few bits: the widest of --widths that takes no more bytes than that part of 16-bit
+linears, unless --widths is empty. Cells that stand in DIR/recovery.json already are not computed again; --runs keeps
+compressed models, states of training and trained models, so an interrupted run goes on.
 Writes recovery.json and recovery.md.
 """
 
