@@ -14,7 +14,6 @@ from helpers import tiny_model
 from slimrank.errors import ModelError, NonFiniteError, OutputError, RecipeError
 from slimrank.layers.base import compressed_layers
 from slimrank.layers.trainable import parts
-from slimrank.methods.recover.distill import balanced
 from slimrank.methods.recoverer import RECOVERERS
 from slimrank.models.contexts import evaluating
 from slimrank.progress import Progress
@@ -296,9 +295,22 @@ def test_bad_options_are_refused(tmp_path):
         RECOVERERS.get("distill").configured({"learning_rate": -1.0})
 
 
-def test_balanced_factors_have_the_same_product():
-    a, b = (torch.randn(*shape, generator=DRAW, dtype=torch.float64) for shape in ((5, 9), (7, 5)))
-    c, d = balanced(a, b)
-    assert torch.allclose(d @ c, b @ a)
-    assert torch.allclose(c @ c.t(), d.t() @ d)
-    assert torch.allclose(c @ c.t(), (c @ c.t()).diagonal().diag())
+@pytest.mark.parametrize("id", ["distill", "block"])
+def test_pivot_layers_are_trained_as_pairs_and_stay_pivots(id, tmp_path):
+    """A rate that suits pairs gains; biases, sizes and forms stay what they are."""
+    model = compressed("pivot")
+    entries = {path: layer.entry() for path, layer in compressed_layers(model).items()}
+    shapes = {name: tensor.shape for name, tensor in state(model).items()}
+    records = recovered(model, tmp_path, id)
+    assert any(record.kept and record.after < record.before for record in records)
+    assert {path: layer.entry() for path, layer in compressed_layers(model).items()} == entries
+    assert {name: tensor.shape for name, tensor in state(model).items()} == shapes
+
+
+def test_pivot_layers_that_learn_nothing_stay_bit_by_bit(tmp_path):
+    model = compressed("pivot")
+    before = state(model)
+    (record,) = recovered(model, tmp_path, learning_rate=0.3)
+    assert not record.kept
+    after = state(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)

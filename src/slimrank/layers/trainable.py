@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from torch import nn
 
 from slimrank.errors import ModelError
@@ -13,6 +14,9 @@ from slimrank.layers.low_rank import LowRankLinear
 from slimrank.layers.pivot import PivotLinear
 
 Part = Literal["A", "B"]
+Balance = Annotated[
+    bool, Field(description="Train pairs and pivots as pairs of balanced factors; they keep their form and product.")
+]
 
 
 def train_only(model: nn.Module, wanted: Callable[[str], bool]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from slimrank.layers.trainable import train_only
+from slimrank.layers.balancing import BalancedPairs
+from slimrank.layers.trainable import Balance, train_only
 from slimrank.methods.recoverer import Phase, RecoverOptions, recoverer
 
 
@@ -17,8 +18,14 @@ from slimrank.methods.recoverer import Phase, RecoverOptions, recoverer
     by_block=True,
     rounds=2,  # one on each stream
 )
-def block(model: Any, blocks: Sequence[str]) -> Phase:
+def block(model: Any, blocks: Sequence[str], *, balance: Balance = True) -> Phase:
     """Train all parameters of one block after the other."""
     for index, path in enumerate(blocks):
+        pairs = BalancedPairs(model, f"{path}.") if balance else None
         train_only(model, lambda name, mine=f"{path}.": name.startswith(mine))  # type: ignore[misc]
-        yield f"block {index}"
+        kept = False
+        try:
+            kept = yield f"block {index}"
+        finally:
+            if pairs:
+                pairs.end(kept)
