@@ -73,7 +73,8 @@ def _plots_where_they_count(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _any_machine(monkeypatch):
-    """No test goes by how fast this machine is; to measure it takes as long as to compress a tiny model."""
+    """No test goes by how fast or busy this machine is; to measure it takes as long as to compress a tiny model."""
+    monkeypatch.setattr("slimrank.evaluate.benchmark.check_idle", lambda: None)
     for user in ("pipeline.compression", "pipeline.preview", "recovery.api"):
         monkeypatch.setattr(f"slimrank.{user}.measure_machine", lambda device, bfloat16: Machine(1e9, 1e9, 1e9, 1e9))
 

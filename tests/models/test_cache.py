@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from architectures import random_model
-from slimrank.models.cache import NAMES, next_inputs
+from slimrank.models.cache import NAMES, cache_bytes, next_inputs
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -43,3 +43,18 @@ def test_the_name_is_that_of_forward(taken, returned):
 def test_without_a_cache_all_is_read_again(output):
     assert next_inputs(Named("past_key_values"), output, IDS) == {"input_ids": IDS}
     assert next_inputs(Named("state"), {"state": 1}, IDS) == {"input_ids": IDS}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
+def test_bytes_of_the_cache_are_those_of_its_tensors(name):
+    model = random_model(name)
+    config, expected = model.config, 0
+    if name == "llama":
+        expected = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * IDS.numel() * 4
+    elif name == "gpt2":
+        expected = 2 * config.n_layer * config.n_embd * IDS.numel() * 4
+    else:
+        states = config.intermediate_size * (config.state_size + config.conv_kernel)
+        expected = config.num_hidden_layers * states * len(IDS) * 4
+    assert cache_bytes(model(input_ids=IDS, use_cache=True)) == expected
+    assert cache_bytes(model(input_ids=IDS, use_cache=False)) == 0

@@ -55,9 +55,9 @@ def measure_speeds(models: list[Any], prompt: int = 256, new_tokens: int = 16, r
     rounds: list[list[tuple[float, float]]] = [[] for _ in models]
     for turn in range(repeats + 1):
         for times, model in zip(rounds, models, strict=True):
-            result = _one_round(model, ids, new_tokens)
+            prefill, decode, _ = one_round(model, ids, new_tokens)
             if turn:
-                times.append(result)
+                times.append((prefill, decode))
     return [
         Speed(
             prompt / statistics.median(t[0] for t in times),
@@ -69,19 +69,22 @@ def measure_speeds(models: list[Any], prompt: int = 256, new_tokens: int = 16, r
     ]
 
 
-def _one_round(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+def one_round(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float, Any]:
+    """Read prompts (batch x tokens), then decode; return the seconds of both, and the last output."""
     device = next(model.parameters()).device
     ids = ids.to(device)
     with evaluating(model):
         output, prefill = _timed(lambda: model(input_ids=ids, use_cache=True), device)
 
-        def decode() -> None:
+        def decode() -> Any:
             seen, last = ids, output
             for _ in range(new_tokens):
                 seen = torch.cat([seen, last.logits[:, -1:].argmax(-1)], dim=1)
                 last = model(**next_inputs(model, last, seen), use_cache=True)
+            return last
 
-        return prefill, _timed(decode, device)[1]
+        last, seconds = _timed(decode, device)
+        return prefill, seconds, last
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

@@ -1,4 +1,4 @@
-"""The next inputs of a model: the last token and its cache, under the name that its `forward` uses."""
+"""The cache of a model: what it takes, and the next inputs with it under the name that `forward` uses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,32 @@ from torch import Tensor
 
 # Of transformers 5.24 on; before it, of attention and of state-space models.
 NAMES = ("cache", "past_key_values", "cache_params")
+
+
+def cache_bytes(output: Any) -> int:
+    """Count the bytes of all tensors in the cache of an output; 0 if it has none."""
+    values = dict(output.items())
+    tensors: dict[int, Tensor] = {}
+    _collect([values[name] for name in NAMES if values.get(name) is not None], tensors)
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+
+def _collect(thing: Any, tensors: dict[int, Tensor]) -> None:
+    """Find the tensors in lists, mappings and objects of a cache, one for each piece of memory."""
+    if isinstance(thing, Tensor):
+        tensors[thing.untyped_storage().data_ptr()] = thing
+    elif isinstance(thing, dict):
+        _collect(list(thing.values()), tensors)
+    elif isinstance(thing, (list, tuple)):
+        for part in thing:
+            _collect(part, tensors)
+    elif type(thing).__module__.startswith("transformers.") and _is_part(type(thing).__name__.lower()):
+        _collect(vars(thing), tensors)
+
+
+def _is_part(name: str) -> bool:
+    """Tell by the name of a class whether it is a cache, or what one holds for a layer."""
+    return "cache" in name or "layer" in name
 
 
 def next_inputs(model: Any, output: Any, ids: Tensor) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The engines that `slimrank benchmark` runs models in, one file each."""
