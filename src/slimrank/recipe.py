@@ -26,7 +26,7 @@ from slimrank.recipe_values import (
     renamed,
 )
 
-BUDGETS = ("keep_ratio", "keep_total", "max_bytes", "plan")
+BUDGETS = ("keep_ratio", "keep_total", "max_bytes", "max_latency", "plan")
 
 
 class Recipe(RecipeFields):
@@ -71,6 +71,8 @@ class Recipe(RecipeFields):
             raise ValueError("forms are chosen together with bits: give bits")
         if self.bits and self.store_form:
             raise ValueError("bits choose the form of every layer: leave out store_form")
+        if self.max_latency is not None and (self.quantize or self.store_form):
+            raise ValueError("max_latency chooses ranks of one form: leave out quantize and store_form")
         if self.store_form and self.form != "pair":
             raise ValueError(
                 f"store_form needs form pair; with form {self.form}, layers are stored as {self.form} already"

@@ -50,6 +50,12 @@ class RecipeFields(BaseModel):
     )
     keep_total: float | None = _how_small(None, "Fraction of the whole model's parameters to keep.", gt=0, le=1)
     max_bytes: int | None = _how_small(None, "Largest size of all weights on disk, in bytes.", gt=0)
+    max_latency: float | None = _how_small(
+        None, "Largest time of decoding (or --latency prefill), over the original's, on this machine.", gt=0, lt=1
+    )
+    latency: Literal["decode", "prefill"] = _how_small("decode", "What --max-latency bounds.")
+    latency_batch: int = _how_small(1, "Texts at once, for --max-latency.", ge=1)
+    latency_tokens: int = _how_small(128, "Tokens of the prompt, for --max-latency.", ge=1)
     plan: str | RankPlan | None = _how_small(
         None, "A rank plan (a JSON file from 'slimrank plan --save') to follow, instead of a budget."
     )

@@ -127,7 +127,7 @@ def test_allocations_that_choose_ranks_only_are_refused():
         with pytest.raises(RecipeError, match=f"'{id}' chooses ranks only, no bits") as found:
             ALLOCATORS.get(id).configured({}).check(problem(10**6))
         assert "--allocation spectrum" in found.value.hint
-    with pytest.raises(RecipeError, match="cannot be measured before"):
+    with pytest.raises(RecipeError, match="not searched by measuring"):
         ALLOCATORS.get("lems").configured({"search": True}).check(problem(10**6))
 
 

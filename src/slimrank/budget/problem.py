@@ -33,6 +33,7 @@ class Item:
         limits: what ranks it may have.
         members: the targets, where there are several, and their shapes.
         width: bits of a number of the dense weight; 1 counts parameters.
+        dense_cost: of the dense weight, where costs are no bits.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Item:
     limits: Limits = field(default_factory=Limits)
     members: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     width: int = 1
+    dense_cost: int | None = None
 
     @property
     def targets(self) -> Mapping[str, tuple[int, int]]:
@@ -55,8 +57,8 @@ class Item:
 
     @property
     def bits(self) -> int:
-        """Bits of the dense weight."""
-        return self.parameters * self.width
+        """Bits of the dense weight, or its cost in another unit."""
+        return self.parameters * self.width if self.dense_cost is None else self.dense_cost
 
 
 class Effect(NamedTuple):

@@ -65,7 +65,7 @@ class RankPlan(BaseModel):
         ranks: Mapping[str, Rank],
         shapes: Shapes,
         allocation: str,
-        budget: int,
+        budget: int | None,
         **traits: Unpack[PlanTraits],
     ) -> RankPlan:
         """Make a plan.
@@ -76,7 +76,7 @@ class RankPlan(BaseModel):
             ranks: target -> rank.
             shapes: target -> (m, n).
             allocation: which allocator made it.
-            budget: bits that the targets together may store, or parameters without widths.
+            budget: bits that the targets together may store, or parameters without widths; None for another budget.
             traits: see `PlanTraits`.
         """
         shares, widths, forms = traits.get("shares") or {}, traits.get("widths") or {}, traits.get("forms") or {}

@@ -122,7 +122,7 @@ class ConfiguredAllocator:
             able = ", ".join(f"--allocation {found.id}" for found in ALLOCATORS.all().values() if found.joint)
             raise RecipeError(f"the allocation '{self.allocator.id}' chooses ranks only, no bits.", able)
         if problem.menus and self.options.get("search"):
-            raise RecipeError("plans of bits cannot be measured before they are made.", "search=false")
+            raise RecipeError("plans of bits or times are not searched by measuring them.", "search=false")
         if self.needs:  # without any it is a fixed plan, which checks itself
             problem.check()
         self.allocator.check(problem, self.options)

@@ -143,7 +143,9 @@ class Prepared:
         plan, problem = given_plan(recipe, targets, units), None
         if plan is None:
             problem = make_problem(recipe, model, targets, units, size)
-            plan = plan_of(initial_allocation(problem, choices.allocator), recipe, problem, targets, units)
+            plan = plan_of(
+                initial_allocation(problem, choices.allocator, recipe.max_latency), recipe, problem, targets, units
+            )
         made = cls(choices, recipe, model, targets, units, size, problem, plan, unfused, stored_dtype(model))
         for stage in choices.stages:
             stage.check_model(made)

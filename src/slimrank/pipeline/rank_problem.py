@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from math import gcd, lcm
 from typing import Any
@@ -107,10 +108,12 @@ def _common(unit: Unit, limits: Mapping[str, Limits]) -> Limits:
 
 
 def _budget(recipe: Recipe, model: Any, targets: TargetSet, size: ModelBytes) -> Budget:
-    option: Any = next(name for name in ("keep_ratio", "keep_total", "max_bytes") if getattr(recipe, name) is not None)
+    """Return the budget as it is stated; all parameters, if it is a time that is not measured yet."""
+    given = (name for name in ("keep_ratio", "keep_total", "max_bytes") if getattr(recipe, name) is not None)
+    option: Any = next(given, "keep_ratio")
     return Budget(
         option,
-        getattr(recipe, option),
+        1.0 if recipe.max_latency is not None else getattr(recipe, option),
         targets=targets.coverage.targets,
         total=targets.coverage.total,
         width=BYTE_BITS * size.largest_item,
@@ -131,7 +134,7 @@ def plan_of(
         {path: every[path] for path in shapes},
         shapes,
         recipe.allocation,
-        problem.budget,
+        None if recipe.max_latency is not None else problem.budget,
         shares=shares_of(units),
         cost_model=recipe.form,
         secondary=recipe.store_form,
@@ -145,8 +148,13 @@ def _rounded(recipe: Recipe, ranks: Mapping[str, Rank]) -> dict[str, str]:
     return {path: recipe.quantized_as(rank) for path, rank in ranks.items()} if recipe.quantize else {}
 
 
-def initial_allocation(problem: Problem, allocator: ConfiguredAllocator) -> Allocation:
+def initial_allocation(problem: Problem, allocator: ConfiguredAllocator, latency: float | None) -> Allocation:
     """Allocate now if nothing else is needed; otherwise return provisional ranks.
+
+    Args:
+        problem: the rank problem, without spectra.
+        allocator: what finds the ranks.
+        latency: the fraction of the original's time, if that is the budget; a first guess of the size.
 
     Raises:
         BudgetError: the budget, or what is asked of blocks, cannot be met.
@@ -155,7 +163,13 @@ def initial_allocation(problem: Problem, allocator: ConfiguredAllocator) -> Allo
     if not allocator.needs:
         return allocator.allocate(problem)
     allocator.check(problem)
-    return provisional(problem)
+    return provisional(problem if latency is None else replace(problem, budget=_guess(problem, latency)))
+
+
+def _guess(problem: Problem, latency: float) -> int:
+    """Return a budget of about that part of all parameters in which the smallest ranks fit."""
+    least = sum(int(costs.min()) for _, costs in problem.choices)
+    return max(least, int(problem.budget * latency))
 
 
 def provisional(problem: Problem) -> Allocation:

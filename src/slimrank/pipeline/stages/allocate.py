@@ -17,6 +17,8 @@ from slimrank.budget.menu import Menu
 from slimrank.budget.problem import Allocation, Problem
 from slimrank.pipeline.forecast import Cost, Shape
 from slimrank.pipeline.stage import STAGES, Stage
+from slimrank.pipeline.stages.latency import Latency
+from slimrank.pipeline.stages.latency_options import check_latency, check_timed, latency_key, latency_section
 from slimrank.pipeline.stages.model_probe import ModelProbe
 from slimrank.pipeline.stages.spectrum_store import SpectrumStore
 from slimrank.progress import Forecast
@@ -36,6 +38,12 @@ class Allocate(Stage):
 
     def wanted(self, choices: Choices) -> bool:
         return True
+
+    def check(self, choices: Choices) -> None:
+        check_latency(choices)
+
+    def check_model(self, prepared: Prepared) -> None:
+        check_timed(prepared)
 
     def windows(self, choices: Choices) -> list[WindowRequest]:
         return [search_windows(choices)] if choices.measures else []
@@ -63,6 +71,8 @@ class Allocate(Stage):
         state.plan = state.prepared.plan_of(Allocation(found["ranks"], forms=found["forms"]))
         state.notes += [f"allocation: {note}" for note in (*found["notes"], *_bent(state))]
         state.results.allocation = found["about"]
+        if "latency" in found["about"]:
+            return latency_section(self.id, found["about"]["latency"])
         return _beside(found["about"], state.prepared.size.linears(state.plan))
 
 
@@ -97,6 +107,7 @@ def _key(state: State, problem: Problem) -> dict[str, Any]:
         "multiple": problem.multiple,
         "cost": problem.form.name,
         **({"menus": _candidates(problem)} if problem.menus else {}),
+        **latency_key(state),
     }
 
 
@@ -114,13 +125,21 @@ def _found(state: State, problem: Problem, forecast: Forecast) -> dict[str, Any]
             key = {**_measurements_key(state), "measuring": measuring.model_dump(exclude={"plans"})}
             probe = ModelProbe(state, spectra, state.store(key), measuring, forecast)
             problem = replace(problem, probe=stack.enter_context(probe))
-        found = state.prepared.choices.allocator.allocate(problem)
+        problem, found, reached = _allocated(state, problem)
         return {
             "ranks": dict(found.ranks),
             "forms": dict(found.forms),
             "notes": found.notes,
-            "about": _about(state, problem, found),
+            "about": {**_about(state, problem, found), **({"latency": reached} if reached else {})},
         }
+
+
+def _allocated(state: State, problem: Problem) -> tuple[Problem, Allocation, dict[str, Any] | None]:
+    """Return the problem as it was solved, the allocation, and the time that it reaches, if that is bounded."""
+    allocator = state.prepared.choices.allocator
+    if state.prepared.recipe.max_latency is None:
+        return problem, allocator.allocate(problem), None
+    return Latency(state).spend(problem, allocator)
 
 
 def _bent(state: State) -> list[str]:
@@ -138,7 +157,7 @@ def _about(state: State, problem: Problem, found: Allocation) -> dict[str, Any]:
         about["trade_off"] = _sketch(trade_off(found.curves), float(problem.sizes.sum()))
         picks = found.picks or found.ranks
         about["predicted"] = sum(float(c.errors[c.index(picks[c.path])]) for c in found.curves)
-    if problem.menus:
+    if problem.menus and state.prepared.recipe.bits:
         energies = {curve.path: _energy(curve, problem.menus[curve.path]) for curve in found.curves}
         about["alternatives"] = [asdict(each) for each in alternatives(problem.menus, energies)]
     plans = state.prepared.choices.allocator.measuring.plans

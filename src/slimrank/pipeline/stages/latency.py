@@ -1,0 +1,243 @@
+"""Ranks within a time: measure layers of several ranks on this machine, and spend the time as bytes are spent.
+
+Times of single layers leave out what a whole model does to caches and memory. So the model itself is measured with
+layers of random numbers in the place of its own, first at one fraction for all layers, then at the ranks that were
+found; what layers save in the model over what they save by themselves corrects the budget.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from slimrank.budget.curves import DENSE
+from slimrank.budget.problem import Allocation, Problem
+from slimrank.budget.ranks import Rank
+from slimrank.budget.timed import LayerTimes, least_seconds, timed
+from slimrank.errors import BudgetError
+from slimrank.evaluate.speed import one_round
+from slimrank.layers.dense import weight_of
+from slimrank.layers.forms import layer_form
+from slimrank.layers.stand_ins import stand_in
+from slimrank.models.placement import placed
+
+if TYPE_CHECKING:
+    from slimrank.methods.allocator import ConfiguredAllocator
+    from slimrank.pipeline.state import State
+
+GRID = (0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)  # of the largest rank that stores less than the dense weight
+COPIES_BYTES = 2**26  # of weights that are read in turn, so that none of them waits in a cache
+MAX_COPIES = 32
+ROUNDS = 7
+NEW_TOKENS = 8  # of a round of decoding
+VOCABULARY_USED = 1000
+TOLERANCE = 0.02  # of the time that was asked for
+TRIES = 3
+SAVINGS = (0.25, 4.0)  # bounds of what layers save in the model over what they save by themselves
+
+
+@dataclass(frozen=True)
+class Use:
+    """What is to be fast.
+
+    Attributes:
+        phase: "decode" or "prefill".
+        batch: texts at once.
+        tokens: of the prompt, or that are in the cache already.
+    """
+
+    phase: str
+    batch: int
+    tokens: int
+
+    def inputs(self, width: int, like: Tensor) -> Tensor:
+        """Return inputs of a layer."""
+        length = 1 if self.phase == "decode" else self.tokens
+        return torch.randn(self.batch, length, width, generator=torch.Generator().manual_seed(0)).to(like)
+
+    def seconds(self, model: Any) -> float:
+        """Measure a round of the whole model."""
+        vocabulary = min(VOCABULARY_USED, model.get_input_embeddings().weight.shape[0])
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (self.batch, self.tokens), generator=draw)
+        decoding = self.phase == "decode"
+        prefill, decode, _ = one_round(model, ids, NEW_TOKENS if decoding else 0)
+        return decode / NEW_TOKENS if decoding else prefill
+
+
+@dataclass(frozen=True)
+class _Try:
+    """An allocation, and the seconds of the model before and with it."""
+
+    problem: Problem
+    found: Allocation
+    before: float
+    after: float
+
+    def gap(self, asked: float) -> float:
+        return abs(self.after / self.before / asked - 1)
+
+
+class Latency:
+    """Allocates within a fraction of the original's time.
+
+    Args:
+        state: holds the model, which is as before afterwards.
+    """
+
+    def __init__(self, state: State) -> None:
+        recipe = state.prepared.recipe
+        self.state, self.model, self.form = state, state.model, recipe.form
+        self.use = Use(recipe.latency, recipe.latency_batch, recipe.latency_tokens)
+        self.asked, self.whole = float(recipe.max_latency or 1.0), 0.0
+
+    def spend(self, problem: Problem, allocator: ConfiguredAllocator) -> tuple[Problem, Allocation, dict[str, Any]]:
+        """Return the timed problem, its allocation, and what the report says of it.
+
+        Raises:
+            BudgetError: the fastest ranks take longer.
+        """
+        with placed([self.model], self.state.prepared.device, upcast=False):
+            saved = self._saved(self._uniform(problem))
+            tries: list[_Try] = []
+            while len(tries) < (1 if allocator.measures else TRIES):
+                made = timed(problem, self.times, self._budget(problem, saved))
+                found = allocator.allocate(made)
+                tries.append(_Try(made, found, *self._turns(found.ranks)))
+                if tries[-1].gap(self.asked) < TOLERANCE:
+                    break
+                saved = self._factor(found.ranks, tries[-1].before, tries[-1].after)
+        best = min(tries, key=lambda each: each.gap(self.asked))
+        return best.problem, best.found, self._about(best.before, best.after)
+
+    def _about(self, before: float, after: float) -> dict[str, Any]:
+        use = {"phase": self.use.phase, "batch": self.use.batch, "tokens": self.use.tokens}
+        return {**use, "asked": self.asked, "reached": after / before, "seconds": [before, after]}
+
+    # times ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def times(self) -> dict[str, LayerTimes]:
+        """Return the times of every target; those of one shape are measured once."""
+        known: dict[Any, LayerTimes] = {}
+        found: dict[str, LayerTimes] = {}
+        for target in self.state.prepared.targets:
+            layer = self.model.get_submodule(target.path)
+            key = (*target.shape, weight_of(layer).dtype, layer.bias is not None)
+            if key not in known:
+                self.state.progress.note(f"measuring layers of {target.shape[0]} x {target.shape[1]}")
+                known[key] = self._times_of(layer)
+            found[target.path] = known[key]
+        return found
+
+    def _times_of(self, layer: nn.Module) -> LayerTimes:
+        """Measure one layer as it is, and in its form at several ranks."""
+        weight = weight_of(layer)
+        largest = layer_form(self.form).largest_rank(*weight.shape)
+        ranks = sorted({max(1, round(part * largest)) for part in GRID})
+        layers = [layer, *(stand_in(self.form, layer, rank) for rank in ranks)]
+        dense, *others = layer_seconds(layers, self.use.inputs(weight.shape[1], weight))
+        return LayerTimes(dense, tuple(ranks), tuple(others))
+
+    def _turns(self, ranks: Mapping[str, Rank]) -> tuple[float, float]:
+        """Measure the whole model as it is, and with layers of these ranks, in turns; ratios are those of one turn."""
+        made: dict[tuple[Any, ...], nn.Module] = {}
+        others = {}
+        for path, rank in ranks.items():
+            if rank != "dense":
+                layer = self.model.get_submodule(path)
+                key = (*weight_of(layer).shape, layer.bias is not None, rank)
+                made[key] = made.get(key) or stand_in(self.form, layer, rank)
+                others[path] = copy.deepcopy(made[key])
+        rounds: list[tuple[float, float]] = []
+        for _ in range(ROUNDS + 1):
+            before = self.use.seconds(self.model)
+            with _swapped(self.model, others):
+                rounds.append((before, self.use.seconds(self.model)))
+        before = statistics.median(one for one, _ in rounds[1:])
+        return before, before * statistics.median(other / one for one, other in rounds[1:])
+
+    # the budget ----------------------------------------------------------------------------------------------
+
+    def _uniform(self, problem: Problem) -> dict[str, Rank]:
+        """Return for each item the largest rank that takes the asked fraction of its own time; else dense."""
+        found: dict[str, Rank] = {}
+        for item, (ranks, _) in zip(problem.items, problem.choices, strict=True):
+            times = self.times[item.path]
+            fitting = [int(r) for r in ranks if r != DENSE and times.at(int(r)) <= self.asked * times.dense]
+            found[item.path] = max(fitting) if fitting else "dense"
+        return found
+
+    def _saved(self, ranks: Mapping[str, Rank]) -> float:
+        return self._factor(ranks, *self._turns(ranks))
+
+    def _factor(self, ranks: Mapping[str, Rank], before: float, after: float) -> float:
+        """Return what these ranks save in the model over what they save layer by layer; remember the model's time."""
+        self.whole = before
+        alone = sum(self.times[path].dense - self.times[path].at(rank) for path, rank in ranks.items())
+        if alone <= 0:
+            return 1.0
+        return min(max((before - after) / alone, SAVINGS[0]), SAVINGS[1])
+
+    def _budget(self, problem: Problem, saved: float) -> float:
+        """Return the seconds that targets may take by themselves.
+
+        Raises:
+            BudgetError: the fastest ranks take longer.
+        """
+        dense = sum(self.times[item.path].dense for item in problem.items)
+        budget = dense - (1 - self.asked) * self.whole / saved
+        least = least_seconds(timed(problem, self.times, 0.0))
+        if budget < least:
+            nearest = 1 - saved * (dense - least) / self.whole
+            raise BudgetError(
+                f"{self.use.phase} cannot take {self.asked:g} of the original's time on this machine: the fastest "
+                f"ranks take {nearest:.2f}.",
+                f"a max_latency of at least {ceil(nearest * 100 + 1) / 100:.2f}",
+            )
+        return budget
+
+
+def layer_seconds(layers: list[nn.Module], x: Tensor) -> list[float]:
+    """Measure a call of each layer on inputs x (... x in), in turns; its weights come from memory, not from a cache."""
+    several = [_copies(layer) for layer in layers]
+    rounds: list[list[float]] = [[] for _ in layers]
+    with torch.no_grad():
+        for _ in range(ROUNDS + 1):
+            for times, copies in zip(rounds, several, strict=True):
+                start = time.perf_counter()
+                for layer in copies:
+                    layer(x)
+                if x.device.type != "cpu":
+                    torch.accelerator.synchronize(x.device)
+                times.append((time.perf_counter() - start) / len(copies))
+    return [statistics.median(times[1:]) for times in rounds]
+
+
+def _copies(layer: nn.Module) -> list[nn.Module]:
+    size = sum(p.numel() * p.element_size() for p in layer.parameters())
+    count = min(MAX_COPIES, ceil(COPIES_BYTES / max(1, size)))
+    return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
+
+
+@contextmanager
+def _swapped(model: nn.Module, others: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put other layers in the place of a model's inside the context."""
+    own = {path: model.get_submodule(path) for path in others}
+    try:
+        for path, layer in others.items():
+            model.set_submodule(path, layer)
+        yield
+    finally:
+        for path, layer in own.items():
+            model.set_submodule(path, layer)
