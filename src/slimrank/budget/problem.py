@@ -33,7 +33,7 @@ class Item:
         limits: what ranks it may have.
         members: the targets, where there are several, and their shapes.
         width: bits of a number of the dense weight; 1 counts parameters.
-        dense_cost: of the dense weight, where costs are no bits.
+        dense_cost: of the dense weight, where costs are not bits.
     """
 
     path: str

@@ -1,7 +1,7 @@
 """Ranks within a time: measure layers of several ranks on this machine, and spend the time as bytes are spent.
 
 Times of single layers leave out what a whole model does to caches and memory. So the model itself is measured with
-layers of random numbers in the place of its own, first at one fraction for all layers, then at the ranks that were
+layers of random numbers instead of its own, first at one fraction for all layers, then at the ranks that were
 found; what layers save in the model over what they save by themselves corrects the budget.
 """
 
@@ -232,7 +232,7 @@ def _copies(layer: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _swapped(model: nn.Module, others: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put other layers in the place of a model's inside the context."""
+    """Put other layers instead of a model's own inside the context."""
     own = {path: model.get_submodule(path) for path in others}
     try:
         for path, layer in others.items():
