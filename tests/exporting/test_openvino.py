@@ -295,3 +295,14 @@ def _tensor(values):
     import openvino
 
     return openvino.Tensor(values.numpy())
+
+
+@pytest.mark.demo
+def test_the_demo_model(tmp_path):
+    record = export("demo", tmp_path / "out")
+    assert record.weights == "float32"
+    assert record.difference["written"] < 1e-3
+    model, tokenizer = slimrank.load("demo")
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+    assert np.array_equal(OpenVinoModel(tmp_path / "out").generate(ids, NEW), expected.numpy())

@@ -1,6 +1,8 @@
 """What `export` says where the engine is missing or too old, and of arguments; none of this needs OpenVINO."""
 
 import re
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -68,6 +70,12 @@ def test_a_folder_that_holds_no_exported_model(monkeypatch, tmp_path):
     monkeypatch.setattr("slimrank.exporting.runner.need", lambda *_: None)
     with pytest.raises(ModelError, match=r"openvino_model\.xml is missing"):
         OpenVinoModel(tmp_path)
+
+
+def test_the_runner_needs_no_torch():
+    program = "import sys, slimrank; slimrank.OpenVinoModel; assert not {'torch', 'transformers'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_step_takes_and_gives_the_cache_as_tensors():
