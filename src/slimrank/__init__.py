@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from slimrank.budget.rank_plan import RankPlan as RankPlan
     from slimrank.errors import SlimrankError as SlimrankError
     from slimrank.evaluate.perplexity import perplexity as perplexity
+    from slimrank.exporting.api import export as export
+    from slimrank.exporting.runner import OpenVinoModel as OpenVinoModel
     from slimrank.layers.low_rank import LowRankLinear as LowRankLinear
     from slimrank.layers.pivot import PivotLinear as PivotLinear
     from slimrank.methods.allocator import allocator as allocator
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CompressionResult": "pipeline",
     "LowRankLinear": "layers.low_rank",
+    "OpenVinoModel": "exporting.runner",
     "PivotLinear": "layers.pivot",
     "RankPlan": "budget.rank_plan",
     "Recipe": "recipe",
@@ -43,6 +46,7 @@ _HOME = {
     "allocator": "methods.allocator",
     "compress": "pipeline",
     "decomposer": "methods.decomposer",
+    "export": "exporting.api",
     "find_plan": "pipeline",
     "find_targets": "models.targets",
     "load": "models.load",

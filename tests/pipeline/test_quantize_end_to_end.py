@@ -203,3 +203,11 @@ def test_plan_announces_the_stage(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     told = slimrank.preview(tmp_path, keep_ratio=0.8, quantize="int4-g8", **SMALL)
     assert told["seconds"]["quantize"] > 0
+
+
+def test_slimrank_loads_it_again_and_refuses_to_compress_it_again(tmp_path):
+    result = compress(tiny_model(), keep_ratio=0.8, quantize="int4-g8", rank_multiple=8, out=tmp_path / "o")
+    loaded, _ = slimrank.load(tmp_path / "o")
+    assert torch.equal(logits(loaded), logits(result.model))
+    with pytest.raises(ModelError, match="already compressed"):
+        slimrank.compress(tmp_path / "o", keep_ratio=0.5, **SMALL)

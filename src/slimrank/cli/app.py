@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from slimrank._version import __version__
-from slimrank.cli import benchmark, compare, compress, demo, doctor, evaluate, methods, plan, recover
+from slimrank.cli import benchmark, compare, compress, demo, doctor, evaluate, export, methods, plan, recover
 from slimrank.cli.lazy import LazyGroup
 from slimrank.errors import SlimrankError
 
@@ -22,6 +22,7 @@ class _Group(LazyGroup):
         recover.recover,
         evaluate.evaluate,
         benchmark.benchmark,
+        export.export,
         compare.compare,
         methods.methods,
         doctor.doctor,

@@ -60,7 +60,8 @@ def kind_of(spec: str | Path, place: Mapping[str, Any]) -> Kind:
         _refuse_adapter(spec, str(place["pretrained_model_name_or_path"]))
         content = _content(spec, place)
         _refuse_custom_code(spec, content)
-    widened = "GGUF" if gguf else check_quantisation(spec, content)
+    ours = content.get("model_type") == MODEL_TYPE  # its layers of few bits unpack themselves
+    widened = "GGUF" if gguf else None if ours else check_quantisation(spec, content)
     with explained(spec):
         config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
         check_decoder(f"the model '{spec}'", config)

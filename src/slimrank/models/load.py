@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from slimrank.checkpoint.modeling_slimrank import SlimRankForCausalLM
 from slimrank.checkpoint.processor import find_file
 from slimrank.checkpoint.register import register
 from slimrank.errors import ModelError, NonFiniteError
@@ -126,7 +127,7 @@ class _Source:
             check_files(self.folder, self._named)
 
     def check_stored(self) -> None:
-        if self.kind.widened is None:
+        if self.kind.widened is None and self.kind.model_class is not SlimRankForCausalLM:
             check_stored(self.spec, stored_tensors(self.files))
 
     def dtype(self, asked: str) -> torch.dtype:

@@ -1,0 +1,110 @@
+"""Speed of compressed models over their original in the same engine, and of each engine over plain transformers.
+
+    slimrank compress demo --keep 0.8 --method kfac_svd --allocation spectrum --form pivot --no-eval --out pivot-80
+    slimrank compress demo --keep 0.5 --method kfac_svd --allocation spectrum --form pivot --no-eval --out pivot-50
+    python benchmarks/engines.py pivot-80 pivot-50 [--original demo] [--rounds 7] [--prompt 256] [--threads 1]
+
+Needs the extra `openvino`. All models run turn by turn in all engines, batch 1. Figures are medians: tokens/s of the
+original, and ratios within a round. `busy` says that other processes computed at the time. Prints one JSON document.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import openvino
+import torch
+import transformers
+
+import slimrank
+from slimrank.evaluate.speed import VOCABULARY_USED, _one_round
+
+ENGINES = {  # name -> engine, dtype or weights, precision of what is between layers
+    "transformers float32": ("transformers", "float32", None),
+    "transformers bfloat16": ("transformers", "bfloat16", None),
+    "openvino float32": ("openvino", "float32", "float32"),
+    "openvino float16": ("openvino", "float16", "auto"),
+    "openvino int8": ("openvino", "int8", "auto"),
+}
+PLAIN = "transformers float32"
+KINDS = ("prefill", "decode")
+
+
+def openvino_round(runner, ids, new_tokens):
+    """Seconds of reading the prompt, and of generating."""
+    runner.reset()
+    start = time.perf_counter()
+    logits = runner.step(ids)
+    middle = time.perf_counter()
+    for _ in range(new_tokens):
+        logits = runner.step(logits[:, -1:].argmax(-1))
+    return middle - start, time.perf_counter() - middle
+
+
+def runner_of(spec, name, folder, args):
+    """A function that measures one round of one model in one engine."""
+    engine, weights, precision = ENGINES[name]
+    ids = torch.randint(VOCABULARY_USED, (1, args.prompt), generator=torch.Generator().manual_seed(0))
+    if engine == "transformers":
+        model, _ = slimrank.load(spec, weights)
+        return lambda: _one_round(model, ids, args.new_tokens)
+    slimrank.export(spec, folder, weights=weights)
+    runner = slimrank.OpenVinoModel(folder, precision, args.threads)
+    return lambda: openvino_round(runner, ids.numpy(), args.new_tokens)
+
+
+def busy(threads):
+    """Load of the last minute beyond what this process may cause."""
+    return os.getloadavg()[0] > threads + 0.3
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("compressed", nargs="+")
+    parser.add_argument("--original", default="demo")
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    specs = [args.original, *args.compressed]
+    tokens = {"prefill": args.prompt, "decode": args.new_tokens}
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        keys = [(name, spec) for name in args.engines for spec in specs]
+        runners = {key: runner_of(key[1], key[0], Path(scratch) / str(i), args) for i, key in enumerate(keys)}
+        for run in runners.values():
+            run()
+        was_busy = busy(args.threads)
+        rounds = [{key: run() for key, run in runners.items()} for _ in range(args.rounds)]
+        was_busy |= busy(args.threads)
+
+    def ratio(kind, key, over):
+        """Median, and the smallest and largest, of how much faster one is than another."""
+        found = [r[over][KINDS.index(kind)] / r[key][KINDS.index(kind)] for r in rounds]
+        return {"median": statistics.median(found), "range": [min(found), max(found)]}
+
+    rows = []
+    for name, spec in keys:
+        seconds = list(zip(*(r[name, spec] for r in rounds), strict=True))
+        row = {"engine": name, "model": spec}
+        for kind, times in zip(KINDS, seconds, strict=True):
+            row[f"{kind}_tokens_per_s"] = tokens[kind] / statistics.median(times)
+            row[f"{kind}_over_original"] = ratio(kind, (name, spec), (name, args.original))
+            if PLAIN in args.engines:
+                row[f"{kind}_over_plain_original"] = ratio(kind, (name, spec), (PLAIN, args.original))
+        rows.append(row)
+    about = {"benchmark": "speed of compressed models by engine", "busy": was_busy, "rows": rows}
+    about |= {name: getattr(args, name) for name in ("rounds", "prompt", "new_tokens", "threads")}
+    about |= {"torch": torch.__version__, "transformers": transformers.__version__, "openvino": openvino.__version__}
+    print(json.dumps({**about, "machine": platform.processor() or platform.machine()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Write models in the form of another engine, and run them there."""
