@@ -5,14 +5,16 @@ import math
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import slimrank
 from helpers import save_tiny
 from slimrank.cli.app import app
-from slimrank.errors import RecipeError, SlimrankError
+from slimrank.errors import MissingExtraError, ModelError, RecipeError, SlimrankError
 from slimrank.evaluate import benchmark as module
 from slimrank.evaluate import busy
 from slimrank.evaluate.api import benchmark
@@ -122,6 +124,29 @@ def test_own_work_does_not_count_as_busy():
         while time.perf_counter() - start < 0.9:
             sum(range(1000))
     assert found.processors < idle.processors + 0.5
+
+
+def test_the_engine_openvino_measures_exported_folders(models, tmp_path):
+    pytest.importorskip("openvino")
+    for name, model in zip(("one", "other"), models, strict=True):
+        slimrank.export(model, tmp_path / name)
+    record = benchmark(tmp_path / "one", tmp_path / "other", engine="openvino", **QUICK)
+    assert record["rows"][0]["model"]["decode"] > 0
+    assert record["model"]["dtype"] == "float32"
+    assert "openvino" in record["machine"]
+    with pytest.raises(ModelError, match="is not an exported model"):
+        benchmark(*models, engine="openvino", **QUICK)
+    with pytest.raises(RecipeError, match="with the weights of the folder"):
+        benchmark(*models, engine="openvino", dtype="bfloat16", **QUICK)
+
+
+def test_an_engine_that_is_not_installed_says_what_to_install(models, monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(MissingExtraError, match="openvino"):
+        benchmark(*models, engine="openvino", **QUICK)
 
 
 def test_compile_without_a_compiler_is_refused(models, monkeypatch):

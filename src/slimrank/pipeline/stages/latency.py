@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -29,6 +28,7 @@ from slimrank.evaluate.speed import one_round
 from slimrank.layers.dense import weight_of
 from slimrank.layers.forms import layer_form
 from slimrank.layers.stand_ins import stand_in
+from slimrank.models.contexts import swapped
 from slimrank.models.placement import placed
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Latency:
         rounds: list[tuple[float, float]] = []
         for _ in range(ROUNDS + 1):
             before = self.use.seconds(self.model)
-            with _swapped(self.model, others):
+            with swapped(self.model, others):
                 rounds.append((before, self.use.seconds(self.model)))
         before = statistics.median(one for one, _ in rounds[1:])
         return before, before * statistics.median(other / one for one, other in rounds[1:])
@@ -228,16 +228,3 @@ def _copies(layer: nn.Module) -> list[nn.Module]:
     size = sum(p.numel() * p.element_size() for p in layer.parameters())
     count = min(MAX_COPIES, ceil(COPIES_BYTES / max(1, size)))
     return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
-
-
-@contextmanager
-def _swapped(model: nn.Module, others: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put other layers instead of a model's own inside the context."""
-    own = {path: model.get_submodule(path) for path in others}
-    try:
-        for path, layer in others.items():
-            model.set_submodule(path, layer)
-        yield
-    finally:
-        for path, layer in own.items():
-            model.set_submodule(path, layer)
