@@ -14,7 +14,7 @@ from slimrank.methods.recoverer import Phase, recoverer
     id="distill",
     title="all factors, norms and biases, by the divergence from the original",
     paper="Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531",
-    defaults={"learning_rate": 3e-5},  # the usual 1e-4 gains nothing on models that lost little: docs/recover/distill.md
+    defaults={"learning_rate": 3e-5},  # 1e-4 gains nothing on models that lost little: docs/recover/distill.md
 )
 def distill(model: Any, blocks: Sequence[str], *, balance: Balance = True) -> Phase:
     """Train everything but embeddings and output head."""
