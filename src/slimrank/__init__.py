@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from slimrank.methods.decomposer import decomposer as decomposer
     from slimrank.methods.refiner import refiner as refiner
     from slimrank.models.load import load as load
+    from slimrank.models.packing import pack as pack
     from slimrank.models.targets import find_targets as find_targets
     from slimrank.pipeline import CompressionResult as CompressionResult
     from slimrank.pipeline import compress as compress
@@ -50,6 +51,7 @@ _HOME = {
     "find_plan": "pipeline",
     "find_targets": "models.targets",
     "load": "models.load",
+    "pack": "models.packing",
     "perplexity": "evaluate.perplexity",
     "preview": "pipeline.preview",
     "recover": "recovery.api",

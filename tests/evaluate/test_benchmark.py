@@ -90,7 +90,7 @@ def test_the_interval_covers_the_median_as_often_as_it_says(n):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch, of itself
-@pytest.mark.parametrize("engine", ["transformers", "compile"])
+@pytest.mark.parametrize("engine", ["transformers", "compile", "packed"])
 def test_every_engine_measures_real_models(engine, models):
     record = benchmark(*models, engine=engine, batches=[1, 2], **QUICK)
     assert [(row["batch"], row["prompt"]) for row in record["rows"]] == [(1, 6), (2, 6)]

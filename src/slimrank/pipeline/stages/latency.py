@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,14 +29,13 @@ from slimrank.layers.forms import layer_form
 from slimrank.layers.stand_ins import stand_in
 from slimrank.models.contexts import swapped
 from slimrank.models.placement import placed
+from slimrank.models.timing import layer_seconds
 
 if TYPE_CHECKING:
     from slimrank.methods.allocator import ConfiguredAllocator
     from slimrank.pipeline.state import State
 
 GRID = (0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)  # of the largest rank that stores less than the dense weight
-COPIES_BYTES = 2**26  # of weights that are read in turn, so that none of them waits in a cache
-MAX_COPIES = 32
 ROUNDS = 7
 NEW_TOKENS = 8  # of a round of decoding
 VOCABULARY_USED = 1000
@@ -206,25 +204,3 @@ class Latency:
                 f"a max_latency of at least {ceil(nearest * 100 + 1) / 100:.2f}",
             )
         return budget
-
-
-def layer_seconds(layers: list[nn.Module], x: Tensor) -> list[float]:
-    """Measure a call of each layer on inputs x (... x in), in turns; its weights come from memory, not from a cache."""
-    several = [_copies(layer) for layer in layers]
-    rounds: list[list[float]] = [[] for _ in layers]
-    with torch.no_grad():
-        for _ in range(ROUNDS + 1):
-            for times, copies in zip(rounds, several, strict=True):
-                start = time.perf_counter()
-                for layer in copies:
-                    layer(x)
-                if x.device.type != "cpu":
-                    torch.accelerator.synchronize(x.device)
-                times.append((time.perf_counter() - start) / len(copies))
-    return [statistics.median(times[1:]) for times in rounds]
-
-
-def _copies(layer: nn.Module) -> list[nn.Module]:
-    size = sum(p.numel() * p.element_size() for p in layer.parameters())
-    count = min(MAX_COPIES, ceil(COPIES_BYTES / max(1, size)))
-    return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]

@@ -1,0 +1,139 @@
+"""Layers of one input that are computed together: one product for all that reads the inputs.
+
+The layers stay where they are, with their parameters under their names. Only the memory of what reads the inputs is
+joined, and the first layer that is called computes the outputs of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from slimrank.layers.base import CompressedLinear
+from slimrank.layers.low_rank import LowRankLinear
+from slimrank.layers.pivot import PivotLinear
+
+
+class PackedGroup:
+    """Computes several layers of the same inputs at once.
+
+    Args:
+        layers: see `reader`; their readers get joint memory.
+    """
+
+    def __init__(self, layers: Sequence[CompressedLinear]) -> None:
+        self.layers = list(layers)
+        self.readers: list[nn.Linear] = [part for layer in layers if (part := reader(layer)) is not None]
+        self.joint = torch.cat([part.weight.data for part in self.readers])
+        self.starts: list[int] = []
+        for part in self.readers:
+            self.starts.append(sum(len(each.weight) for each in self.readers[: len(self.starts)]))
+            part.weight.data = self.joint.narrow(0, self.starts[-1], len(part.weight))
+        self.order = _joint_order(self.layers, self.starts, len(self.joint))
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
+
+    def output(self, number: int, x: Tensor) -> Tensor:
+        """Return the outputs of one of the layers for inputs x (..., in)."""
+        if x is not self._input or self._outputs[number] is None:
+            if self._learns() or not self._whole():
+                return type(self.layers[number]).forward(self.layers[number], x)
+            self._input, self._outputs = x, list(self._computed(x))
+        found, self._outputs[number] = self._outputs[number], None
+        if not any(output is not None for output in self._outputs):
+            self._input = None
+        assert found is not None
+        return found
+
+    def _learns(self) -> bool:
+        """Tell whether gradients of the weights are wanted, or a compiler looks on, which joins products itself."""
+        trained = torch.is_grad_enabled() and any(part.weight.requires_grad for part in self.readers)
+        return trained or torch.compiler.is_compiling()
+
+    def _whole(self) -> bool:
+        """Tell whether all readers still lie in the joint memory: `model.to` gives them other memory."""
+        size = self.joint.element_size() * self.joint.shape[1]
+        first = self.joint.data_ptr()
+        return all(
+            part.weight.data_ptr() == first + start * size and part.weight.dtype == self.joint.dtype
+            for part, start in zip(self.readers, self.starts, strict=True)
+        )
+
+    def _computed(self, x: Tensor) -> Iterable[Tensor]:
+        z = linear(x, self.joint)
+        parts = [z.narrow(-1, start, layer.rank) for start, layer in zip(self.starts, self.layers, strict=True)]
+        if self.order is None:
+            return [_others(layer, part) for layer, part in zip(self.layers, parts, strict=True)]
+        own = [_others(layer, part) for layer, part in zip(self.layers, parts, strict=True)]
+        joined = torch.cat([z, *own], -1).index_select(-1, self.order.to(x.device))
+        outputs = joined.split([layer.out_features for layer in self.layers], -1)
+        # Pairs have their bias in the second factor.
+        biases = [layer.bias if type(layer) is PivotLinear else None for layer in self.layers]
+        return [y if bias is None else y + bias for y, bias in zip(outputs, biases, strict=True)]
+
+
+class _Member:
+    """One layer of a group; its method stands in for the layer's `forward`."""
+
+    def __init__(self, group: PackedGroup, number: int) -> None:
+        self.group, self.number = group, number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group.output(self.number, x)
+
+
+def reader(layer: nn.Module) -> nn.Linear | None:
+    """Return the part that multiplies the inputs, where several layers may share one product; else None.
+
+    That is A of a pair, and the skeleton of a pivot layer that stores outputs. Parts that another library has changed
+    are left alone.
+    """
+    part: Any = None
+    if type(layer) is LowRankLinear:
+        part = layer.A
+    elif type(layer) is PivotLinear and layer.side == "out":
+        part = layer.skeleton
+    return part if type(part) is nn.Linear and not part._forward_hooks and not part._forward_pre_hooks else None
+
+
+def join(layers: Sequence[CompressedLinear]) -> None:
+    """Compute layers of the same inputs together from now on, in place."""
+    group = PackedGroup(layers)
+    for number, layer in enumerate(layers):
+        layer.forward = _Member(group, number).forward
+
+
+def is_joined(layer: nn.Module) -> bool:
+    """Tell whether a layer is computed together with others."""
+    return "forward" in vars(layer)
+
+
+def part(layer: nn.Module) -> None:
+    """Compute a layer by itself again."""
+    vars(layer).pop("forward", None)
+
+
+def _others(layer: Any, z: Tensor) -> Tensor:
+    """Return the outputs of a layer that are not in z: all of a pair, the rest of a pivot layer."""
+    found: Tensor = (layer.interpolation if isinstance(layer, PivotLinear) else layer.B)(z)
+    return found
+
+
+def _joint_order(layers: Sequence[CompressedLinear], starts: Sequence[int], rows: int) -> Tensor | None:
+    """Return the places of all outputs in z and what follows it; None where z holds no outputs."""
+    if not any(isinstance(layer, PivotLinear) for layer in layers):
+        return None
+    found, own = [], rows
+    for layer, start in zip(layers, starts, strict=True):
+        if isinstance(layer, PivotLinear):
+            order = layer.order.long()
+            found.append(torch.where(order < layer.rank, order + start, order - layer.rank + own).cpu())
+            own += layer.out_features - layer.rank
+        else:
+            found.append(torch.arange(own, own + layer.out_features))
+            own += layer.out_features
+    return torch.cat(found).to(next(layers[0].parameters()).device)
