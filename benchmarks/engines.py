@@ -31,6 +31,7 @@ ENGINES = {  # name -> engine, dtype or weights, precision of what is between la
     "openvino float16": ("openvino", "float16", "auto"),
     "openvino int8": ("openvino", "int8", "auto"),
 }
+TYPES = {"between": "INFERENCE_PRECISION_HINT", "cache": "KV_CACHE_PRECISION"}
 PLAIN = "transformers float32"
 KINDS = ("prefill", "decode")
 
@@ -47,15 +48,20 @@ def openvino_round(runner, ids, new_tokens):
 
 
 def runner_of(spec, name, folder, args):
-    """A function that measures one round of one model in one engine."""
+    """A function that measures one round of one model in one engine, and the types that this computes in."""
     engine, weights, precision = ENGINES[name]
     ids = torch.randint(VOCABULARY_USED, (1, args.prompt), generator=torch.Generator().manual_seed(0))
     if engine == "transformers":
         model, _ = slimrank.load(spec, weights)
-        return lambda: _one_round(model, ids, args.new_tokens)
+        return lambda: _one_round(model, ids, args.new_tokens), {
+            "weights": weights,
+            "between": weights,
+            "cache": weights,
+        }
     slimrank.export(spec, folder, weights=weights)
     runner = slimrank.OpenVinoModel(folder, precision, args.threads)
-    return lambda: openvino_round(runner, ids.numpy(), args.new_tokens)
+    found = {key: runner.compiled.get_property(name).get_type_name() for key, name in TYPES.items()}
+    return lambda: openvino_round(runner, ids.numpy(), args.new_tokens), {"weights": weights, **found}
 
 
 def busy(threads):
@@ -78,7 +84,8 @@ def main():
     tokens = {"prefill": args.prompt, "decode": args.new_tokens}
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         keys = [(name, spec) for name in args.engines for spec in specs]
-        runners = {key: runner_of(key[1], key[0], Path(scratch) / str(i), args) for i, key in enumerate(keys)}
+        made = {key: runner_of(key[1], key[0], Path(scratch) / str(i), args) for i, key in enumerate(keys)}
+        runners = {key: run for key, (run, _) in made.items()}
         for run in runners.values():
             run()
         was_busy = busy(args.threads)
@@ -93,7 +100,7 @@ def main():
     rows = []
     for name, spec in keys:
         seconds = list(zip(*(r[name, spec] for r in rounds), strict=True))
-        row = {"engine": name, "model": spec}
+        row = {"engine": name, "model": spec, **made[name, spec][1]}
         for kind, times in zip(KINDS, seconds, strict=True):
             row[f"{kind}_tokens_per_s"] = tokens[kind] / statistics.median(times)
             row[f"{kind}_over_original"] = ratio(kind, (name, spec), (name, args.original))

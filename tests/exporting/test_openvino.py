@@ -200,6 +200,19 @@ def test_integers_of_slimrank_stay_as_they_are(form, quantize, tmp_path):
     assert record.difference["written"] < 1e-5
 
 
+@pytest.mark.parametrize("weights", ["float16", "int8", "int4"])
+def test_integers_of_slimrank_stay_whatever_the_weights(weights, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("nncf")
+    options = {"keep_ratio": 0.8, "quantize": "int4-g8", "rank_multiple": 8}
+    compress(tiny_model(), method="svd_llm", samples=4, seq_len=16, out=tmp_path / "o", **options)
+    integers = export(tmp_path / "o", tmp_path / "float", weights="float32").numbers["u4"]
+    record = export(tmp_path / "o", tmp_path / "out", weights=weights)
+    assert record.numbers["u4"] == integers
+    assert record.difference["written"] < 0.05
+    assert record.wide == {}
+
+
 # the folder -----------------------------------------------------------------------------------------------------
 
 

@@ -126,7 +126,10 @@ def wide_layers(graph: Any, model: Any) -> dict[str, list[str]]:
         if isinstance(module, CompressedLinear) and module.least_nearest > NARROW
     ]
     found: dict[str, list[str]] = {}
+    head = model.get_output_embeddings()  # NNCF leaves it in 8 bits by itself
     for path, constant in weights_of(graph).items():
+        if model.get_submodule(path) is head:
+            continue
         if path.rpartition(".")[0] in fragile or path in fragile:
             found.setdefault(FOR_PIVOTS, []).append(path)
         elif list(constant.get_output_shape(0))[-1] % GROUP:
