@@ -59,6 +59,8 @@ def plan(
         _show(model, record, save)
         if allocation.get("provisional"):
             guess = "forms are a guess" if chosen.get("bits") else "ranks are uniform"
+            if chosen.get("max_latency"):
+                guess = "sizes are a guess, as nothing is timed yet"
             print_text(f"these {guess}; with --run-dir DIR, '{allocation['id']}' computes its own")
             return
         show_plan(made, record["blocks_path"])
