@@ -20,9 +20,7 @@ from slimrank.serving.packing import dequantized
 DENSE = "dense"
 KINDS = (DENSE, "pair", "pivot", "residual")
 TRANSFORMS = ("factors", "split", "quantized")
-ELSEWHERE = (
-    "serve the folder with transformers, or make its layers dense: slimrank.to_dense(model), then model.save_pretrained"
-)
+ELSEWHERE = "serve the folder with transformers, or make its layers dense by their to_dense(): docs/pivot.md"
 
 
 @dataclass(frozen=True)
