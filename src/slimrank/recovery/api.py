@@ -17,6 +17,7 @@ from slimrank.checkpoint.save import save_model
 from slimrank.errors import ModelError, RecipeError
 from slimrank.evaluate.suite import Suite, compare
 from slimrank.layers.base import compressed_layers
+from slimrank.layers.quantized import quantized_layers
 from slimrank.methods.recoverer import RECOVERERS, ConfiguredRecoverer
 from slimrank.models.load import Loaded, digest, load_model
 from slimrank.models.machine import measure_machine
@@ -184,8 +185,13 @@ def check_pair(student: Any, teacher: Any) -> None:
     """Make sure that a model can be trained towards another.
 
     Raises:
-        ModelError: the first has no compressed layers, or they are not of one architecture and vocabulary.
+        ModelError: the first has no compressed layers, or integers, or they are not of one architecture and vocabulary.
     """
+    if quantized_layers(student):
+        raise ModelError(
+            "the model is quantised, and integers are not trained.",
+            "slimrank compress MODEL --recover distill --quantize int4-g64 trains before it rounds",
+        )
     if not compressed_layers(student):
         raise ModelError("the model has no compressed layers.", "slimrank compress MODEL --keep 0.8 first")
     mine, other = student.config.get_text_config(), teacher.config.get_text_config()
