@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import slimrank  # noqa: F401  # so that transformers knows the folders
+from helpers import byte_tokenizer
 from serving.served_models import PLANS, dense_model, save
 from serving.vllm_tokens import PROMPTS
 
 pytestmark = [
+    pytest.mark.engine,
     pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make serve-check"),
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # by the compressed-tensors that vLLM needs
 ]
@@ -76,7 +78,8 @@ def test_the_code_in_the_folder_changes_nothing(tmp_path):
 
 def test_a_dense_model_is_served_as_before(tmp_path):
     dense_model("llama").save_pretrained(tmp_path)
-    assert engine_tokens([tmp_path], skip_tokenizer_init=True) == [tokens_of_transformers(tmp_path)]
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert engine_tokens([tmp_path]) == [tokens_of_transformers(tmp_path)]
 
 
 def test_folders_that_would_load_wrong_are_refused(tmp_path):

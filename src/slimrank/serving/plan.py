@@ -110,6 +110,11 @@ class ServedPlan:
         """The paths of layers whose factor A others use."""
         return {entry["share"] for entry in self.layers.values() if "share" in entry}
 
+    @property
+    def borrowers(self) -> set[str]:
+        """The paths of layers that use the factor A of another one."""
+        return {path for path, entry in self.layers.items() if "share" in entry}
+
     def renamed(self, rename: Callable[[dict[str, Any]], dict[str, Any]]) -> ServedPlan:
         """Return the plan with the paths that an engine has.
 

@@ -39,6 +39,7 @@ class SlimRankQuantization(QuantizationConfig):
         super().__init__()
         self.plan = plan
         self.taken: set[str] = set()
+        self.loaded: set[str] = set()
         self.lent: dict[str, Tensor] = {}
 
     def get_name(self) -> str:
@@ -146,6 +147,9 @@ class SlimRankLinearMethod(LinearMethodBase):
         for name in self.slots.names:
             _remove(layer, name)
         layer.slimrank = packed
+        config.loaded.update(self.paths)
+        if config.plan.borrowers <= config.loaded:
+            config.lent.clear()
         # The sum over processes is of z, whose numbers are as many as the rank, not of all outputs.
         kind = self.slots.stored[0].kind
         is_cut = layer.tp_size > 1 and isinstance(layer, RowParallelLinear)
