@@ -80,7 +80,8 @@ def markdown(results):
     lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for cell in results["cells"].values():
         tokens, seconds = (sum(phase[key] for phase in cell["phases"]) for key in ("tokens", "seconds"))
-        row = [cell["start"], f"{cell['keep']:g}", cell["method"], cell["text"], f"{tokens:,}", f"{seconds / 60:.0f}"]
+        method = ", ".join([cell["method"], *cell["options"]])
+        row = [cell["start"], f"{cell['keep']:g}", method, cell["text"], f"{tokens:,}", f"{seconds / 60:.0f}"]
         row += [f"{tokens / seconds:.0f}", f"{cell['phases'][0]['before']:.3f}, {cell['phases'][-1]['after']:.3f}"]
         for test in tests:
             both = (cell[side][test] / results["dense"][test] for side in ("before", "after"))
@@ -165,7 +166,8 @@ def main():
                 before, began = measure(folder, tests), time.perf_counter()
                 out, phases = trained(args, folder, name.replace(" ", "-").replace(",", ""), source)
                 results["cells"][name] = {
-                    "start": start, "keep": keep, "method": args.method, "text": text, "phases": phases,
+                    "start": start, "keep": keep, "method": args.method, "options": args.option, "text": text,
+                    "phases": phases,
                     "seconds": time.perf_counter() - began, "before": before, "after": measure(out, tests),
                 }  # fmt: skip
                 keep_results()
