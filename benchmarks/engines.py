@@ -4,8 +4,9 @@
     slimrank compress demo --keep 0.5 --method kfac_svd --allocation spectrum --form pivot --no-eval --out pivot-50
     python benchmarks/engines.py pivot-80 pivot-50 [--original demo] [--rounds 7] [--prompt 256] [--threads 1]
 
-Needs the extra `openvino`. All models run turn by turn in all engines, batch 1. Figures are medians: tokens/s of the
-original, and ratios within a round. `busy` says that other processes computed at the time. Prints one JSON document.
+Needs the extra `openvino`. All models run turn by turn in all engines, batch 1. Figures are medians: tokens/s, and ratios
+within a round with their range. `busy` says that other processes computed at the time. Then take the ratios in seconds of
+the processor (`by_processor`, meant for one thread). `--exports DIR` keeps what was exported. Prints one JSON document.
 """
 
 import argparse
@@ -17,12 +18,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import openvino
 import torch
 import transformers
 
 import slimrank
-from slimrank.evaluate.speed import VOCABULARY_USED, _one_round
+from slimrank.evaluate.speed import VOCABULARY_USED
+from slimrank.models.cache import next_inputs
+from slimrank.models.load import skeleton
 
 ENGINES = {  # name -> engine, dtype or weights, precision of what is between layers
     "transformers float32": ("transformers", "float32", None),
@@ -36,29 +40,46 @@ PLAIN = "transformers float32"
 KINDS = ("prefill", "decode")
 
 
+def now():
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 def openvino_round(runner, ids, new_tokens):
-    """Seconds of reading the prompt, and of generating."""
+    """Seconds of reading the prompt, and of generating: on the clock, and of the processor."""
     runner.reset()
-    start = time.perf_counter()
+    start = now()
     logits = runner.step(ids)
-    middle = time.perf_counter()
+    middle = now()
     for _ in range(new_tokens):
         logits = runner.step(logits[:, -1:].argmax(-1))
-    return middle - start, time.perf_counter() - middle
+    return middle - start, now() - middle
+
+
+def transformers_round(model, ids, new_tokens):
+    """See `openvino_round`."""
+    start = now()
+    output, seen = model(input_ids=ids, use_cache=True), ids
+    middle = now()
+    for _ in range(new_tokens):
+        seen = torch.cat([seen, output.logits[:, -1:].argmax(-1)], 1)
+        output = model(**next_inputs(model, output, seen), use_cache=True)
+    return middle - start, now() - middle
 
 
 def runner_of(spec, name, folder, args):
     """A function that measures one round of one model in one engine, and the types that this computes in."""
     engine, weights, precision = ENGINES[name]
-    ids = torch.randint(VOCABULARY_USED, (1, args.prompt), generator=torch.Generator().manual_seed(0))
+    ids = args.ids
     if engine == "transformers":
         model, _ = slimrank.load(spec, weights)
-        return lambda: _one_round(model, ids, args.new_tokens), {
+        model.eval()
+        return lambda: transformers_round(model, ids, args.new_tokens), {
             "weights": weights,
             "between": weights,
             "cache": weights,
         }
-    slimrank.export(spec, folder, weights=weights)
+    if not folder.exists():
+        slimrank.export(spec, folder, weights=weights)
     runner = slimrank.OpenVinoModel(folder, precision, args.threads)
     found = {key: runner.compiled.get_property(name).get_type_name() for key, name in TYPES.items()}
     return lambda: openvino_round(runner, ids.numpy(), args.new_tokens), {"weights": weights, **found}
@@ -78,13 +99,18 @@ def main():
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--exports")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     specs = [args.original, *args.compressed]
+    vocabulary = min(VOCABULARY_USED, skeleton(args.original).model.get_input_embeddings().weight.shape[0])
+    args.ids = torch.randint(vocabulary, (1, args.prompt), generator=torch.Generator().manual_seed(0))
     tokens = {"prefill": args.prompt, "decode": args.new_tokens}
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+    with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
+        scratch = Path(args.exports or temporary)
         keys = [(name, spec) for name in args.engines for spec in specs]
-        made = {key: runner_of(key[1], key[0], Path(scratch) / str(i), args) for i, key in enumerate(keys)}
+        places = {(name, spec): scratch / f"{Path(spec).name}-{ENGINES[name][1]}" for name, spec in keys}
+        made = {key: runner_of(key[1], key[0], places[key], args) for key in keys}
         runners = {key: run for key, (run, _) in made.items()}
         for run in runners.values():
             run()
@@ -94,15 +120,17 @@ def main():
 
     def ratio(kind, key, over):
         """Median, and the smallest and largest, of how much faster one is than another."""
-        found = [r[over][KINDS.index(kind)] / r[key][KINDS.index(kind)] for r in rounds]
-        return {"median": statistics.median(found), "range": [min(found), max(found)]}
+        found = np.array([r[over][KINDS.index(kind)] / r[key][KINDS.index(kind)] for r in rounds])
+        (clock, processor), least, most = np.median(found, 0), found.min(0), found.max(0)
+        return {"by_clock": clock, "range": [least[0], most[0]], "by_processor": processor}
 
     rows = []
     for name, spec in keys:
         seconds = list(zip(*(r[name, spec] for r in rounds), strict=True))
         row = {"engine": name, "model": spec, **made[name, spec][1]}
         for kind, times in zip(KINDS, seconds, strict=True):
-            row[f"{kind}_tokens_per_s"] = tokens[kind] / statistics.median(times)
+            row[f"{kind}_tokens_per_s"] = tokens[kind] / statistics.median(t[0] for t in times)
+            row[f"{kind}_tokens_per_processor_s"] = tokens[kind] / statistics.median(t[1] for t in times)
             row[f"{kind}_over_original"] = ratio(kind, (name, spec), (name, args.original))
             if PLAIN in args.engines:
                 row[f"{kind}_over_plain_original"] = ratio(kind, (name, spec), (PLAIN, args.original))

@@ -18,10 +18,10 @@ from slimrank.evaluate.busy import check_idle, others
 from slimrank.evaluate.engine import ENGINES, Engine, Round, Running
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.options import Loading, LoadOptions
+from slimrank.evaluate.speed import VOCABULARY_USED
 from slimrank.models.placement import resolve_device
 from slimrank.progress import Progress
 
-VOCABULARY_USED = 1000  # random prompts draw from the first ids, which every vocabulary has
 CONFIDENCE = 0.95
 
 

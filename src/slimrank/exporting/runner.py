@@ -38,7 +38,8 @@ class OpenVinoModel:
         ov = need("openvino", "running an exported model")
         in_memory = not isinstance(folder, (str, Path))
         self.stops: frozenset[int] = frozenset() if in_memory else _stops_of(Path(folder))
-        settings = dict(_EXACT) if precision == "float32" else {}
+        settings: dict[str, Any] = {"ENABLE_CPU_PINNING": False}  # a thread bound to a core that is busy waits for it
+        settings |= _EXACT if precision == "float32" else {}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         self.compiled = ov.Core().compile_model(folder if in_memory else _file_in(Path(folder)), "CPU", settings)

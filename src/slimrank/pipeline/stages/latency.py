@@ -23,7 +23,7 @@ from slimrank.budget.problem import Allocation, Problem
 from slimrank.budget.ranks import Rank
 from slimrank.budget.timed import LayerTimes, least_seconds, timed
 from slimrank.errors import BudgetError
-from slimrank.evaluate.speed import one_round
+from slimrank.evaluate.speed import VOCABULARY_USED, one_round
 from slimrank.layers.dense import weight_of
 from slimrank.layers.forms import layer_form
 from slimrank.layers.stand_ins import stand_in
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 GRID = (0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)  # of the largest rank that stores less than the dense weight
 ROUNDS = 7
 NEW_TOKENS = 8  # of a round of decoding
-VOCABULARY_USED = 1000
 TOLERANCE = 0.02  # of the time that was asked for
 TRIES = 3
 SAVINGS = (0.25, 4.0)  # bounds of what layers save in the model over what they save by themselves
