@@ -4,9 +4,10 @@
     slimrank compress demo --keep 0.5 --method kfac_svd --allocation spectrum --form pivot --no-eval --out pivot-50
     python benchmarks/engines.py pivot-80 pivot-50 [--original demo] [--rounds 7] [--prompt 256] [--threads 1]
 
-Needs the extra `openvino`. All models run turn by turn in all engines, batch 1. Figures are medians: tokens/s, and ratios
-within a round with their range. `busy` says that other processes computed at the time. Then take the ratios in seconds of
-the processor (`by_processor`, meant for one thread). `--exports DIR` keeps what was exported. Prints one JSON document.
+Needs the extra `openvino`. All models run turn by turn in all engines, batch 1. Figures are medians: tokens/s, and
+ratios within a round with their range. `busy` says that other processes computed at the time. Then take the ratios in
+seconds of the processor (`by_processor`, meant for one thread). `--exports DIR` keeps what was exported. Prints one
+JSON document.
 """
 
 import argparse
