@@ -43,10 +43,10 @@ def compressed(args, start, keep):
     """The folder of a compressed model."""
     folder = args.runs / f"{start}-{keep:g}"
     if not folder.is_dir():
+        options = {"samples": args.samples, "seq_len": args.seq_len, "compute_dtype": args.compute_dtype}
         slimrank.compress(
-            args.model, out=folder, keep_ratio=keep, calibration=args.calibration, samples=args.samples,
-            seq_len=args.seq_len, evaluation=None, compute_dtype=args.compute_dtype, run_dir=args.runs / "statistics",
-            keep_statistics=True, **STARTS[start],
+            args.model, out=folder, keep_ratio=keep, calibration=args.calibration, evaluation=None,
+            run_dir=args.runs / "statistics", keep_statistics=True, **(options | STARTS[start]),
         )  # fmt: skip
     return folder
 

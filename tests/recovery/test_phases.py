@@ -69,7 +69,8 @@ def naive(model, ids, counted, terms, hidden):
 @pytest.mark.parametrize("form", ["pair", "pivot"])
 @pytest.mark.parametrize("at_once", [5, 1000])
 def test_loss_and_gradients_are_those_of_whole_logits(terms, form, at_once, monkeypatch):
-    monkeypatch.setattr(loss, "POSITIONS", at_once)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once * teacher().config.vocab_size)
+    monkeypatch.setattr(loss, "IN_CACHE", 3 * teacher().config.vocab_size)
     model = compressed(form)
     ids, counted = IDS[:3], torch.rand(3, 16, generator=torch.Generator().manual_seed(1)) > 0.3
     student = Student(model, teacher() if terms.kl else None, terms)

@@ -10,7 +10,7 @@ from torch import nn
 
 from slimrank.methods.recoverer import ConfiguredRecoverer
 from slimrank.models.structure import find_blocks, parameters_of
-from slimrank.recovery.loss import POSITIONS
+from slimrank.recovery.loss import positions_at_once
 from slimrank.recovery.request import Recovery
 from slimrank.text.chats import Chat
 from slimrank.text.reading import read_parts
@@ -81,7 +81,7 @@ def training_cost(sizes: Sizes, method: ConfiguredRecoverer, tokens: int, seq_le
     products = sizes.original + passes * sizes.student + 3 * through_head
     at_once = (options.micro_batch or options.batch_size) * seq_len
     kept = 1 if options.checkpointing else SAVED * sizes.sides
-    logits = 0 if method.method.by_block else LOGITS * FLOAT32 * POSITIONS * sizes.vocabulary
+    logits = 0 if method.method.by_block else LOGITS * FLOAT32 * positions_at_once(sizes.vocabulary) * sizes.vocabulary
     states = STATES * FLOAT32 * sizes.whole
     operations = OVERHEAD * 2.0 * method.method.rounds * tokens * products
     return TrainingCost(operations, states + at_once * kept + logits, states)

@@ -44,6 +44,11 @@ class Head:
         inside = {id(p) for p in self.blocks.parameters()}
         return [p for p in self.model.parameters() if p.requires_grad and id(p) not in inside]
 
+    @property
+    def vocabulary(self) -> int:
+        """Return the number of logits of a position."""
+        return int(self.model.config.get_text_config().vocab_size)
+
     def states(self, ids: Tensor, wanted: bool = False) -> list[Tensor]:
         """Return the states after the last block (batch x tokens x width); those after every block, if `wanted`."""
         found: dict[int, Tensor] = {}
@@ -61,8 +66,8 @@ class Head:
         return [found[index] for index, _ in blocks]
 
     def logits(self, final: Tensor) -> Tensor:
-        """Return the logits (positions x vocabulary, float32) of final states (positions x width)."""
+        """Return the logits (positions x vocabulary) of final states (positions x width)."""
         ids = torch.zeros(1, len(final), dtype=torch.long, device=final.device)
         with Bypass(self.blocks, self.answer) as bypass:
             bypass.final = final[None]
-            return self.model(input_ids=ids, use_cache=False).logits[0].float()
+            return self.model(input_ids=ids, use_cache=False).logits[0]

@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 
 from slimrank.recovery.head import Head
 
-POSITIONS = 256  # that go through the head at once
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What is added up over positions: kl KL(original || student) + label (negative log-likelihood of the next token).
-
-    Attributes:
-        kl: weight of the divergence.
-        label: weight of the likelihood.
-    """
-
-    kl: float = 1.0
-    label: float = 0.0
-
-    def of(self, student: Tensor, original: Tensor | None, labels: Tensor, weights: Tensor) -> Tensor:
-        """Return the weighted sum over positions.
-
-        Args:
-            student: logits (positions x vocabulary).
-            original: those of the original; None where only labels count.
-            labels: the next token (positions), -100 where there is none.
-            weights: of the positions.
-        """
-        total = student.new_zeros(())
-        if original is not None:
-            log_p, log_q = log_softmax(original, -1), log_softmax(student, -1)
-            total = total + self.kl * ((log_p.exp() * (log_p - log_q)).sum(-1) * weights).sum()
-        if self.label:
-            losses = cross_entropy(student, labels, reduction="none", ignore_index=-100)
-            total = total + self.label * (losses * weights).sum()
-        return total
+LOGITS_AT_ONCE = 2**26  # elements, that go through the head together: autocast casts its weight each time
+IN_CACHE = 2**20  # elements
+NO_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -65,9 +37,70 @@ class Positions:
         return Positions(original, self.labels[rows], self.weights[rows])
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What is added up over positions: kl KL(original || student) + label (negative log-likelihood of the next token).
+
+    Attributes:
+        kl: weight of the divergence.
+        label: weight of the likelihood.
+    """
+
+    kl: float = 1.0
+    label: float = 0.0
+
+    def total_and_gradient(self, student: Tensor, aims: Positions, original: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum over positions, and its gradient by the logits of the student.
+
+        By hand, a few positions at a time and mostly in place: autograd would pass over logits in float32 a dozen
+        times, and they do not fit into a cache.
+
+        Args:
+            student: logits (positions x vocabulary).
+            aims: labels and weights of the positions.
+            original: logits of the original; None where only labels count.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=student.device)
+        gradient = torch.empty_like(student)
+        for rows in slices(len(student), max(1, IN_CACHE // student.shape[1])):
+            log_q = log_softmax(student[rows], -1, dtype=torch.float32)
+            slope = torch.zeros_like(log_q)
+            if original is not None:
+                total += self._divergence(log_q, original[rows], aims.weights[rows], slope)
+            if self.label:
+                total += self._likelihood(log_q, aims.labels[rows], aims.weights[rows], slope)
+            gradient[rows] = slope
+        return total, gradient
+
+    def _divergence(self, log_q: Tensor, original: Tensor, weights: Tensor, slope: Tensor) -> Tensor:
+        """Return the weighted KL(original || student), and add its gradient, q - p, to `slope`."""
+        log_p, weights = log_softmax(original, -1, dtype=torch.float32), self.kl * weights[:, None]
+        p = log_p.exp()
+        slope.add_(log_q.exp().sub_(p).mul_(weights))
+        return (log_p.sub_(log_q).mul_(p).sum(-1).double() * weights[:, 0]).sum()
+
+    def _likelihood(self, log_q: Tensor, labels: Tensor, weights: Tensor, slope: Tensor) -> Tensor:
+        """Return the weighted negative log-likelihood, and add its gradient, q - 1 at the label, to `slope`."""
+        weights = (self.label * weights * labels.ne(NO_LABEL))[:, None]
+        labels = labels.clamp(min=0)[:, None]
+        slope.add_(log_q.exp().mul_(weights)).scatter_add_(1, labels, -weights)
+        return -(log_q.gather(1, labels).double() * weights).sum()
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    """Cut a length into slices of at most `step`."""
+    for start in range(0, length, step):
+        yield slice(start, start + step)
+
+
+def positions_at_once(vocabulary: int) -> int:
+    """Return how many positions go through the head together."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
+
+
 def next_tokens(ids: Tensor) -> Tensor:
     """Return the next token of each position (batch x tokens), -100 after the last."""
-    return torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -100)], dim=1)
+    return torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), NO_LABEL)], dim=1)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
@@ -99,19 +132,19 @@ class _ThroughHead(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=final.device)
         by_final = torch.zeros_like(final) if wanted else None
         by_trained = [torch.zeros_like(p) for p in trained]
-        for start in range(0, len(final), POSITIONS):
-            rows = slice(start, start + POSITIONS)
+        for rows in slices(len(final), positions_at_once(student.vocabulary)):
             part, mine = positions.part(rows), final[rows].detach().requires_grad_(wanted)
             with torch.no_grad():
                 aim = None if teacher is None or part.original is None else teacher.logits(part.original)
             with torch.set_grad_enabled(wanted):
-                loss = terms.of(student.logits(mine), aim, part.labels, part.weights)
+                logits = student.logits(mine)
+            sum_of_part, by_logits = terms.total_and_gradient(logits.detach(), part, aim)
+            total += sum_of_part
             if by_final is not None:
-                by_final[rows], *found = torch.autograd.grad(loss, (mine, *trained), allow_unused=True)
+                by_final[rows], *found = torch.autograd.grad(logits, (mine, *trained), by_logits, allow_unused=True)
                 for held, new in zip(by_trained, found, strict=True):
                     if new is not None:
                         held += new
-            total += loss.detach().double()
         if by_final is not None:
             ctx.save_for_backward(by_final, *by_trained)
         return total.float()
