@@ -37,6 +37,40 @@ def test_computes_what_the_pair_computes(m, n, r, side, biased):
     assert (layer.in_features, layer.out_features, layer.rank, layer.side) == (n, m, r, side)
 
 
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("m, n, r", SHAPES)
+def test_many_tokens_get_what_each_gets_alone(m, n, r, side):
+    layer = pivot_layer(*factors(m, n, r), side, dtype=torch.float64)
+    x = inputs(n).requires_grad_()
+    alone = torch.stack([layer(token) for token in x.flatten(0, 1)]).reshape(2, 5, m)
+    torch.testing.assert_close(layer(x), alone, rtol=1e-11, atol=1e-11)
+    wanted = torch.randn(2, 5, m, dtype=torch.float64)
+    found = [torch.autograd.grad(y, [x, *layer.parameters()], wanted) for y in (layer(x), alone)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    assert layer(x[:0]).shape == (0, 5, m)
+    assert layer(x).is_contiguous()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_hook_of_a_part_sees_every_call(side):
+    layer = pivot_layer(*factors(9, 9, 3), side, dtype=torch.float64)
+    wanted, seen = layer(inputs(9)), []
+    for part in (layer.skeleton, layer.interpolation):
+        part.register_forward_hook(lambda part, args, output: seen.append(part))
+    torch.testing.assert_close(layer(inputs(9)), wanted, rtol=1e-11, atol=1e-11)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_autocast_gives_the_dtype_that_a_call_of_the_parts_gives(side):
+    layer = pivot_layer(*factors(9, 9, 3), side, dtype=torch.float32)
+    x = inputs(9, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        many, alone = layer(x), layer(x[0, 0])
+    assert many.dtype == alone.dtype
+
+
 def test_the_side_with_fewer_places_is_the_default():
     for m, n, side in ((10, 14, "out"), (14, 10, "in"), (9, 9, "out")):
         a, b, _ = factors(m, n, 3)

@@ -190,6 +190,13 @@ def is_ordinary(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and type(tensor).__module__.partition(".")[0] == "torch"
 
 
+def is_plain(part: nn.Module) -> bool:
+    """Tell whether a part does nothing but multiply by its weight: no other library has changed or hooked it."""
+    if type(part) is not nn.Linear or type(part.weight) is not nn.Parameter:
+        return False
+    return not part._forward_hooks and not part._forward_pre_hooks
+
+
 def numbers(tensor: Tensor) -> Tensor:
     """Return the numbers of a part of a layer, float64 and detached.
 

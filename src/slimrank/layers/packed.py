@@ -7,15 +7,15 @@ joined, and the first layer that is called computes the outputs of all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from slimrank.layers.base import CompressedLinear
+from slimrank.layers.base import CompressedLinear, is_plain
 from slimrank.layers.low_rank import LowRankLinear
-from slimrank.layers.pivot import PivotLinear
+from slimrank.layers.pivot import PivotLinear, by_columns
 
 
 class PackedGroup:
@@ -64,16 +64,38 @@ class PackedGroup:
         )
 
     def _computed(self, x: Tensor) -> Iterable[Tensor]:
-        z = linear(x, self.joint)
-        parts = [z.narrow(-1, start, layer.rank) for start, layer in zip(self.starts, self.layers, strict=True)]
         if self.order is None:
-            return [_others(layer, part) for layer, part in zip(self.layers, parts, strict=True)]
-        own = [_others(layer, part) for layer, part in zip(self.layers, parts, strict=True)]
-        joined = torch.cat([z, *own], -1).index_select(-1, self.order.to(x.device))
+            z = linear(x, self.joint)
+            return [_others(layer, z.narrow(-1, *rows)) for layer, rows in self._rows()]
+        joined = self._by_columns(x) if self._many(x) else self._by_rows(x)
         outputs = joined.split([layer.out_features for layer in self.layers], -1)
         # Pairs have their bias in the second factor.
         biases = [layer.bias if type(layer) is PivotLinear else None for layer in self.layers]
         return [y if bias is None else y + bias for y, bias in zip(outputs, biases, strict=True)]
+
+    def _rows(self) -> Iterable[tuple[CompressedLinear, tuple[int, int]]]:
+        """Yield the layers, and where the joint product has theirs: the first number, and how many."""
+        return zip(self.layers, zip(self.starts, (layer.rank for layer in self.layers), strict=True), strict=True)
+
+    def _many(self, x: Tensor) -> bool:
+        """Tell whether tokens are computed as columns: many of them, and pivot layers only."""
+        parts = [layer.interpolation for layer in self.layers if isinstance(layer, PivotLinear)]
+        return len(parts) == len(self.layers) and by_columns(x, *self.readers, *parts)
+
+    def _by_rows(self, x: Tensor) -> Tensor:
+        """Return the outputs of all (..., out) in their order."""
+        z = linear(x, self.joint)
+        own = [_others(layer, z.narrow(-1, *rows)) for layer, rows in self._rows()]
+        assert self.order is not None
+        return torch.cat([z, *own], -1).index_select(-1, self.order.to(x.device))
+
+    def _by_columns(self, x: Tensor) -> Tensor:
+        """See `_by_rows`: the same with tokens as columns inside."""
+        z = self.joint @ x.flatten(0, -2).t()
+        others = [(cast("PivotLinear", layer).interpolation.weight, rows) for layer, rows in self._rows()]
+        own = [weight @ z.narrow(0, *rows) for weight, rows in others]
+        assert self.order is not None
+        return torch.cat([z, *own]).index_select(0, self.order).t().contiguous().unflatten(0, x.shape[:-1])
 
 
 class _Member:
@@ -97,7 +119,7 @@ def reader(layer: nn.Module) -> nn.Linear | None:
         part = layer.A
     elif type(layer) is PivotLinear and layer.side == "out":
         part = layer.skeleton
-    return part if type(part) is nn.Linear and not part._forward_hooks and not part._forward_pre_hooks else None
+    return part if is_plain(part) else None
 
 
 def join(layers: Sequence[CompressedLinear]) -> None:
