@@ -26,9 +26,10 @@ def streams(batches=(4, 4), shift=0.3):
     return original, [x + 0.3 * random(*x.shape, seed=9) for x in original]
 
 
-def gathered(original, compressed, anchor, stack=1, masks=None):
+def gathered(original, compressed, anchor, stack=1, masks=None, largest=0.0):
     first, second = nn.Linear(N, M), nn.Linear(N, M)
-    collector = StreamCollector({"layer": first} if anchor else {}, {"layer": second}, anchor, stack, CPU)
+    originals = {"layer": first} if anchor else {}
+    collector = StreamCollector(originals, {"layer": second}, anchor, stack, CPU, largest=largest)
     with torch.no_grad(), collector:
         for b, (x, y) in enumerate(zip(original, compressed, strict=True)):
             collector.begin(masks[b] if masks else None)
@@ -216,6 +217,50 @@ def test_padding_counts_for_nothing(anchor):
     close(problem.gram, y.T @ y)
     close(problem.cross, t.T @ y)
     assert problem.loss(other) == pytest.approx(float((t - y @ other.T).square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_a_token_that_is_too_large_counts_as_one_that_is_not(anchor):
+    """By the definition: both of its rows are divided by how much too large it is in the target."""
+    w, _ = weights()
+    original, compressed = streams()
+    for batch in (original, compressed):
+        for x in batch:
+            x[:, 0] *= 300
+    problem = gathered(original, compressed, anchor, largest=2.0).problem(w, centred=False)
+    parts = []
+    for x, y in zip(original, compressed, strict=True):
+        rows, targets = tokens([y]), anchor * tokens([x]) + (1 - anchor) * tokens([y])
+        norms = targets.norm(dim=1)
+        scale = (2 * norms.sort().values[(len(norms) - 1) // 2] / norms).clamp(max=1)[:, None]
+        assert int((scale < 0.1).sum()) == len(x)
+        parts.append((scale * rows, scale * targets @ w.T))
+    y, t = (torch.cat(each) for each in zip(*parts, strict=True))
+    close(problem.gram, y.T @ y)
+    close(problem.cross, t.T @ y)
+    assert problem.energy == pytest.approx(float(t.square().sum()), rel=1e-5)
+
+
+def test_a_few_huge_tokens_do_not_spoil_the_others():
+    """Their errors differ from token to token, so no weight undoes them; trying to would cost all others."""
+    w, _ = weights()
+    original, compressed = streams((32, 32), shift=0.0)
+    for x, y in zip(original, compressed, strict=True):
+        huge = torch.zeros(len(x), N).index_fill(1, torch.tensor([0]), 1000.0)
+        x[:, 0], y[:, 0] = huge, huge + 30 * random(*huge.shape, seed=3)
+    y, t = raw([x[:, 1:] for x in original], [x[:, 1:] for x in compressed], 1.0, w)
+    losses = []
+    for largest in (0.0, 4.0):
+        found = gathered(original, compressed, 1.0, largest=largest).problem(w, centred=False).solution()
+        losses.append(float((t - y @ found.T).square().sum()))
+    best = float((t - y @ torch.linalg.lstsq(y, t).solution).square().sum())
+    assert losses[1] < 1.1 * best
+    assert losses[1] < 0.8 * losses[0]
+
+
+def test_tokens_of_nothing_have_no_largest():
+    problem = gathered(*([torch.zeros(2, TOKENS, N)] for _ in "xy"), 1.0, largest=4.0).problem(weights()[0], False)
+    assert float(problem.gram.abs().max()) == 0
 
 
 def test_additive_over_chunks_and_order():

@@ -35,6 +35,17 @@ class QuantizeOptions(BaseModel):
         Field(ge=0, allow_inf_nan=False, description="Pull towards the weight, in units of the input energy."),
     ] = 0.1
 
+    largest: Annotated[
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="Tokens whose inputs are more than so many times as large as the median count as if they were "
+            "not larger than that. A few tokens of a window may be hundreds of times as large as all others. "
+            "0: each counts by its size.",
+        ),
+    ] = 4.0
+
     def following(self) -> RefineOptions:
         """Return these options as those of a pass over both models."""
         return RefineOptions(anchor=self.anchor, ridge=self.ridge, held_out=0, residual=False)

@@ -143,6 +143,8 @@ class StreamCollector:
         stack: windows averaged into one.
         device: where sums are stored.
         adding: layers that add to the residual stream and compensate its gap; see `add_lack`.
+        largest: tokens whose inputs are more than so many times as large as the median count as if they were not
+            larger than that; 0: all count by their size. Means then lose their meaning.
         routed: layers (experts) that may be sent other tokens in either model: their target is self, whatever `anchor`.
         sums: module path -> sums; one object for layers that read the same tensor.
         lacks: module path -> sums of the gap of the residual stream there.
@@ -155,6 +157,7 @@ class StreamCollector:
     device: torch.device
     adding: frozenset[str] = frozenset()
     routed: frozenset[str] = frozenset()
+    largest: float = 0.0
     sums: dict[str, StreamSums] = field(default_factory=dict)
     lacks: dict[str, ResidualGap] = field(default_factory=dict)
 
@@ -214,7 +217,7 @@ class StreamCollector:
                 if path not in self.adding:
                     return
             wide = widened(x)
-            read = self._rows(path, wide), self._rows(path, self._wanted(path, wide))
+            read = self._limited(self._rows(path, wide), self._rows(path, self._wanted(path, wide)))
             if path in self.adding:
                 self._read[path] = read
             if leader != path:
@@ -229,6 +232,14 @@ class StreamCollector:
                 )
 
         return observe
+
+    def _limited(self, inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both (tokens x n) with tokens scaled down that are too large in the original."""
+        if not self.largest or not len(wanted):
+            return inputs, wanted
+        norms = wanted.norm(dim=-1, keepdim=True)
+        scale = (self.largest * norms.median() / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
+        return inputs * scale, wanted * scale
 
     def _wanted(self, path: str, x: Tensor) -> Tensor:
         """Return the mixture of the layer's inputs in both models."""

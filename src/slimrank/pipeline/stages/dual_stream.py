@@ -54,14 +54,15 @@ class DualStream:
     Args:
         state: holds the model; its runner computes one block at a time.
         following: the options of refining. Without an anchor there is no original stream.
+        largest: see `StreamCollector`.
 
     Attributes:
         original: states of the original model, one for each batch; empty without an anchor.
         compressed: those of the compressed model.
     """
 
-    def __init__(self, state: State, following: RefineOptions) -> None:
-        self.state, self.following = state, following
+    def __init__(self, state: State, following: RefineOptions, largest: float = 0.0) -> None:
+        self.state, self.following, self.largest = state, following, largest
         self.runner = state.runner(resident=False)
         self.original: list[HiddenState] = []
         self.compressed: list[HiddenState] = []
@@ -129,6 +130,7 @@ class DualStream:
             device=self.state.prepared.solver,
             adding=frozenset(both.places),
             routed=frozenset(path for kind in self.runner.experts(both.index, both.layers) for path in kind),
+            largest=self.largest,
         )
         with collector:
             for b in part:
