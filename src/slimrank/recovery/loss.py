@@ -52,7 +52,7 @@ class Terms:
     def total_and_gradient(self, student: Tensor, aims: Positions, original: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the weighted sum over positions, and its gradient by the logits of the student.
 
-        By hand, a few positions at a time and mostly in place: autograd would pass over logits in float32 a dozen
+        By hand, a few positions at a time and in place where possible: autograd would pass over logits in float32 a dozen
         times, and they do not fit into a cache.
 
         Args:
