@@ -52,8 +52,8 @@ class Terms:
     def total_and_gradient(self, student: Tensor, aims: Positions, original: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the weighted sum over positions, and its gradient by the logits of the student.
 
-        By hand, a few positions at a time and in place where possible: autograd would pass over logits in float32 a dozen
-        times, and they do not fit into a cache.
+        By hand, a few positions at a time and in place where possible: autograd would pass over logits in float32 a
+        dozen times, and they do not fit into a cache.
 
         Args:
             student: logits (positions x vocabulary).
