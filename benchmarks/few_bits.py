@@ -97,6 +97,7 @@ def main():
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=1, help="draws of the calibration windows")
+    parser.add_argument("--largest", type=float, default=4.0, help="quantize_options of the recipe")
     parser.add_argument("--runs", type=Path, help="run directory, of statistics")
     args = parser.parse_args()
     loaded = load_model(args.model, "float32", Progress())
@@ -108,11 +109,13 @@ def main():
     for row, seed in ((row, seed) for row in args.rows for seed in range(args.seeds)):
         start, model = time.time(), copy.deepcopy(original)
         options = {"evaluation": None, **options_of(row, rest), "samples": args.samples, "seed": seed}
+        options["quantize_options"] = {"largest": args.largest}
         report = slimrank.compress(model, loaded.tokenizer, run_dir=args.runs, **options).report
         found = {
             "row": row,
             "rotated": args.rotated,
             "seed": seed,
+            "largest": args.largest,
             "megabytes": round(report["size"]["linears_bytes"] / 1e6, 2),
             **measured(model, original, windows),
             "seconds": round(time.time() - start),
