@@ -91,7 +91,7 @@ class PackedGroup:
 
     def _by_columns(self, x: Tensor) -> Tensor:
         """See `_by_rows`: the same with tokens as columns inside."""
-        z = self.joint @ x.flatten(0, -2).t()
+        z = (x.flatten(0, -2) @ self.joint.t()).t().contiguous()
         others = [(cast("PivotLinear", layer).interpolation.weight, rows) for layer, rows in self._rows()]
         own = [weight @ z.narrow(0, *rows) for weight, rows in others]
         assert self.order is not None

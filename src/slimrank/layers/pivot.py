@@ -89,7 +89,7 @@ class PivotLinear(CompressedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in) to (..., out)."""
         if by_columns(x, self.skeleton, self.interpolation):
-            y = self._of_columns(x.flatten(0, -2).t()).unflatten(0, x.shape[:-1])
+            y = self._of_columns(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         elif self.side == "out":
             z = self.latent(x)
             y = torch.cat([z, self.interpolation(z)], -1).index_select(-1, self.order)
@@ -98,12 +98,15 @@ class PivotLinear(CompressedLinear):
         return y if self.bias is None else y + self.bias
 
     def _of_columns(self, x: Tensor) -> Tensor:
-        """Return the outputs (tokens x out) of inputs (in x tokens)."""
+        """Return the outputs (tokens x out) of inputs (tokens x in).
+
+        No weight is multiplied by a transposed view: bits of the result could depend on where the weight lies.
+        """
         s, t = self.skeleton.weight, self.interpolation.weight
         if self.side == "out":
-            z = s @ x
+            z = (x @ s.t()).t().contiguous()
             return torch.cat([z, t @ z]).index_select(0, self.order).t().contiguous()
-        pivots, rest = x.index_select(0, self.order).tensor_split([self.rank])
+        pivots, rest = x.t().index_select(0, self.order).tensor_split([self.rank])
         return (pivots + t @ rest).t() @ s.t()
 
     def product(self) -> Tensor:
