@@ -18,7 +18,7 @@ from slimrank.text.reading import read_parts
 CHARACTERS = 4.2  # of a token, in English
 FLOAT32 = 4
 STATES = 4  # float32 numbers for each trained one: itself, its gradient and two moments
-LOGITS = 6  # float32 copies of the logits of one part: of both models, their logarithms and gradients
+LOGITS = 3  # of one part, float32: those of both models, and the gradient
 SAVED = 6  # bytes of each input and output of a matrix that the backward pass needs
 OVERHEAD = 2.0  # measured: seconds of a step over those of its products
 
@@ -81,7 +81,8 @@ def training_cost(sizes: Sizes, method: ConfiguredRecoverer, tokens: int, seq_le
     products = sizes.original + passes * sizes.student + 3 * through_head
     at_once = (options.micro_batch or options.batch_size) * seq_len
     kept = 1 if options.checkpointing else SAVED * sizes.sides
-    logits = 0 if method.method.by_block else LOGITS * FLOAT32 * positions_at_once(sizes.vocabulary) * sizes.vocabulary
+    positions = 0 if method.method.by_block else min(at_once, positions_at_once(sizes.vocabulary))
+    logits = LOGITS * FLOAT32 * positions * sizes.vocabulary
     states = STATES * FLOAT32 * sizes.whole
     operations = OVERHEAD * 2.0 * method.method.rounds * tokens * products
     return TrainingCost(operations, states + at_once * kept + logits, states)
