@@ -55,11 +55,11 @@ def state(model):
 
 
 def naive(model, ids, counted, terms, hidden):
-    """Return the loss from whole logits."""
+    """Return the loss from whole logits; of models in float64, whose norms compute in float32."""
     mine = model(input_ids=ids, output_hidden_states=hidden > 0)
     with torch.no_grad():
-        aim = teacher()(input_ids=ids)
-    log_p, log_q, weights = aim.logits.log_softmax(-1), mine.logits.log_softmax(-1), counted.float()
+        aim = copy.deepcopy(teacher()).double()(input_ids=ids)
+    log_p, log_q, weights = aim.logits.log_softmax(-1), mine.logits.log_softmax(-1), counted.double()
     total = terms.kl * ((log_p.exp() * (log_p - log_q)).sum(-1) * weights).sum()
     each = cross_entropy(mine.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (total + terms.label * (each * weights[:, :-1].flatten()).sum()) / weights.sum()
@@ -71,9 +71,9 @@ def naive(model, ids, counted, terms, hidden):
 def test_loss_and_gradients_are_those_of_whole_logits(terms, form, at_once, monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once * teacher().config.vocab_size)
     monkeypatch.setattr(loss, "IN_CACHE", 3 * teacher().config.vocab_size)
-    model = compressed(form)
+    model, original = compressed(form).double(), copy.deepcopy(teacher()).double()
     ids, counted = IDS[:3], torch.rand(3, 16, generator=torch.Generator().manual_seed(1)) > 0.3
-    student = Student(model, teacher() if terms.kl else None, terms)
+    student = Student(model, original if terms.kl else None, terms)
     found = student(ids, counted)["loss"]
     found.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -61,9 +61,9 @@ class Terms:
             original: logits of the original; None where only labels count.
         """
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        gradient = torch.empty_like(student)
+        gradient, wide = torch.empty_like(student), torch.promote_types(student.dtype, torch.float32)
         for rows in slices(len(student), max(1, IN_CACHE // student.shape[1])):
-            log_q = log_softmax(student[rows], -1, dtype=torch.float32)
+            log_q = log_softmax(student[rows], -1, dtype=wide)
             slope = torch.zeros_like(log_q)
             if original is not None:
                 total += self._divergence(log_q, original[rows], aims.weights[rows], slope)
@@ -74,14 +74,14 @@ class Terms:
 
     def _divergence(self, log_q: Tensor, original: Tensor, weights: Tensor, slope: Tensor) -> Tensor:
         """Return the weighted KL(original || student), and add its gradient, q - p, to `slope`."""
-        log_p, weights = log_softmax(original, -1, dtype=torch.float32), self.kl * weights[:, None]
+        log_p, weights = log_softmax(original, -1, dtype=log_q.dtype), self.kl * weights[:, None]
         p = log_p.exp()
         slope.add_(log_q.exp().sub_(p).mul_(weights))
         return (log_p.sub_(log_q).mul_(p).sum(-1).double() * weights[:, 0]).sum()
 
     def _likelihood(self, log_q: Tensor, labels: Tensor, weights: Tensor, slope: Tensor) -> Tensor:
         """Return the weighted negative log-likelihood, and add its gradient, q - 1 at the label, to `slope`."""
-        weights = (self.label * weights * labels.ne(NO_LABEL))[:, None]
+        weights = (self.label * weights * labels.ne(NO_LABEL))[:, None].to(log_q)
         labels = labels.clamp(min=0)[:, None]
         slope.add_(log_q.exp().mul_(weights)).scatter_add_(1, labels, -weights)
         return -(log_q.gather(1, labels).double() * weights).sum()
@@ -147,7 +147,7 @@ class _ThroughHead(torch.autograd.Function):
                         held += new
         if by_final is not None:
             ctx.save_for_backward(by_final, *by_trained)
-        return total.float()
+        return total.to(torch.promote_types(final.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
