@@ -61,7 +61,7 @@ class Recipe(RecipeFields):
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give only one of {' and '.join(given)}")
-        if self.plan is not None and (self.ranks or self.rank_multiple > 1):
+        if self.plan is not None and (self.ranks or self.rank_multiple != 1):
             raise ValueError("a plan fixes the ranks; ranks and rank_multiple cannot be given with it")
         if self.bits and self.quantize:
             raise ValueError("give only one of bits and quantize: widths that may be chosen, or one for all weights")

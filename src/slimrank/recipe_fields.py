@@ -12,6 +12,7 @@ from slimrank.recipe_values import form_list, form_name, scheme_name, split_part
 
 Parts = Annotated[int | list[int] | Literal["qkv"], BeforeValidator(split_parts)]
 Form = Annotated[str, BeforeValidator(form_name)]
+Multiple = Annotated[int, Field(ge=1)] | Literal["auto"]
 Widths = Annotated[tuple[int, ...], BeforeValidator(widths)]
 Names = Annotated[tuple[str, ...], BeforeValidator(form_list), Field(min_length=1)]
 Scheme = Annotated[str, BeforeValidator(scheme_name)]
@@ -134,7 +135,9 @@ class RecipeFields(BaseModel):
     quantize_options: dict[str, Any] = _what(
         {}, "Options of rounding: see docs/quantization.md.", flag="--quantize-option", shape=_NAMED
     )
-    rank_multiple: int = _what(1, "Make ranks multiples of this: 8 or 16 suit GPUs.", ge=1)
+    rank_multiple: Multiple = _what(
+        1, "Make ranks multiples of this: 8 or 16 suit GPUs; auto measures what is fast on this device."
+    )
     targets: tuple[str, ...] = _what(
         (), "Compress only layers that match a pattern: '*.mlp.*', 'q_proj', 're:...'.", flag="--target"
     )

@@ -24,6 +24,7 @@ from slimrank.models.precision import autocasts
 from slimrank.models.storage import stored_dtype
 from slimrank.models.targets import TargetSet, find_targets
 from slimrank.pipeline.model_bytes import ModelBytes
+from slimrank.pipeline.rank_multiple import measured_multiple
 from slimrank.pipeline.rank_problem import (
     adopt_plan_form,
     given_plan,
@@ -105,7 +106,7 @@ class Prepared:
 
     Attributes:
         choices: the recipe's methods.
-        recipe: with the length of a window.
+        recipe: with the length of a window, and the multiple of ranks.
         model: its fused layers are taken apart.
         targets: the weights to compress.
         units: the targets that are decomposed together.
@@ -137,6 +138,8 @@ class Prepared:
         unfused = bool(split_layers(model, choices.recipe.split))
         recipe = choices.recipe.model_copy(update={"seq_len": window_length(model, choices.recipe.seq_len)})
         targets = find_targets(model, recipe.targets, recipe.ignore, layer_form(recipe.form))
+        if recipe.rank_multiple == "auto":
+            recipe = _with_multiple(recipe, model, targets)
         check_loadable(model)
         size = ModelBytes.of(model, targets)
         units = units_of(choices.method, targets, recipe.stored_as)
@@ -172,6 +175,12 @@ class Prepared:
         """Tell whether blocks compute their products in bfloat16, by autocast."""
         return autocasts(self.recipe.compute_dtype, self.device)
 
+    def about_multiple(self, multiple: int | str | None = None) -> list[str]:
+        """Return a note on the multiple of ranks, if it was measured; that of the recipe, unless one is given."""
+        if self.choices.recipe.rank_multiple != "auto":
+            return []
+        return [f"ranks are multiples of {multiple or self.recipe.rank_multiple}: measured on {self.device}"]
+
     @property
     def compute(self) -> str:
         """Return the precision of blocks, as keys of the run directory name it."""
@@ -187,3 +196,9 @@ class Prepared:
         """Return an allocation as a plan of all targets."""
         assert self.problem is not None
         return plan_of(allocation, self.recipe, self.problem, self.targets, self.units)
+
+
+def _with_multiple(recipe: Recipe, model: Any, targets: TargetSet) -> Recipe:
+    """Return the recipe with the multiple of ranks that suits the device."""
+    found = measured_multiple(targets.targets, recipe.stored_as, stored_dtype(model), resolve_device(recipe.device))
+    return recipe.model_copy(update={"rank_multiple": found})

@@ -52,7 +52,7 @@ def preview(
         "seconds": {title: cost.seconds(machine) for title, cost in costs.items()},
         "peak_memory": LIBRARIES + shape.parameters * shape.itemsize + max(cost.peak for cost in costs.values()),
         "run_bytes": sum(cost.stored for cost in costs.values()),
-        "notes": read.notes,
+        "notes": [*read.notes, *prepared.about_multiple()],
         "alternatives": _alternatives(prepared),
         "quantizes": prepared.recipe.quantizes,
         "bits_a_weight": _bits_a_weight(prepared),

@@ -86,7 +86,7 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: list[Uni
 def _multiple(recipe: Recipe) -> int:
     """Return what ranks are multiples of: of the groups, too, that share a scale."""
     group = Scheme.parse(recipe.quantize).group if recipe.quantize else None
-    return lcm(recipe.rank_multiple, group or 1)
+    return lcm(int(recipe.rank_multiple), group or 1)
 
 
 def _item(unit: Unit, limits: Mapping[str, Limits], blocks_path: str, widths: Mapping[str, int]) -> Item:

@@ -59,6 +59,7 @@ class Allocate(Stage):
     def run(self, state: State) -> Section | None:
         if not state.prepared.choices.computes_ranks:
             state.results.allocation = {"id": state.plan.allocation}
+            state.notes += state.prepared.about_multiple()
             return None
         assert state.prepared.problem is not None
         store = state.store(_key(state, state.prepared.problem))
@@ -70,6 +71,7 @@ class Allocate(Stage):
             forecast.end()
         state.plan = state.prepared.plan_of(Allocation(found["ranks"], forms=found["forms"]))
         state.notes += [f"allocation: {note}" for note in (*found["notes"], *_bent(state))]
+        state.notes += state.prepared.about_multiple(found["multiple"])
         state.results.allocation = found["about"]
         if "latency" in found["about"]:
             return latency_section(self.id, found["about"]["latency"])
@@ -104,11 +106,17 @@ def _key(state: State, problem: Problem) -> dict[str, Any]:
         "allocation": state.prepared.choices.allocator.described(),
         "items": [asdict(item) for item in problem.items],
         "budget": problem.budget,
-        "multiple": problem.multiple,
+        "multiple": _multiple_key(state, problem),
         "cost": problem.form.name,
         **({"menus": _candidates(problem)} if problem.menus else {}),
         **latency_key(state),
     }
+
+
+def _multiple_key(state: State, problem: Problem) -> int | str:
+    """Return the multiple of ranks; its device if it was measured, since a second measurement may find another."""
+    measured = state.prepared.choices.recipe.rank_multiple == "auto"
+    return f"auto on {state.prepared.device}" if measured else problem.multiple
 
 
 def _candidates(problem: Problem) -> dict[str, Any]:
@@ -129,6 +137,7 @@ def _found(state: State, problem: Problem, forecast: Forecast) -> dict[str, Any]
         return {
             "ranks": dict(found.ranks),
             "forms": dict(found.forms),
+            "multiple": problem.multiple,
             "notes": found.notes,
             "about": {**_about(state, problem, found), **({"latency": reached} if reached else {})},
         }
