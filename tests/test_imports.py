@@ -30,7 +30,7 @@ ALLOWED = {  # package -> packages it may import, besides itself and BASE
     "checkpoint": {"layers", "linalg", "store"},
     "models": {"layers", "linalg", "checkpoint"},
     "text": {"linalg", "models", "recipe"},
-    "evaluate": {"exporting", "layers", "models", "text"},
+    "evaluate": {"exporting", "layers", "models", "serving", "text"},
     "exporting": {"checkpoint", "layers", "models", "store"},
     "recovery": {
         "checkpoint",

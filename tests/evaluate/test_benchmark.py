@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -147,6 +148,21 @@ def test_an_engine_that_is_not_installed_says_what_to_install(models, monkeypatc
     monkeypatch.setattr(metadata, "version", missing)
     with pytest.raises(MissingExtraError, match="openvino"):
         benchmark(*models, engine="openvino", **QUICK)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_the_engine_vllm_says_what_to_install(models):
+    with pytest.raises(MissingExtraError, match="vllm"):
+        benchmark(*models, engine="vllm", **QUICK)
+
+
+def test_the_engine_vllm_says_what_it_cannot_do(models, monkeypatch, tmp_path):
+    monkeypatch.setattr("slimrank.evaluate.engines.vllm.need_engine", lambda: None)
+    with pytest.raises(RecipeError, match="runs on the device that it was built for"):
+        benchmark(*models, engine="vllm", device="cpu", **QUICK)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelError, match="does not load the GGUF file"):
+        benchmark(tmp_path / "model.gguf", models[1], engine="vllm", **QUICK)
 
 
 def test_compile_without_a_compiler_is_refused(models, monkeypatch):

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # by the compressed-tensors that vLLM needs
 ]
 COUNT = 16
+SIDES = ("model", "against")
 NAMES = list(PLANS)
 TOGETHER = [NAMES[i : i + 3] for i in range(0, len(NAMES), 3)]  # vLLM takes long to begin
 
@@ -93,3 +94,30 @@ def test_folders_that_would_load_wrong_are_refused(tmp_path):
     of_untried, of_broken = engine_tokens([untried, broken])
     assert "'phi' were not tried with vLLM" in of_untried
     assert "lacks 1 tensors of 'model.layers.1.self_attn.q_proj', the first 'B.weight (1)'" in of_broken
+
+
+def test_benchmark_measures_a_folder_against_a_dense_model(tmp_path):
+    folder = save("mixed", tmp_path / "mixed")
+    dense_model("qwen3").save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    program = [
+        sys.executable,
+        "-m",
+        "slimrank",
+        "benchmark",
+        folder,
+        "--against",
+        tmp_path / "dense",
+        "--engine",
+        "vllm",
+    ]
+    program += ["--prompt", "16,400", "--batch", "2", "--new-tokens", "8", "--repeats", "2", "--busy", "--json"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(list(map(str, program)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    record = json.loads(done.stdout[done.stdout.index("{\n") :])
+    assert [(row["batch"], row["prompt"]) for row in record["rows"]] == [(2, 16), (2, 119)]
+    assert all(row[side][kind] > 0 for row in record["rows"] for side in SIDES for kind in ("prefill", "decode"))
+    assert record["model"]["parameters"] < record["against"]["parameters"]
+    assert record["model"]["bytes"] < record["against"]["bytes"]
+    assert record["machine"]["vllm"]
