@@ -19,6 +19,7 @@ from slimrank.models.contexts import evaluating
 from slimrank.progress import Progress
 from slimrank.recovery import loss, trainer
 from slimrank.recovery.loss import Terms
+from slimrank.recovery.optimizer import optimizer_of
 from slimrank.recovery.recovering import Machine, run_phases
 from slimrank.recovery.student import Student
 from slimrank.recovery.trainer import Windows, last_state
@@ -208,11 +209,20 @@ def test_weights_that_do_not_get_better_stay_as_they_were(id, dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "id, stop", [("distill", 2), ("distill", 5), ("lora_sequential", 5), ("lora_sequential", 11), ("block", 10)]
+    "id, stop, optimizer",
+    [
+        ("distill", 2, "adamw"),
+        ("distill", 5, "adamw"),
+        ("distill", 5, "muon"),
+        ("lora_sequential", 5, "adamw"),
+        ("lora_sequential", 11, "adamw"),
+        ("block", 10, "adamw"),
+        ("block", 10, "muon"),
+    ],
 )
-def test_an_interrupted_run_ends_as_one_that_was_not(id, stop, tmp_path):
-    whole = compressed()
-    recovered(whole, tmp_path / "whole", id)
+def test_an_interrupted_run_ends_as_one_that_was_not(id, stop, optimizer, tmp_path):
+    whole, options = compressed(), {"optimizer": optimizer}
+    recovered(whole, tmp_path / "whole", id, **options)
 
     class Stops(Progress):
         steps = 0
@@ -223,9 +233,9 @@ def test_an_interrupted_run_ends_as_one_that_was_not(id, stop, tmp_path):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recovered(compressed(), tmp_path / "parts", id, progress=Stops())
+        recovered(compressed(), tmp_path / "parts", id, progress=Stops(), **options)
     again = compressed()
-    recovered(again, tmp_path / "parts", id)
+    recovered(again, tmp_path / "parts", id, **options)
     one, other = state(whole), state(again)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -283,6 +293,15 @@ def test_a_full_disk_is_told(failure, tmp_path, monkeypatch):
         recovered(compressed(), tmp_path)
 
 
+def test_a_disk_that_fills_up_while_the_optimiser_is_stored_is_told(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 582781632 vs 582781520")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OutputError, match="the state of the optimiser was not written whole"):
+        recovered(compressed(), tmp_path)
+
+
 def test_bad_options_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="a step of 4 windows cannot be divided into parts of 3 in 1 processes"):
         recovered(compressed(), tmp_path, micro_batch=3)
@@ -315,3 +334,60 @@ def test_pivot_layers_that_learn_nothing_stay_bit_by_bit(tmp_path):
     assert not record.kept
     after = state(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# optimisers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_first_step_of_muon_is_orthogonal_and_that_of_others_is_adamw():
+    model = torch.nn.Linear(12, 5)
+    before = state(model)
+    optimizer = optimizer_of("muon", model, rate=0.01)
+    model(torch.randn(30, 12, generator=torch.Generator().manual_seed(0))).square().mul(
+        torch.arange(1, 6)
+    ).sum().backward()
+    optimizer.step()
+    moved = (state(model)["weight"] - before["weight"]) / (0.01 * 0.2 * 12**0.5)
+    values = torch.linalg.svdvals(moved)
+    assert 0.5 < float(values.min()) <= float(values.max()) < 1.5  # the iteration of Muon promises no more
+    assert torch.allclose((state(model)["bias"] - before["bias"]).abs(), torch.full((5,), 0.01), atol=1e-4)
+
+
+def test_what_is_not_trained_is_not_moved():
+    model = torch.nn.Sequential(torch.nn.Linear(12, 5), torch.nn.Linear(5, 3))
+    model[0].requires_grad_(False)
+    optimizer = optimizer_of("muon", model, rate=0.01)
+    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == 5 * 3 + 3
+
+
+def test_both_optimisers_follow_one_schedule_and_their_states_come_back():
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(12, 5) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [optimizer_of("muon", model, rate=0.01) for model in models]
+
+    def steps(number, count):
+        for _ in range(count):
+            optimizers[number].zero_grad()
+            models[number](torch.ones(3, 12)).square().sum().backward()
+            optimizers[number].step()
+
+    steps(0, 2)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5
+    assert [group["lr"] for part in optimizers[1].parts for group in part.param_groups] == [0.5, 0.5]
+    steps(0, 2)
+    steps(1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_muon_trains_and_old_torch_is_told(tmp_path, monkeypatch):
+    model = compressed()
+    (phase,) = recovered(model, tmp_path, optimizer="muon")
+    assert phase.kept
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(RecipeError, match=r"muon needs torch 2\.9 or newer, and .* is installed: take adamw"):
+        RECOVERERS.get("distill").configured({"optimizer": "muon"})

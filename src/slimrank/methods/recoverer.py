@@ -7,7 +7,8 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from typing_extensions import Unpack
 
@@ -18,6 +19,13 @@ Phase = Generator[str, bool, None]
 Phases = Callable[..., Phase]
 
 
+def _available(optimizer: str) -> str:
+    """Make sure that torch has the optimiser."""
+    if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"muon needs torch 2.9 or newer, and {torch.__version__} is installed: take adamw")
+    return optimizer
+
+
 class RecoverOptions(BaseModel):
     """Options of training, which every method has. A method may have other defaults."""
 
@@ -26,6 +34,10 @@ class RecoverOptions(BaseModel):
     tokens: Annotated[int | None, Field(ge=1, description="Tokens to train on; by default one pass over the text.")] = (
         None
     )
+    optimizer: Annotated[
+        Annotated[Literal["adamw", "muon"], AfterValidator(_available)],
+        Field(description="Optimiser; muon (torch 2.9 or newer) makes the steps of matrices orthogonal."),
+    ] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False, description="Largest learning rate.")] = 1e-4
     warmup: Annotated[
         float,

@@ -195,9 +195,8 @@ class _Phase:
         progress.stage(f"train {self.name}", how.max_steps)
         start = time.perf_counter()
         with _recomputing(self.model, options.checkpointing):
-            after, log = train(
-                student, self.text, how, (LastCheck(), Told(progress), EarlyStoppingCallback(options.patience))
-            )
+            told = (LastCheck(), Told(progress), EarlyStoppingCallback(options.patience))
+            after, log = train(student, self.text, how, options.optimizer, told)
         seconds = time.perf_counter() - start
         if kept := after < before:
             progress.note(f"{self.name}: held-out loss {before:.4f} before, {after:.4f} after")

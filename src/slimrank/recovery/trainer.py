@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from slimrank.errors import NonFiniteError, RecipeError
+from slimrank.errors import NonFiniteError, RecipeError, first_line
 from slimrank.methods.recoverer import RecoverOptions
 from slimrank.models.contexts import evaluating
 from slimrank.progress import Progress
+from slimrank.recovery.optimizer import optimizer_of
 from slimrank.recovery.processes import is_first, world_size
 from slimrank.store import write_text
 
 TRAINED = "trained.safetensors"
 DONE = "done.json"
-BETAS = (0.9, 0.95)  # of AdamW
 WARMUP_STEPS = 10  # at least, if the run has twice as many: the first steps of AdamW do not know the gradients' size
 
 
@@ -75,6 +75,12 @@ class RecoveryTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file(trained_state(self.accelerator.unwrap_model(self.model), state_dict), folder / TRAINED)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        except RuntimeError as error:  # torch.save reports a full disk so
+            raise OSError(f"the state of the optimiser was not written whole ({first_line(error)})") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
@@ -162,9 +168,6 @@ def arguments(options: RecoverOptions, windows: int, folder: Path, **machine: An
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=options.batch_size // (micro * processes),
         learning_rate=options.learning_rate,
-        adam_beta1=BETAS[0],
-        adam_beta2=BETAS[1],
-        weight_decay=0.0,
         max_grad_norm=options.clip,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": options.final_rate},
@@ -187,7 +190,7 @@ def arguments(options: RecoverOptions, windows: int, folder: Path, **machine: An
 
 
 def train(
-    student: nn.Module, text: tuple[Windows, Windows], how: TrainingArguments, told: Sequence[Any]
+    student: nn.Module, text: tuple[Windows, Windows], how: TrainingArguments, optimizer: str, told: Sequence[Any]
 ) -> tuple[float, list[Any]]:
     """Train a student; its best state is kept. Return the held-out loss of that state, and what was logged.
 
@@ -197,6 +200,7 @@ def train(
         student: gives its own loss.
         text: windows to train on, and held-out ones.
         how: arguments of the Trainer.
+        optimizer: name of the optimiser.
         told: callbacks.
     """
     folder = Path(str(how.output_dir))
@@ -205,7 +209,10 @@ def train(
         if ended["best"]:
             load_trained(student, folder / ended["best"])
         return float(ended["loss"]), list(ended["log"])
-    trainer = RecoveryTrainer(model=student, args=how, train_dataset=text[0], eval_dataset=text[1], callbacks=[*told])
+    trainer = RecoveryTrainer(
+        model=student, args=how, train_dataset=text[0], eval_dataset=text[1], callbacks=[*told],
+        optimizers=(optimizer_of(optimizer, student, how.learning_rate), None),
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_state(folder))
     best, loss, log = trainer.state.best_model_checkpoint, trainer.state.best_metric, list(trainer.state.log_history)
