@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from slimrank._version import __version__
-from slimrank.cli import benchmark, compare, compress, demo, doctor, evaluate, export, methods, plan, recover
+from slimrank.cli import benchmark, compare, compress, correct, demo, doctor, evaluate, export, methods, plan, recover
 from slimrank.cli.lazy import LazyGroup
 from slimrank.errors import SlimrankError
 
@@ -20,6 +20,7 @@ class _Group(LazyGroup):
         compress.compress,
         plan.plan,
         recover.recover,
+        correct.correct,
         evaluate.evaluate,
         benchmark.benchmark,
         export.export,
