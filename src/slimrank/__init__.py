@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slimrank.errors import SlimrankError as SlimrankError
     from slimrank.evaluate.perplexity import perplexity as perplexity
     from slimrank.exporting.api import export as export
+    from slimrank.exporting.onnx.runner import OnnxModel as OnnxModel
     from slimrank.exporting.openvino.runner import OpenVinoModel as OpenVinoModel
     from slimrank.layers.low_rank import LowRankLinear as LowRankLinear
     from slimrank.layers.pivot import PivotLinear as PivotLinear
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CompressionResult": "pipeline",
     "LowRankLinear": "layers.low_rank",
+    "OnnxModel": "exporting.onnx.runner",
     "OpenVinoModel": "exporting.openvino.runner",
     "PivotLinear": "layers.pivot",
     "RankPlan": "budget.rank_plan",
