@@ -17,6 +17,7 @@ from slimrank.errors import ModelError, RecipeError, nearest
 from slimrank.exporting.cached_step import OTHER_ENGINE, cached_step
 from slimrank.exporting.check import difference
 from slimrank.exporting.record import RECORD, ExportRecord
+from slimrank.exporting.runner import Runner
 from slimrank.exporting.target import TARGETS, Target
 from slimrank.models.load import Loaded, load_model, skeleton
 from slimrank.progress import Progress
@@ -90,7 +91,19 @@ def _graph(target: Target, model: Any, record: ExportRecord, progress: Progress)
     graph = target.convert(cached_step(model))
     progress.step()
     progress.stage("compare", 1)
-    runner = target.runner(graph)
+    _compare(target.runner(graph), model, record)
+    progress.step()
+    if record.weights == "float16":
+        _check_range(model)
+    return target.with_weights(graph, model, record)
+
+
+def _compare(runner: Runner, model: Any, record: ExportRecord) -> None:
+    """Compare the logits of both, and keep the difference in the record.
+
+    Raises:
+        ModelError: the runner computes something else.
+    """
     record.difference["graph"] = difference(runner, model)
     if not record.difference["graph"] < TOLERANCE:
         raise ModelError(
@@ -100,10 +113,6 @@ def _graph(target: Target, model: Any, record: ExportRecord, progress: Progress)
         )
     if not difference(runner, model, padded=True) < TOLERANCE:
         record.notes.append("texts of different lengths cannot be in one batch: padding changes what is computed")
-    progress.step()
-    if record.weights == "float16":
-        _check_range(model)
-    return target.with_weights(graph, model, record)
 
 
 def _check_range(model: Any) -> None:

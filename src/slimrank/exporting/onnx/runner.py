@@ -12,14 +12,13 @@ from slimrank.exporting.runner import PURPOSE, Runner, model_in
 
 MODEL_FILE = "model.onnx"
 PAST, PRESENT, LOGITS = "past_key_values", "present", "logits"  # as Hugging Face Optimum names them
-PROVIDERS = ["CPUExecutionProvider"]
 
 
 class OnnxModel(Runner):
     """A model that `slimrank export` wrote as ONNX, in ONNX Runtime on the CPU.
 
     Args:
-        folder: what `export` wrote; or a session of ONNX Runtime.
+        folder: what `export` wrote.
         threads: of the processor; all by default.
 
     Raises:
@@ -27,24 +26,23 @@ class OnnxModel(Runner):
         ModelError: the folder holds no exported model.
     """
 
-    def __init__(self, folder: str | Path | Any, threads: int | None = None) -> None:
-        self._engine = need("onnxruntime", PURPOSE)
-        file = model_in(Path(folder), MODEL_FILE) if isinstance(folder, (str, Path)) else None
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        engine = need("onnxruntime", PURPOSE)
+        file = model_in(Path(folder), MODEL_FILE)
         super().__init__(file)
-        self.session = self._opened(folder, file, threads)
+        options = engine.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._start(engine, file, options)
+
+    def _start(self, engine: Any, model: Path | bytes, options: Any) -> None:
+        self._engine = engine
+        self.session = engine.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         ports = {port.name: port.shape for port in self.session.get_inputs()}
         self.names = set(ports)
         self._sizes = {name: (shape[1], shape[3]) for name, shape in ports.items() if name.startswith(PAST)}
         self._outputs = [LOGITS, *(name.replace(PAST, PRESENT) for name in self._sizes)]
         self.reset()
-
-    def _opened(self, given: Any, file: Path | None, threads: int | None) -> Any:
-        if file is None:
-            return given
-        options = self._engine.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        return self._engine.InferenceSession(file, options, providers=PROVIDERS)
 
     def _forget(self) -> None:
         self._cache: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from slimrank.exporting.cached_step import CachedStep
 from slimrank.exporting.engine import LEAST, need
 from slimrank.exporting.onnx.few_bits import round_weights
 from slimrank.exporting.onnx.graph import PURPOSE, graph_of
-from slimrank.exporting.onnx.in_memory import session_of
+from slimrank.exporting.onnx.in_memory import InMemoryModel
 from slimrank.exporting.onnx.numbers import halve, numbers_by_type
 from slimrank.exporting.onnx.runner import MODEL_FILE, OnnxModel
 from slimrank.exporting.record import ExportRecord
@@ -39,7 +39,7 @@ class Onnx(Target):
 
     def runner(self, graph: Any | Path) -> Runner:
         """See `Target.runner`."""
-        return OnnxModel(graph if isinstance(graph, Path) else session_of(graph))
+        return OnnxModel(graph) if isinstance(graph, Path) else InMemoryModel(graph)
 
     def with_weights(self, graph: Any, model: Any, record: ExportRecord) -> Any:
         """See `Target.with_weights`."""
