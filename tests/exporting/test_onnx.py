@@ -137,6 +137,14 @@ def test_four_bits_leave_pivot_layers_in_eight(wide, tmp_path):
     assert record.difference["written"] < 0.2
 
 
+def test_a_tied_head_shares_the_integers_of_the_embedding(tmp_path):
+    folder = save_tiny(tmp_path / "tied", **WIDE, tie_word_embeddings=True)
+    record = to_onnx(folder, tmp_path / "out", weights="int8")
+    model, _ = slimrank.load(folder)
+    assert record.numbers == {"u8": sum(p.numel() for p in model.parameters() if p.dim() > 1)}
+    assert record.difference["written"] < 0.1
+
+
 def test_linear_layers_with_their_bias_inside_the_product(tmp_path):
     model = random_model("gpt2")
     model.save_pretrained(tmp_path / "gpt2")

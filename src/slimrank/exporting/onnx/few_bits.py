@@ -45,13 +45,14 @@ def round_weights(graph: Any, model: Any, bits: int) -> Rounded:
     """
     ir, choice = need("onnx_ir", PURPOSE), _Choice(model, bits)
     graph.opset_imports[DOMAIN] = 1
+    embeddings: list[tuple[Any, Any]] = []
     for node in list(graph.graph):
         weight = _weight_of(node)
         blocks = None if weight is None else choice.blocks(node.metadata_props[LAYER], weight)
         if blocks is not None:
-            _put_product(ir, graph, node, blocks)
+            _put_product(ir, graph, node, blocks, embeddings)
         elif _reads_rows(node):
-            _put_rows(ir, graph, node)
+            embeddings.append(_put_rows(ir, graph, node))
     ir.passes.common.RemoveUnusedNodesPass()(graph)
     return choice.found
 
@@ -98,11 +99,12 @@ def _weight_of(node: Any) -> np.ndarray | None:
     return array if turned else array.T
 
 
-def _put_product(ir: Any, graph: Any, node: Any, blocks: Blocks) -> None:
+def _put_product(ir: Any, graph: Any, node: Any, blocks: Blocks, embeddings: list[tuple[Any, Any]]) -> None:
     """Replace the product of a layer by one with its integers."""
     name, packed = node.outputs[0].name, blocks.packed_zeros()
-    codes = add_tensor(ir, graph, f"{name}.codes", blocks.packed())
-    scales = add_tensor(ir, graph, f"{name}.scales", blocks.scales)
+    tied = next((pair for pair in embeddings if _hold(*pair, blocks)), None)
+    scales = tied[1] if tied else add_tensor(ir, graph, f"{name}.scales", blocks.scales)
+    codes = _reshaped(ir, graph, *tied, name) if tied else add_tensor(ir, graph, f"{name}.codes", blocks.packed())
     zeros = None if packed is None else add_tensor(ir, graph, f"{name}.zeros", packed)
     bias = node.inputs[2] if node.op_type == "Gemm" else None
     sizes = {"N": len(blocks.codes), "K": blocks.columns, "bits": blocks.bits, "block_size": blocks.block}
@@ -113,13 +115,30 @@ def _put_product(ir: Any, graph: Any, node: Any, blocks: Blocks) -> None:
     _replace(ir, graph, node, product)
 
 
+def _hold(codes: Any, scales: Any, blocks: Blocks) -> bool:
+    """Tell whether an embedding holds these blocks, as that of a tied head does."""
+    if blocks.bits != WIDE or blocks.zeros is not None or codes.const_value.size != blocks.codes.size:
+        return False
+    same = np.array_equal(codes.const_value.numpy().ravel(), blocks.codes.ravel())
+    return same and np.array_equal(scales.const_value.numpy(), blocks.scales)
+
+
+def _reshaped(ir: Any, graph: Any, codes: Any, scales: Any, name: str) -> Any:
+    """Return the codes of an embedding (rows x columns) as those of a product: rows x blocks x columns of a block."""
+    shape = add_tensor(ir, graph, f"{name}.shape", np.array([*scales.const_value.shape, -1]))
+    node = ir.node("Reshape", [codes, shape])
+    node.outputs[0].name = f"{name}.codes"
+    graph.graph.insert_before(graph.graph[0], node)
+    return node.outputs[0]
+
+
 def _reads_rows(node: Any) -> bool:
     """Tell whether a node looks up rows of a matrix, as embeddings do."""
     return node.op_type == "Gather" and node.attributes["axis"].as_int() == 0 and is_matrix(node.inputs[0])
 
 
-def _put_rows(ir: Any, graph: Any, node: Any) -> None:
-    """Replace a look-up in an embedding by one in its integers of 8 bits."""
+def _put_rows(ir: Any, graph: Any, node: Any) -> tuple[Any, Any]:
+    """Replace a look-up in an embedding by one in its integers of 8 bits; return these, and their scales."""
     weight, name = node.inputs[0].const_value.numpy(), node.outputs[0].name
     blocks = rounded(weight, WIDE)
     codes = add_tensor(ir, graph, f"{name}.codes", blocks.packed().reshape(len(weight), -1)[:, : blocks.columns])
@@ -127,6 +146,7 @@ def _put_rows(ir: Any, graph: Any, node: Any) -> None:
     sizes = {"bits": WIDE, "block_size": blocks.block, "gather_axis": 0, "quantize_axis": 1}
     rows = ir.node("GatherBlockQuantized", [codes, node.inputs[1], scales], attributes=sizes, domain=DOMAIN)
     _replace(ir, graph, node, rows)
+    return codes, scales
 
 
 def _replace(ir: Any, graph: Any, old: Any, new: Any) -> None:

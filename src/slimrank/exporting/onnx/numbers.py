@@ -59,6 +59,8 @@ def numbers_by_type(model: Any) -> dict[str, int]:
 
 
 def _of_a_product(node: Any) -> int:
+    if node.inputs[1].const_value is None:  # those of an embedding
+        return 0
     return int(node.attributes["N"].as_int() * node.attributes["K"].as_int())
 
 
