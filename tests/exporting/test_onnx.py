@@ -1,6 +1,7 @@
 """Models exported to ONNX compute what transformers computes, whatever their layers are stored as."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -127,6 +128,32 @@ def test_rounding_is_to_the_nearest(bits, most, columns):
     assert np.mean(error <= step * 0.501) > 0.97
     assert np.abs(blocks.scales[:2]).max() <= np.abs(weight).max() * most * 1.001
     assert np.array_equal(blocks.numbers()[2], weight[2])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [64, 40, 72])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_the_engine_reads_blocks_as_we_do(bits, columns, zeros):
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    blocks = rounded(rng.standard_normal((50, columns)).astype(np.float32), bits)
+    if zeros:
+        points = rng.integers(0, 2**bits, blocks.scales.shape).astype(np.uint8)
+        blocks = replace(blocks, zeros=points)
+    tensors = {"codes": blocks.packed(), "scales": blocks.scales} | ({"zeros": blocks.packed_zeros()} if zeros else {})
+    sizes = {"N": 50, "K": columns, "bits": bits, "block_size": 32}
+    node = helper.make_node("MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft", **sizes)
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
+    weights = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    graph = helper.make_graph([node], "product", ports[:1], ports[1:], weights)
+    domains = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = rng.standard_normal((7, columns)).astype(np.float32)
+    expected = x @ blocks.numbers().T
+    assert np.abs(session.run(None, {"x": x})[0] - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_four_bits_leave_pivot_layers_in_eight(wide, tmp_path):
