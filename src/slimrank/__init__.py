@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from slimrank.errors import SlimrankError as SlimrankError
     from slimrank.evaluate.perplexity import perplexity as perplexity
     from slimrank.exporting.api import export as export
-    from slimrank.exporting.runner import OpenVinoModel as OpenVinoModel
+    from slimrank.exporting.onnx.runner import OnnxModel as OnnxModel
+    from slimrank.exporting.openvino.runner import OpenVinoModel as OpenVinoModel
     from slimrank.layers.low_rank import LowRankLinear as LowRankLinear
     from slimrank.layers.pivot import PivotLinear as PivotLinear
     from slimrank.methods.allocator import allocator as allocator
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 _HOME = {
     "CompressionResult": "pipeline",
     "LowRankLinear": "layers.low_rank",
-    "OpenVinoModel": "exporting.runner",
+    "OnnxModel": "exporting.onnx.runner",
+    "OpenVinoModel": "exporting.openvino.runner",
     "PivotLinear": "layers.pivot",
     "RankPlan": "budget.rank_plan",
     "Recipe": "recipe",

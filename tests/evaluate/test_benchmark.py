@@ -127,27 +127,32 @@ def test_own_work_does_not_count_as_busy():
     assert found.processors < idle.processors + 0.5
 
 
-def test_the_engine_openvino_measures_exported_folders(models, tmp_path):
-    pytest.importorskip("openvino")
+@pytest.mark.parametrize("engine, to", [("openvino", "openvino"), ("onnxruntime", "onnx")])
+def test_engines_that_measure_exported_folders(models, tmp_path, engine, to):
+    pytest.importorskip(engine)
     for name, model in zip(("one", "other"), models, strict=True):
-        slimrank.export(model, tmp_path / name)
-    record = benchmark(tmp_path / "one", tmp_path / "other", engine="openvino", **QUICK)
+        slimrank.export(model, tmp_path / name, to=to)
+    record = benchmark(tmp_path / "one", tmp_path / "other", engine=engine, **QUICK)
     assert record["rows"][0]["model"]["decode"] > 0
     assert record["model"]["dtype"] == "float32"
-    assert "openvino" in record["machine"]
+    assert engine in record["machine"]
     with pytest.raises(ModelError, match="is not an exported model"):
-        benchmark(*models, engine="openvino", **QUICK)
+        benchmark(*models, engine=engine, **QUICK)
     with pytest.raises(RecipeError, match="with the weights of the folder"):
-        benchmark(*models, engine="openvino", dtype="bfloat16", **QUICK)
+        benchmark(*models, engine=engine, dtype="bfloat16", **QUICK)
+    (tmp_path / "one" / "export.json").write_text('{"engine": "another"}')
+    with pytest.raises(ModelError, match=f"was exported to another, not to {to}"):
+        benchmark(tmp_path / "one", tmp_path / "other", engine=engine, **QUICK)
 
 
-def test_an_engine_that_is_not_installed_says_what_to_install(models, monkeypatch):
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_an_engine_that_is_not_installed_says_what_to_install(models, monkeypatch, engine):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    with pytest.raises(MissingExtraError, match="openvino"):
-        benchmark(*models, engine="openvino", **QUICK)
+    with pytest.raises(MissingExtraError, match=engine):
+        benchmark(*models, engine=engine, **QUICK)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")

@@ -16,9 +16,9 @@ from slimrank.errors import ModelError, OutputError
 from slimrank.exporting.api import export
 from slimrank.exporting.cached_step import cached_step
 from slimrank.exporting.check import difference
-from slimrank.exporting.few_bits import FOR_GROUPS, FOR_PIVOTS
-from slimrank.exporting.graph import graph_of
-from slimrank.exporting.runner import OpenVinoModel
+from slimrank.exporting.openvino.few_bits import FOR_GROUPS, FOR_PIVOTS
+from slimrank.exporting.openvino.graph import graph_of
+from slimrank.exporting.openvino.runner import OpenVinoModel
 from slimrank.layers.base import compressed_layers
 
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
@@ -37,7 +37,7 @@ def greedy(model, **given):
 def check(model, padded=True):
     """Logits and generation are those of the model."""
     graph = graph_of(cached_step(model))
-    assert all(difference(graph, model, pad) < 1e-5 for pad in {False, padded})
+    assert all(difference(OpenVinoModel(graph), model, pad) < 1e-5 for pad in {False, padded})
     assert np.array_equal(OpenVinoModel(graph).generate(PROMPTS, NEW), greedy(model))
 
 
@@ -286,7 +286,7 @@ def test_an_interrupted_command(tiny_folder, tmp_path, capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("slimrank.exporting.api.graph_of", stop)
+    monkeypatch.setattr("slimrank.exporting.targets.openvino.graph_of", stop)
     with pytest.raises(SystemExit) as stopped:
         main(["export", str(tiny_folder), "--out", str(tmp_path / "out")])
     assert stopped.value.code == 130

@@ -1,4 +1,4 @@
-"""What `export` says where the engine is missing or too old, and of arguments; none of this needs OpenVINO."""
+"""What `export` says where the engine is missing or too old, and of arguments; none of this needs an engine."""
 
 import re
 import subprocess
@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from architectures import random_model
 from helpers import tiny_model
@@ -15,7 +16,8 @@ from slimrank.errors import MissingExtraError, ModelError, RecipeError, Slimrank
 from slimrank.exporting import engine
 from slimrank.exporting.api import export
 from slimrank.exporting.cached_step import CacheShape, cached_step
-from slimrank.exporting.runner import OpenVinoModel
+from slimrank.exporting.onnx.runner import OnnxModel
+from slimrank.exporting.openvino.runner import OpenVinoModel
 
 
 def versions(monkeypatch, found):
@@ -34,31 +36,36 @@ def test_unknown_arguments(tmp_path, options, message):
     assert "did you mean" in raised.value.hint
 
 
-def test_no_engine(monkeypatch, tmp_path, tiny_folder, capsys):
+@pytest.mark.parametrize("to, runner", [("openvino", OpenVinoModel), ("onnx", OnnxModel)])
+def test_no_engine(monkeypatch, tmp_path, tiny_folder, capsys, to, runner):
     versions(monkeypatch, None)
     with pytest.raises(MissingExtraError) as raised:
-        export(tiny_folder, tmp_path / "out")
-    assert "slimrank[openvino]" in raised.value.hint
+        export(tiny_folder, tmp_path / "out", to=to)
+    assert f"slimrank[{to}]" in raised.value.hint
     with pytest.raises(MissingExtraError, match="running an exported model"):
-        OpenVinoModel(tmp_path)
+        runner(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        main(["export", str(tiny_folder), "--out", str(tmp_path / "out")])
+        main(["export", str(tiny_folder), "--to", to, "--out", str(tmp_path / "out")])
     assert stopped.value.code == 1
-    assert "pip install 'slimrank[openvino]'" in capsys.readouterr().err
+    assert f"pip install 'slimrank[{to}]'" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_engine_that_is_too_old(monkeypatch, tmp_path):
-    versions(monkeypatch, "2025.1.0")
-    with pytest.raises(SlimrankError, match=r"needs openvino 2026\.4 or newer; 2025\.1\.0 is installed") as raised:
-        export("nowhere", tmp_path / "out")
-    assert "--upgrade" in raised.value.hint
+@pytest.mark.parametrize("to, old, needed", [("openvino", "2025.1.0", r"2026\.4"), ("onnx", "1.16.0", r"1\.23")])
+def test_an_engine_that_is_too_old(monkeypatch, tmp_path, to, old, needed):
+    versions(monkeypatch, old)
+    with pytest.raises(SlimrankError, match=rf"needs {to} {needed} or newer; {old} is installed") as raised:
+        export("nowhere", tmp_path / "out", to=to)
+    assert f"--upgrade 'slimrank[{to}]'" in raised.value.hint
 
 
-def test_the_extra_asks_for_what_was_tried():
+@pytest.mark.parametrize("extra", engine.LEAST)
+def test_the_extra_asks_for_what_was_tried(extra):
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    stated = re.search(r"^openvino = \[(.*)\]", text, flags=re.MULTILINE).group(1)
-    assert stated == ", ".join(f'"{name.replace("_", "-")}>={least}"' for name, least in engine.LEAST.items())
+    stated = re.search(rf"^{extra} = \[(.*)\]", text, flags=re.MULTILINE).group(1)
+    found = [Requirement(part) for part in re.findall(r'"([^"]+)"', stated)]
+    tried = {name.replace("_", "-"): f">={least}" for name, least in engine.LEAST[extra].items()}
+    assert {requirement.name: str(requirement.specifier) for requirement in found} == tried
 
 
 def test_an_unknown_precision(tmp_path):
@@ -66,14 +73,16 @@ def test_an_unknown_precision(tmp_path):
         OpenVinoModel(tmp_path, precision="int8")
 
 
-def test_a_folder_that_holds_no_exported_model(monkeypatch, tmp_path):
-    monkeypatch.setattr("slimrank.exporting.runner.need", lambda *_: None)
-    with pytest.raises(ModelError, match=r"openvino_model\.xml is missing"):
-        OpenVinoModel(tmp_path)
+@pytest.mark.parametrize("to, runner", [("openvino", OpenVinoModel), ("onnx", OnnxModel)])
+def test_a_folder_that_holds_no_exported_model(monkeypatch, tmp_path, to, runner):
+    monkeypatch.setattr(f"slimrank.exporting.{to}.runner.need", lambda *_: None)
+    with pytest.raises(ModelError, match=r"model\.(xml|onnx) is missing"):
+        runner(tmp_path)
 
 
-def test_the_runner_needs_no_torch():
-    program = "import sys, slimrank; slimrank.OpenVinoModel; assert not {'torch', 'transformers'} & set(sys.modules)"
+@pytest.mark.parametrize("runner", ["OpenVinoModel", "OnnxModel"])
+def test_the_runner_needs_no_torch(runner):
+    program = f"import sys, slimrank; slimrank.{runner}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -19,7 +19,7 @@ def benchmark(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate per round.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(help="Number of rounds; the median is reported.", min=1)] = 5,
     engine: Annotated[
-        str, typer.Option(help="transformers, packed, compile, openvino or vllm: what runs the models.")
+        str, typer.Option(help="transformers, packed, compile, openvino, onnxruntime or vllm: what runs the models.")
     ] = "transformers",
     busy: Annotated[
         bool, typer.Option("--busy", help="Measure although other processes keep the machine busy.")

@@ -14,7 +14,7 @@ from slimrank.cli.console import ConsoleProgress, print_json, print_table, print
 def export(
     model: o.Model,
     out: Annotated[Path, typer.Option("--out", help="Folder to write the result to.", show_default=False)],
-    to: Annotated[str, typer.Option(help="The engine: openvino.")] = "openvino",
+    to: Annotated[str, typer.Option(help="The engine: openvino or onnx.")] = "openvino",
     weights: Annotated[
         str | None,
         typer.Option(help="float32, float16, int8 or int4.  \\[default: float32 for a model of float32, else float16]"),
@@ -24,9 +24,9 @@ def export(
     ] = False,
     json: o.Json = False,
 ) -> None:
-    """Write a model, compressed or not, for another engine: OpenVINO, with its cache inside.
+    """Write a model, compressed or not, for another engine: OpenVINO, or ONNX Runtime.
 
-    OpenVINO GenAI generates with the result. Its logits are compared with those of transformers before it is written.
+    Its logits are compared with those of transformers before it is written.
 
     Example: slimrank export smaller --to openvino --weights int8 --out smaller-openvino
     """
@@ -43,6 +43,8 @@ def export(
 
 
 def _show(record: Any, out: Path) -> None:
+    from slimrank.exporting.target import TARGETS
+
     total = sum(record.numbers.values())
     rows = [(kind, f"{count / 1e6:,.1f} M", f"{100 * count / total:.1f} %") for kind, count in record.numbers.items()]
     print_table("", ("weights", "numbers", "share"), rows)
@@ -53,4 +55,5 @@ def _show(record: Any, out: Path) -> None:
     )
     for note in record.notes:
         print_text(f"note: {note}")
-    print_text(f"written to {out}: {record.bytes / 1e6:,.1f} MB, for OpenVINO {record.engine_version}")
+    engine = f"{TARGETS.get(record.engine).title} {record.engine_version}"
+    print_text(f"written to {out}: {record.bytes / 1e6:,.1f} MB, for {engine}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +15,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from slimrank.errors import ModelError
 from slimrank.layers.experts import Experts
+from slimrank.layers.quantized import QuantizedLinear, quantized_layers
 from slimrank.models.cache import NAMES
-from slimrank.models.contexts import evaluating
+from slimrank.models.contexts import evaluating, swapped
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 LONG = ("dynamic", "longrope")  # rotary positions that change when the text gets longer than some length
@@ -88,6 +92,21 @@ class CachedStep(nn.Module):
         }
         dtype = next(self.decoder.parameters()).dtype
         return (*(made[name] for name in self.inputs), *self.shape.example(2, 5, dtype))
+
+    @contextmanager
+    def traceable(self) -> Iterator[None]:
+        """Prepare for a trace: without gradients, warnings and packed integers."""
+        plain = {path: _plain(layer) for path, layer in quantized_layers(self.decoder).items()}
+        with warnings.catch_warnings(), torch.no_grad(), swapped(self.decoder, plain):
+            warnings.simplefilter("ignore")  # of tracing: what it may not follow is refused before, and measured after
+            yield
+
+
+def _plain(layer: QuantizedLinear) -> nn.Linear:
+    """Return an ordinary layer of the same weight: a trace compares states, and that of integers is packed."""
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight, linear.bias = layer.weight, layer.bias
+    return linear
 
 
 def cached_step(model: Any) -> CachedStep:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimrank.exporting.runner import OpenVinoModel
+from slimrank.exporting.runner import Runner
 from slimrank.models.contexts import evaluating
 
 TOKENS, STEPS = 12, 4  # read at once, and then one by one
@@ -15,13 +15,13 @@ PADDING = 3
 VOCABULARY_USED = 256
 
 
-def difference(exported: Any, model: Any, padded: bool = False) -> float:
+def difference(runner: Runner, model: Any, padded: bool = False) -> float:
     """Return the largest difference of logits over the largest logit, in float32.
 
     Two texts of random tokens: a prompt, then single tokens.
 
     Args:
-        exported: an OpenVINO model, or the folder of one.
+        runner: the exported model in its engine.
         model: what it was made from, in float32.
         padded: the second text is padded on the left.
     """
@@ -29,7 +29,7 @@ def difference(exported: Any, model: Any, padded: bool = False) -> float:
     ids = torch.randint(rows, (2, TOKENS + STEPS), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, : PADDING if padded else 0] = 0
-    runner = OpenVinoModel(exported)
+    runner.reset()
     parts = [runner.step(ids[:, :TOKENS], mask[:, :TOKENS])]
     parts += [runner.step(ids[:, i : i + 1]) for i in range(TOKENS, TOKENS + STEPS)]
     found = torch.cat([torch.from_numpy(part) for part in parts], 1)

@@ -1,4 +1,4 @@
-"""The packages of the engine: whether they are here, and new enough."""
+"""The packages of the engines: whether they are here, and new enough."""
 
 from __future__ import annotations
 
@@ -10,28 +10,31 @@ from packaging.version import Version
 
 from slimrank.errors import MissingExtraError, SlimrankError
 
-EXTRA = "openvino"
-LEAST = {"openvino": "2026.4", "nncf": "3.4", "openvino_tokenizers": "2026.4"}  # the first versions that were tried
+LEAST = {  # extra -> package -> the first version that was tried
+    "openvino": {"openvino": "2026.4", "nncf": "3.4", "openvino_tokenizers": "2026.4"},
+    "onnx": {"onnx": "1.23", "onnx_ir": "1.1", "onnxscript": "0.7", "onnxruntime": "1.32"},
+}
 
 
 def need(module: str, purpose: str) -> Any:
-    """Import a package of the engine.
+    """Import a package of an engine.
 
     Args:
-        module: its name; a key of `LEAST`.
+        module: its name; a key of one of the extras in `LEAST`.
         purpose: what it is needed for, as the subject of a sentence.
 
     Raises:
         MissingExtraError: it is not installed.
         SlimrankError: it is too old.
     """
+    extra, least = next((extra, packages[module]) for extra, packages in LEAST.items() if module in packages)
     try:
         found = metadata.version(module)
     except metadata.PackageNotFoundError as error:
-        raise MissingExtraError(module, EXTRA, purpose) from error
-    if Version(found) < Version(LEAST[module]):
+        raise MissingExtraError(module, extra, purpose) from error
+    if Version(found) < Version(least):
         raise SlimrankError(
-            f"{purpose} needs {module} {LEAST[module]} or newer; {found} is installed.",
-            f"pip install --upgrade 'slimrank[{EXTRA}]'",
+            f"{purpose} needs {module} {least} or newer; {found} is installed.",
+            f"pip install --upgrade 'slimrank[{extra}]'",
         )
     return importlib.import_module(module)

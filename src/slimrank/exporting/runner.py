@@ -1,4 +1,4 @@
-"""Run an exported model: a thin runner for OpenVINO that needs neither torch nor transformers."""
+"""What the runners of all engines share: masks, positions and greedy generation, without torch."""
 
 from __future__ import annotations
 
@@ -8,49 +8,32 @@ from typing import Any
 
 import numpy as np
 
-from slimrank.errors import ModelError, RecipeError
-from slimrank.exporting.engine import need
+from slimrank.errors import ModelError
 
-MODEL_FILE = "openvino_model.xml"
-PRECISIONS = ("float32", "auto")
-_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+PURPOSE = "running an exported model"
 
 
-class OpenVinoModel:
-    """A model that `slimrank export` wrote, compiled for the CPU.
+class Runner:
+    """An exported model in its engine.
 
     Args:
-        folder: what `export` wrote; or an OpenVINO model in memory.
-        precision: "float32": activations and the cache are of float32. "auto": what OpenVINO prefers on this machine.
-            That is faster and less exact: bfloat16 where the processor has it, a cache of 8 bits, and inputs of layers
-            with 8-bit weights rounded to 8 bits.
-        threads: of the processor; all by default.
+        file: the model in its folder; None for one in memory.
 
-    Raises:
-        MissingExtraError: OpenVINO is not installed.
-        ModelError: the folder holds no exported model.
-        RecipeError: another precision.
+    Attributes:
+        stops: tokens that end a text.
+        names: inputs of the model.
     """
 
-    def __init__(self, folder: str | Path | Any, precision: str = "float32", threads: int | None = None) -> None:
-        if precision not in PRECISIONS:
-            raise RecipeError(f"'{precision}' is not a precision.", f"one of {', '.join(PRECISIONS)}")
-        ov = need("openvino", "running an exported model")
-        in_memory = not isinstance(folder, (str, Path))
-        self.stops: frozenset[int] = frozenset() if in_memory else _stops_of(Path(folder))
-        settings: dict[str, Any] = {"ENABLE_CPU_PINNING": False}  # a thread bound to a core that is busy waits for it
-        settings |= _EXACT if precision == "float32" else {}
-        if threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = threads
-        self.compiled = ov.Core().compile_model(folder if in_memory else _file_in(Path(folder)), "CPU", settings)
-        self.names = {name for port in self.compiled.inputs for name in port.get_names()}
-        self._request = self.compiled.create_infer_request()
-        self.reset()
+    names: set[str]
+
+    def __init__(self, file: Path | None) -> None:
+        self.stops = frozenset() if file is None else _stops_beside(file)
+        self._mask: np.ndarray | None = None
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._request.reset_state()
-        self._mask: np.ndarray | None = None
+        self._mask = None
+        self._forget()
 
     def step(self, input_ids: Any, attention_mask: Any = None, beams: Any = None) -> np.ndarray:
         """Read more tokens and return their logits (texts x tokens x vocabulary).
@@ -66,9 +49,8 @@ class OpenVinoModel:
         before = np.zeros((len(ids), 0), np.int64) if self._mask is None else self._mask[chosen]
         self._mask = np.concatenate([before, new], 1)
         places = np.maximum(self._mask.cumsum(1) - 1, 0)[:, before.shape[1] :]
-        given = {"input_ids": ids, "attention_mask": self._mask, "position_ids": places, "beam_idx": chosen}
-        output = self._request.infer({name: value for name, value in given.items() if name in self.names})
-        return np.array(output["logits"])
+        given = {"input_ids": ids, "attention_mask": self._mask, "position_ids": places}
+        return self._compute({name: value for name, value in given.items() if name in self.names}, chosen)
 
     def generate(self, input_ids: Any, max_new_tokens: int = 32, attention_mask: Any = None) -> np.ndarray:
         """Continue texts by the likeliest token each time; return prompts and new tokens.
@@ -95,18 +77,29 @@ class OpenVinoModel:
             logits = self.step(chosen)
         return ids
 
+    def _forget(self) -> None:
+        """Empty the cache of the engine."""
+        raise NotImplementedError
 
-def _file_in(folder: Path) -> Path:
-    path = folder.expanduser() / MODEL_FILE
+    def _compute(self, given: dict[str, np.ndarray], beams: np.ndarray) -> np.ndarray:
+        """Return the logits of new tokens; the cache continues the texts that `beams` names."""
+        raise NotImplementedError
+
+
+def model_in(folder: Path, name: str) -> Path:
+    """Return the file of the model in a folder that `export` wrote.
+
+    Raises:
+        ModelError: there is none.
+    """
+    path = folder.expanduser() / name
     if not path.is_file():
-        raise ModelError(
-            f"'{folder}' holds no exported model: {MODEL_FILE} is missing.", "slimrank export MODEL --out DIR"
-        )
+        raise ModelError(f"'{folder}' holds no exported model: {name} is missing.", "slimrank export MODEL --out DIR")
     return path
 
 
-def _stops_of(folder: Path) -> frozenset[int]:
+def _stops_beside(file: Path) -> frozenset[int]:
     """Read the tokens that end a text."""
-    path = _file_in(folder).with_name("generation_config.json")
+    path = file.with_name("generation_config.json")
     found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     return frozenset([] if found is None else [found] if isinstance(found, int) else found)

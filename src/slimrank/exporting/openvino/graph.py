@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from slimrank.errors import ModelError, first_line
 from slimrank.exporting.cached_step import OTHER_ENGINE, CachedStep
 from slimrank.exporting.engine import need
-from slimrank.layers.quantized import QuantizedLinear, quantized_layers
-from slimrank.models.contexts import swapped
 
 PURPOSE = "exporting to OpenVINO"
 BEAM = "beam_idx"
@@ -40,22 +35,13 @@ def graph_of(step: CachedStep) -> Any:
 
 
 def _converted(ov: Any, step: CachedStep) -> Any:
-    plain = {path: _plain(layer) for path, layer in quantized_layers(step.decoder).items()}
-    with warnings.catch_warnings(), torch.no_grad(), swapped(step.decoder, plain):
-        warnings.simplefilter("ignore")  # of tracing: what it may not follow is refused before, and measured after
+    with step.traceable():
         try:
             return ov.convert_model(step, example_input=step.example())
         except Exception as error:  # of the tracer and of the front end, which share no class
             raise ModelError(
                 f"{type(step.decoder).__name__} cannot be exported: {_reason(error)}", OTHER_ENGINE
             ) from error
-
-
-def _plain(layer: QuantizedLinear) -> nn.Linear:
-    """Return an ordinary layer of the same weight: a trace compares states, and that of integers is packed."""
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias
-    return linear
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,1 @@
+"""ONNX: graphs, weights of few bits, and the runner."""

@@ -1,0 +1,1 @@
+"""OpenVINO: graphs, weights of few bits, and the runner."""

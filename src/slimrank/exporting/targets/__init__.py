@@ -1,0 +1,1 @@
+"""The engines that `slimrank export` writes for, one file each."""
