@@ -1,0 +1,151 @@
+"""Corrections of GGUF files: the divergence before and after, and whether llama.cpp computes what slimrank measured.
+
+    pip install xllamacpp
+    python benchmarks/corrected_gguf.py BASE.gguf [--types Q2_K Q3_K Q4_0 F32] [--rank 16] [--samples 64] --out DIR
+
+BASE is a GGUF file; its numbers count as the original. Its linear layers are rounded by llama.cpp's own functions to
+each type (F32: to 7 levels a row, stored as they are, so that llama.cpp rounds nothing itself). A type whose blocks do
+not fit a layer gives way to IQ4_NL, as in llama.cpp. `slimrank correct --gguf` corrects the file, and llama.cpp runs
+both. Printed are JSON rows: bits, divergence and perplexity before and after, and the largest difference of
+log-probabilities of the likeliest tokens between llama.cpp and transformers, with the adapter and without.
+"""
+
+import argparse
+import ctypes
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+import xllamacpp
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import slimrank
+
+LAYERS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+PROMPTS = [
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def add(a, b):\n    return",
+    "Once upon a time",
+]
+INSTEAD = gguf.GGMLQuantizationType.IQ4_NL
+LIKELIEST = 20
+F32_LEVELS = 3  # on each side of 0
+
+
+def chunk_quantizer():
+    """The function of llama.cpp that rounds rows of floats."""
+    library = ctypes.CDLL(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so")))
+    function = library.ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    return function
+
+
+def rounded(weight, kind, quantize):
+    """A weight in a type: the array that GGUF stores, and the type."""
+    rows, columns = weight.shape
+    if kind == gguf.GGMLQuantizationType.F32:
+        step = np.abs(weight).max(1, keepdims=True) / F32_LEVELS
+        return (np.rint(weight / step) * step).astype(np.float32), kind
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    if columns % block:
+        kind = INSTEAD
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+    source = np.ascontiguousarray(weight, np.float32)
+    found = np.zeros((rows, columns // block * size), np.uint8)
+    quantize(int(kind), source.ctypes.data, found.ctypes.data, 0, rows, columns, None)
+    return found, kind
+
+
+def write(base, kind, path):
+    """Copy a GGUF file with its linear layers in another type; return the bits a weight of these layers."""
+    reader, quantize = gguf.GGUFReader(base), chunk_quantizer()
+    writer = gguf.GGUFWriter(path, str(reader.fields["general.architecture"].contents()))
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    bits = numbers = 0
+    for tensor in reader.tensors:
+        if tensor.name.split(".")[-2] in LAYERS and tensor.name.endswith(".weight"):
+            data, found = rounded(gguf.dequantize(tensor.data, tensor.tensor_type), kind, quantize)
+            bits, numbers = bits + 8 * data.nbytes, numbers + int(tensor.n_elements)
+        else:
+            data, found = tensor.data, tensor.tensor_type
+        writer.add_tensor(tensor.name, data, raw_dtype=found)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return bits / numbers
+
+
+def of_llama_cpp(path, adapter, prompts):
+    """For each prompt, the likeliest next tokens and their log-probabilities in llama.cpp."""
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 256, 1, False
+    if adapter is not None:
+        info = xllamacpp.CommonAdapterLoraInfo()
+        info.path, info.scale = str(adapter), 1.0
+        params.lora_adapters = [info]
+    server, found = xllamacpp.Server(params), []
+    for ids in prompts:
+        asked = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": LIKELIEST, "cache_prompt": False}
+        answer = server.handle_completions(asked)
+        answer = json.loads(answer) if isinstance(answer, str) else answer
+        found.append({each["id"]: each["logprob"] for each in tops(answer)})
+    return found
+
+
+def tops(answer):
+    """The likeliest tokens in an answer, whose layout has changed between versions."""
+    if "completion_probabilities" in answer:
+        return answer["completion_probabilities"][0]["top_logprobs"]
+    return answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+
+
+@torch.no_grad()
+def largest_difference(model, prompts, theirs):
+    """The largest difference of a log-probability that llama.cpp gave."""
+    gaps = []
+    for ids, found in zip(prompts, theirs, strict=True):
+        ours = model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+        gaps += [abs(float(ours[token]) - logprob) for token, logprob in found.items()]
+    return max(gaps)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--types", nargs="+", default=["Q2_K", "Q3_K", "Q4_0", "F32"])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(args.base.parent, gguf_file=args.base.name)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    for name in args.types:
+        path, adapter = args.out / f"{name}.gguf", args.out / f"{name}-adapter"
+        bits = write(args.base, gguf.GGMLQuantizationType[name], path)
+        size = {"samples": args.samples, "seq_len": args.seq_len, "windows": args.windows}
+        result = slimrank.correct(path, args.base, adapter, overwrite=True, rank=args.rank, gguf=True, **size)
+        plain = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        record = result.record
+        print(json.dumps({
+            "type": name, "bits": round(bits, 3), "bits_added": round(record.bits, 3),
+            **{f"{key} {when}": round(side["demo"][key], 4)
+               for key in ("kl", "ratio") for when, side in (("before", record.before), ("after", record.after))},
+            "llama.cpp": round(largest_difference(plain, prompts, of_llama_cpp(path, None, prompts)), 5),
+            "llama.cpp with adapter": round(
+                largest_difference(result.model, prompts, of_llama_cpp(path, adapter / "adapter.gguf", prompts)), 5),
+        }), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
