@@ -4,7 +4,7 @@
     python benchmarks/corrected_gguf.py BASE.gguf [--types Q2_K Q3_K Q4_0 F32] [--rank 16] [--samples 64] --out DIR
 
 BASE is a GGUF file; its numbers count as the original. Its linear layers are rounded by llama.cpp's own functions to
-each type (F32: to 7 levels a row, stored as they are, so that llama.cpp rounds nothing itself). A type whose blocks do
+each type (F32: to 7 levels a row, all in float32, so that llama.cpp rounds nothing itself). A type whose blocks do
 not fit a layer gives way to IQ4_NL, as in llama.cpp. `slimrank correct --gguf` corrects the file, and llama.cpp runs
 both. Printed are JSON rows: bits, divergence and perplexity before and after, and the largest difference of
 log-probabilities of the likeliest tokens between llama.cpp and transformers, with the adapter and without.
@@ -73,6 +73,8 @@ def write(base, kind, path):
         if tensor.name.split(".")[-2] in LAYERS and tensor.name.endswith(".weight"):
             data, found = rounded(gguf.dequantize(tensor.data, tensor.tensor_type), kind, quantize)
             bits, numbers = bits + 8 * data.nbytes, numbers + int(tensor.n_elements)
+        elif kind == gguf.GGMLQuantizationType.F32:
+            data, found = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32), kind
         else:
             data, found = tensor.data, tensor.tensor_type
         writer.add_tensor(tensor.name, data, raw_dtype=found)
@@ -87,6 +89,8 @@ def of_llama_cpp(path, adapter, prompts):
     """For each prompt, the likeliest next tokens and their log-probabilities in llama.cpp."""
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 256, 1, False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if adapter is not None:
         info = xllamacpp.CommonAdapterLoraInfo()
         info.path, info.scale = str(adapter), 1.0

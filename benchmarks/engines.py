@@ -80,7 +80,7 @@ def runner_of(spec, name, folder, args):
             "cache": weights,
         }
     if not folder.exists():
-        slimrank.export(spec, folder, weights=weights)
+        slimrank.export(spec, folder, weights=weights, packed=args.packed)
     runner = slimrank.OpenVinoModel(folder, precision, args.threads)
     found = {key: runner.compiled.get_property(name).get_type_name() for key, name in TYPES.items()}
     return lambda: openvino_round(runner, ids.numpy(), args.new_tokens), {"weights": weights, **found}
@@ -101,6 +101,9 @@ def main():
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--exports")
+    parser.add_argument(
+        "--packed", action="store_true", help="export with pairs, and products of the same inputs joined"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     specs = [args.original, *args.compressed]
@@ -110,7 +113,10 @@ def main():
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         scratch = Path(args.exports or temporary)
         keys = [(name, spec) for name in args.engines for spec in specs]
-        places = {(name, spec): scratch / f"{Path(spec).name}-{ENGINES[name][1]}" for name, spec in keys}
+        places = {
+            (name, spec): scratch / f"{Path(spec).name}{'-packed' * args.packed}-{ENGINES[name][1]}"
+            for name, spec in keys
+        }
         made = {key: runner_of(key[1], key[0], places[key], args) for key in keys}
         runners = {key: run for key, (run, _) in made.items()}
         for run in runners.values():

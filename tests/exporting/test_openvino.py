@@ -106,6 +106,19 @@ def test_beams_and_padding():
     assert np.array_equal(padded[0, 4:], alone[0])
 
 
+def test_a_packed_model_computes_the_same_from_pairs(wide, tmp_path):
+    compress(str(wide), keep_ratio=0.5, method="svd", form="pivot", out=tmp_path / "pivot")
+    plain = export(tmp_path / "pivot", tmp_path / "plain", weights="float32")
+    packed = export(tmp_path / "pivot", tmp_path / "packed", weights="float32", packed=True)
+    assert packed.difference["written"] < 1e-5
+    assert plain.bytes < packed.bytes
+    assert any(note.startswith("packed: 21 pivot layers became pairs, and 6 groups") for note in packed.notes)
+    runners = [OpenVinoModel(tmp_path / name) for name in ("plain", "packed")]
+    assert np.array_equal(*(runner.generate(PROMPTS[:1], NEW) for runner in runners))
+    dense = export(wide, tmp_path / "dense", packed=True)
+    assert "the model has no compressed layers: nothing is packed" in dense.notes
+
+
 def test_generation_ends_at_the_end(tmp_path):
     folder = save_tiny(tmp_path / "tiny")
     export(folder, tmp_path / "out")

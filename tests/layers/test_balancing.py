@@ -5,7 +5,7 @@ import torch
 
 import slimrank
 from helpers import tiny_model
-from slimrank.layers.balancing import BalancedPairs, balanced
+from slimrank.layers.balancing import BalancedPairs, balanced, put_pairs
 from slimrank.layers.base import compressed_layers, share_tensors
 from slimrank.layers.low_rank import LowRankLinear
 
@@ -99,3 +99,12 @@ def test_layers_that_share_weights_stay_as_they_are():
     changed = {name.rpartition(".A.")[0] for name in before if not torch.equal(before[name], after[name])}
     assert not {first, second} & changed
     assert "model.layers.0.mlp.up_proj" in changed
+
+
+def test_pairs_may_stand_for_pivot_layers_for_good():
+    model = compressed("pivot")
+    before, count = logits(model), len(compressed_layers(model))
+    assert put_pairs(model) == count
+    assert {type(layer) for layer in compressed_layers(model).values()} == {LowRankLinear}
+    assert torch.allclose(logits(model), before, atol=1e-5)
+    assert put_pairs(model) == 0

@@ -19,6 +19,13 @@ def export(
         str | None,
         typer.Option(help="float32, float16, int8 or int4.  \\[default: float32 for a model of float32, else float16]"),
     ] = None,
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed",
+            help="Pairs for pivot layers, one product for layers of the same inputs: faster if narrow.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what slimrank wrote to --out before.")
     ] = False,
@@ -35,7 +42,9 @@ def export(
 
     try:
         with ConsoleProgress() as progress:
-            record = library_export(model, out, to, weights, overwrite, progress)
+            record = library_export(
+                model, out, to, weights=weights, packed=packed, overwrite=overwrite, progress=progress
+            )
     except KeyboardInterrupt as error:
         typer.secho("\ninterrupted; nothing was written", err=True)
         raise typer.Exit(130) from error

@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from typing_extensions import Unpack
 
 from slimrank.checkpoint.companions import save_companions
 from slimrank.checkpoint.output_folder import OutputFolder, need_space, write_manifest
@@ -19,7 +21,10 @@ from slimrank.exporting.check import difference
 from slimrank.exporting.record import RECORD, ExportRecord
 from slimrank.exporting.runner import Runner
 from slimrank.exporting.target import TARGETS, Target
+from slimrank.layers.balancing import put_pairs
+from slimrank.layers.base import compressed_layers
 from slimrank.models.load import Loaded, load_model, skeleton
+from slimrank.models.packing import pack
 from slimrank.progress import Progress
 from slimrank.store import write_text
 
@@ -29,14 +34,33 @@ LARGEST = 65504.0  # number of float16
 _DROPPED = ("slimrank", "auto_map", "quantization_config")
 
 
-def export(
-    model: str | Path,
-    out: str | Path,
-    to: str = "openvino",
-    weights: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> ExportRecord:
+class ExportOptions(TypedDict, total=False):
+    """Keywords of `export`; see `Export`."""
+
+    weights: str | None
+    packed: bool
+    overwrite: bool
+    progress: Progress | None
+
+
+@dataclass(frozen=True)
+class Export:
+    """How a model is exported.
+
+    Attributes:
+        weights: "float32", "float16", "int8" or "int4". By default float32 for a model of float32, else float16.
+        packed: let pivot layers become pairs, and compute layers of the same inputs together.
+        overwrite: replace what slimrank wrote to the folder before.
+        progress: told what happens.
+    """
+
+    weights: str | None = None
+    packed: bool = False
+    overwrite: bool = False
+    progress: Progress | None = None
+
+
+def export(model: str | Path, out: str | Path, to: str = "openvino", **options: Unpack[ExportOptions]) -> ExportRecord:
     """Write a model, compressed or not, for another engine.
 
     The logits of the result are compared with those of transformers before it is written.
@@ -45,25 +69,27 @@ def export(
         model: a hub id, local folder, GGUF file or "demo".
         out: folder to write to.
         to: the engine: "openvino" or "onnx".
-        weights: "float32", "float16", "int8" or "int4". By default float32 for a model of float32, else float16.
-        overwrite: replace what slimrank wrote to `out` before.
-        progress: told what happens.
+        options: see `Export`.
 
     Raises:
+        TypeError: an unknown option.
         RecipeError: an unknown engine, or unknown weights.
         MissingExtraError: the engine is not installed.
         OutputError: the output folder is in use, or cannot be written.
         ModelError: the model cannot be loaded, or cannot be exported.
     """
-    target: Target = TARGETS.get(to)()
+    target, asked = TARGETS.get(to)(), Export(**options)
+    weights = asked.weights
     if weights is not None and weights not in WEIGHTS:
         raise RecipeError(f"'{weights}' are not weights of an exported model.", nearest(weights, WEIGHTS))
     version = target.need(weights)
-    output, progress = OutputFolder(Path(out), overwrite), progress or Progress()
+    output, progress = OutputFolder(Path(out), asked.overwrite), asked.progress or Progress()
     output.rehearse()
     weights = weights or _usual(skeleton(model).model)
     loaded = load_model(model, "float32", progress)
     record = ExportRecord(str(model), to, version, weights, notes=list(loaded.notes))
+    if asked.packed:
+        record.notes += _packed(loaded.model)
     need_space(output.path, 4 * loaded.model.num_parameters())
     graph = _graph(target, loaded.model, record, progress)
     progress.stage("write", 1)
@@ -74,6 +100,15 @@ def export(
         write_manifest(partial, {"export": {"model": str(model), "to": to, "weights": weights}})
     progress.step()
     return record
+
+
+def _packed(model: Any) -> list[str]:
+    """Pack a model, with pairs where pivot layers were; return a note."""
+    if not compressed_layers(model):
+        return ["the model has no compressed layers: nothing is packed"]
+    changed = put_pairs(model)
+    groups = pack(model)
+    return [f"packed: {changed} pivot layers became pairs, and {groups} groups of layers have one first product"]
 
 
 def _usual(model: Any) -> str:

@@ -61,6 +61,14 @@ class BalancedPairs:
             self._numbers[parameter], parameter.data = parameter.data, new.to(parameter)
 
 
+def put_pairs(model: nn.Module) -> int:
+    """Put pairs of the same product where pivot layers are, in place; return how many. Tied layers stay."""
+    pivots = {path: layer for path, layer in _alone(model).items() if type(layer) is PivotLinear}
+    for path, layer in pivots.items():
+        model.set_submodule(path, _as_pair(layer))
+    return len(pivots)
+
+
 def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return factors of the same product B A with A A^T = B^T B, diagonal."""
     qb, rb = torch.linalg.qr(b)
