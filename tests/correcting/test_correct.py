@@ -107,6 +107,19 @@ def test_embeddings_and_norms_are_those_of_the_quantised_model():
     assert torch.equal(made.model.norm.weight, quantised.model.norm.weight)
 
 
+def test_the_head_is_that_of_the_quantised_model():
+    original = tiny_model(tie_word_embeddings=False)
+    quantised = rounded(original)
+    quantised.lm_head.weight.data.mul_(1.1)
+    made = with_differences(quantised, original, find_targets(original))
+    assert torch.equal(made.lm_head.weight, quantised.lm_head.weight)
+    tied = tiny_model(tie_word_embeddings=True)
+    apart = rounded(tied)
+    apart.lm_head.weight = torch.nn.Parameter(apart.lm_head.weight * 1.1)
+    with pytest.raises(ModelError, match="'lm_head' shares its weight with the embedding in the original"):
+        with_differences(apart, tied, find_targets(tied))
+
+
 def test_layers_of_any_class_are_read_by_their_answers():
     class Packed(torch.nn.Module):
         def __init__(self, weight):

@@ -63,7 +63,7 @@ def with_differences(quantised: Any, original: Any, targets: TargetSet) -> Any:
     _copy_others(made, quantised, layers)
     paths = {name for target in targets for name in (target.path, *target.ties)}
     for name in layers.keys() - paths:
-        _set_weight(made.get_submodule(name), _numbers(quantised, name, layers[name]))
+        _set(made, name, quantised)
     differs = False
     for target in targets:
         layer = layers[target.path]
@@ -95,9 +95,24 @@ def _copy_others(made: Any, quantised: Any, layers: dict[str, nn.Module]) -> Non
 
 
 @torch.no_grad()
-def _set_weight(layer: nn.Module, numbers: Tensor) -> None:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    weight.copy_(numbers.t() if isinstance(layer, Conv1D) else numbers)
+def _set(made: Any, path: str, quantised: Any) -> None:
+    """Give a linear layer that is not corrected the numbers of the quantised model.
+
+    Raises:
+        ModelError: it is an output head that shares its weight with the embedding, and the quantised one does not.
+    """
+    layer = made.get_submodule(path)
+    numbers = _numbers(quantised, path, layer)
+    stored = numbers.t() if isinstance(layer, Conv1D) else numbers
+    if layer.weight is made.get_input_embeddings().weight and not torch.equal(layer.weight, stored.to(layer.weight)):
+        raise ModelError(
+            f"'{path}' shares its weight with the embedding in the original, and has another in the quantised model.",
+            "quantise the model without its output head",
+        )
+    layer.weight.copy_(stored)
+    bias = getattr(quantised.get_submodule(path), "bias", None)
+    if layer.bias is not None and bias is not None:
+        layer.bias.copy_(bias)
 
 
 def _numbers(quantised: Any, path: str, original: nn.Module) -> Tensor:
