@@ -90,8 +90,8 @@ def correct(
     targets = find_targets(dense.model)
     numbers = _numbers(asked, targets)
     suite = _suite(asked, sources, dense)
+    model = with_differences(given, dense.model, targets)  # before measuring, which takes longer than refusing
     before = _measured(given, dense, suite, progress)
-    model = with_differences(given, dense.model, targets)
     del given
     start = time.perf_counter()
     notes = _factorized(model, dense.tokenizer, asked, numbers / targets.coverage.targets, progress)
