@@ -10,6 +10,7 @@ from typing import Any
 
 from slimrank._version import __version__
 from slimrank.correcting.request import Correction
+from slimrank.evaluate.suite import gains
 from slimrank.store import write_text
 
 RECORD, PAGE = "correction.json", "README.md"
@@ -59,12 +60,7 @@ class CorrectionRecord:
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Return headings and a row for each text: perplexity over the original's, and the divergence from it."""
-        rows = []
-        for text, found in self.before.items():
-            now = self.after[text]
-            numbers = [f"{side[key]:.4f}" for key in ("ratio", "kl") for side in (found, now)]
-            rows.append((text, *numbers))
-        return ("text", "perplexity ratio before", "after", "KL before", "after"), rows
+        return gains(self.before, self.after)
 
     def summary(self) -> str:
         """Return the size in one line."""

@@ -84,3 +84,17 @@ def compare(
         texts[text.name], against[text.name] = compared("text", model, dense, text)
     own, other = compared("model", model, dense, Subject(tokenizer, progress, suite.tasks))
     return {"texts": texts, **own}, {"texts": against, **other}
+
+
+def gains(before: Record, after: Record) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return headings and a row for each text: perplexity over the original's, and the divergence from it.
+
+    Args:
+        before: "texts" of what `compare` returns of the original, before a model was changed.
+        after: the same after it.
+    """
+    rows = []
+    for text, found in before.items():
+        numbers = [f"{side[key]:.4f}" for key in ("ratio", "kl") for side in (found, after[text])]
+        rows.append((text, *numbers))
+    return ("text", "perplexity ratio before", "after", "KL before", "after"), rows

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimrank._version import __version__
+from slimrank.evaluate.suite import gains
 from slimrank.recovery.recovering import PhaseRecord
 from slimrank.recovery.request import Recovery
 from slimrank.store import write_text
@@ -48,12 +49,7 @@ class RecoveryRecord:
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Return headings and a row for each text: perplexity over the original's, and the divergence from it."""
-        rows = []
-        for text, found in self.before.items():
-            now = self.after[text]
-            numbers = [f"{side[key]:.4f}" for key in ("ratio", "kl") for side in (found, now)]
-            rows.append((text, *numbers))
-        return ("text", "perplexity ratio before", "after", "KL before", "after"), rows
+        return gains(self.before, self.after)
 
 
 def write_record(record: RecoveryRecord, folder: Path) -> None:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from slimrank.errors import ModelError, RecipeError, SlimrankError
+from slimrank.errors import ModelError, RecipeError
 from slimrank.evaluate.engine import ENGINES, Engine, Round, Running
 from slimrank.evaluate.options import Loading
-from slimrank.models.explained import reason_of
+from slimrank.models.explained import explained
 from slimrank.models.load import resolve, skeleton
 from slimrank.models.storage import saved_bytes
 from slimrank.models.structure import context_of, parameters_of
@@ -36,7 +36,7 @@ class ServedModel(Running):
 
         empty = skeleton(name)
         context = min(LONGEST, context_of(empty.model) or LONGEST)
-        with _explained(name), _environment():
+        with explained(name), _environment():
             self.engine = LLM(
                 source, dtype=dtype, max_model_len=context, enable_prefix_caching=False, skip_tokenizer_init=True,
                 disable_log_stats=True, enforce_eager=current_platform.is_cpu(), gpu_memory_utilization=OF_THE_DEVICE,
@@ -102,14 +102,3 @@ def _environment() -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn errors of vLLM into ours."""
-    try:
-        yield
-    except SlimrankError:
-        raise
-    except Exception as error:
-        raise ModelError(f"vLLM cannot load '{name}': {reason_of(error)}", "see docs/serving.md") from error
