@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from slimrank.errors import RecipeError, nearest
 
 N = TypeVar("N", bound=str)
+M = TypeVar("M", bound=BaseModel)
 
 
 def options_of(function: Callable[..., Any], settings: Mapping[str, FieldInfo]) -> type[BaseModel]:
@@ -68,6 +69,33 @@ def validated(model: type[BaseModel], given: Mapping[str, Any], owner: str) -> B
         message = f"{first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
         hint = f"{name}: {about['range']}; {about['default']} by default"
         raise RecipeError(f"option {name} of {owner}: {message}", hint) from error
+
+
+def requested(model: type[M], given: Mapping[str, Any], owner: str, usage: str = "") -> M:
+    """Make a request of a command from its options.
+
+    Args:
+        model: of the request.
+        given: its fields.
+        owner: what has these options, as the subject of a sentence.
+        usage: the hint where options do not go together.
+
+    Raises:
+        RecipeError: an unknown option, or a value out of range.
+    """
+    for name in given:
+        if name not in model.model_fields:
+            raise RecipeError(f"{owner} has no option '{name}'.", nearest(name, model.model_fields))
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            raise RecipeError(f"{message}.", usage) from error
+        name = str(first["loc"][0])
+        hint = model.model_fields[name].description or ""
+        raise RecipeError(f"{name}: {message}, got {first['input']!r}", hint) from error
 
 
 def table(model: type[BaseModel]) -> dict[str, dict[str, Any]]:

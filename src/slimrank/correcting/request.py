@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from slimrank.errors import RecipeError, nearest
+from slimrank.options import requested
 
 
 class Correction(BaseModel):
@@ -52,16 +52,4 @@ class Correction(BaseModel):
         Raises:
             RecipeError: an unknown option, or a value out of range.
         """
-        for name in given:
-            if name not in cls.model_fields:
-                raise RecipeError(f"a correction has no option '{name}'.", nearest(name, cls.model_fields))
-        try:
-            return cls.model_validate(dict(given))
-        except ValidationError as error:
-            first = error.errors()[0]
-            message = first["msg"].removeprefix("Value error, ")
-            if not first["loc"]:
-                raise RecipeError(f"{message}.", "--rank 16, or --max-bytes 5000000") from error
-            name = str(first["loc"][0])
-            hint = cls.model_fields[name].description or ""
-            raise RecipeError(f"{name}: {message}, got {first['input']!r}", hint) from error
+        return requested(cls, given, "a correction", "--rank 16, or --max-bytes 5000000")

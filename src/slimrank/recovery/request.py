@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from slimrank.errors import RecipeError, nearest
+from slimrank.options import requested
 
 
 class Recovery(BaseModel):
@@ -41,15 +41,4 @@ class Recovery(BaseModel):
         Raises:
             RecipeError: an unknown option, or a value out of range.
         """
-        for name in given:
-            if name not in cls.model_fields:
-                raise RecipeError(f"recovery has no option '{name}'.", nearest(name, cls.model_fields))
-        try:
-            return cls.model_validate(dict(given))
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            message = first["msg"].removeprefix("Value error, ")
-            raise RecipeError(
-                f"{name}: {message}, got {first['input']!r}", cls.model_fields[name].description or ""
-            ) from error
+        return requested(cls, given, "recovery")
