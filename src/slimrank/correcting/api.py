@@ -25,6 +25,7 @@ from slimrank.evaluate.windows import windows_of
 from slimrank.layers.balancing import balanced
 from slimrank.layers.low_rank import LowRankLinear
 from slimrank.models.load import load_model
+from slimrank.models.placement import placed, resolve_device
 from slimrank.models.targets import TargetSet, find_targets
 from slimrank.pipeline.compression import compress
 from slimrank.progress import Progress
@@ -80,6 +81,7 @@ def correct(
         OutputError: the output folder is in use, or cannot be written.
     """
     asked, progress = Correction.make(options), progress or Progress()
+    device = resolve_device(asked.device)
     output = OutputFolder(Path(out), overwrite)
     output.rehearse()
     _check_gguf(asked, quantised)
@@ -91,15 +93,16 @@ def correct(
     numbers = _numbers(asked, targets)
     suite = _suite(asked, sources, dense)
     model = with_differences(given, dense.model, targets)  # before measuring, which takes longer than refusing
-    before = _measured(given, dense, suite, progress)
+    before = _measured(given, dense, suite, device, progress)
     del given
     start = time.perf_counter()
     notes = _factorized(model, dense.tokenizer, asked, numbers / targets.coverage.targets, progress)
     factors = _take_factors(model, targets)
     seconds = time.perf_counter() - start
+    after = _measured(model, dense, suite, device, progress)
     record = CorrectionRecord(
         str(quantised), str(original), asked, {path: len(a) for path, (a, _) in factors.items()},
-        adapter_bytes(factors), targets.coverage.targets, before, _measured(model, dense, suite, progress), seconds,
+        adapter_bytes(factors), targets.coverage.targets, before, after, seconds,
         [*dense.notes, *notes],
     )  # fmt: skip
     _write(output, record, factors, model, any(isinstance(m, Conv1D) for m in dense.model.modules()))
@@ -147,10 +150,12 @@ def _suite(asked: Correction, sources: dict[str, Any], dense: Any) -> Suite:
     return Suite(found, bos_of(dense.tokenizer) is not None)
 
 
-def _measured(model: Any, dense: Any, suite: Suite, progress: Progress) -> dict[str, Any]:
+def _measured(model: Any, dense: Any, suite: Suite, device: torch.device, progress: Progress) -> dict[str, Any]:
+    """Measure a model beside the original, on the device."""
     if not suite.texts:
         return {}
-    return compare(model, dense.model, dense.tokenizer, suite, progress)[1]["texts"]
+    with placed([model, dense.model], device, upcast=False):
+        return compare(model, dense.model, dense.tokenizer, suite, progress)[1]["texts"]
 
 
 def _factorized(model: Any, tokenizer: Any, asked: Correction, share: float, progress: Progress) -> list[str]:
