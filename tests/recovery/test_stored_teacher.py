@@ -430,6 +430,7 @@ def test_compress_stores_and_forecasts_them(place):
         slimrank.preview(place / "model", recover_options={**plain, "teacher_top_k": k}, **options) for k in (8, None)
     )
     assert with_["seconds"]["recover"] < without["seconds"]["recover"]
+    assert with_["run_bytes"] > without["run_bytes"] + bytes_of(400, 8)
 
 
 def test_two_processes_share_the_files(place, tmp_path):

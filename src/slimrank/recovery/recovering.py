@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import EarlyStoppingCallback
 
+from slimrank.errors import SlimrankError
 from slimrank.methods.recoverer import ConfiguredRecoverer, Phase
 from slimrank.models.structure import find_blocks
 from slimrank.progress import Progress
@@ -102,7 +103,7 @@ def run_phases(
     try:
         return _run_phases(model, teacher, text, method, machine, progress or Progress())
     except (OSError, SafetensorError) as error:
-        raise disk_error(error, machine.folder) from error
+        raise error if isinstance(error, SlimrankError) else disk_error(error, machine.folder) from error
 
 
 def _run_phases(
@@ -115,13 +116,13 @@ def _run_phases(
 ) -> list[PhaseRecord]:
     found: list[PhaseRecord] = []
     predictions = predicted(teacher, text, method.training, machine, progress)
-    with _in_float32(model), _as_before(model), predictions as (text, stored):
-        work = BlockWork(model, teacher, text, machine.device) if method.method.by_block else None
+    with _in_float32(model), _as_before(model), predictions as known:
+        work = BlockWork(model, teacher, known.text, machine.device) if method.method.by_block else None
         for number, (name, end) in enumerate(_seeded(method.phases(model, _block_paths(model)), machine.seed)):
-            student, mine = (_whole(model, teacher, method), text) if work is None else work.begin()
+            student, mine = (_whole(model, known.original, method), known.text) if work is None else work.begin()
             phase = _Phase(name, model, student, mine, method, machine.folder / f"phase-{number}")
             record = phase.run(machine, progress, tokens=text[0].ids.shape[1])
-            found.append(replace(record, stored=stored))
+            found.append(replace(record, stored=known.took))
             end(found[-1].kept)
             if work is not None:
                 work.end()

@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -149,21 +150,33 @@ def seen(text: Windows, count: int, seed: int) -> Windows:
     return Windows(text.ids[rows], text.counted[rows])
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What is known of the original's predictions in training.
+
+    Attributes:
+        text: windows to train on and held-out ones, with what is stored.
+        original: the original, or its head where its blocks are released.
+        took: bytes on disk, and seconds that storing took; None where nothing is stored.
+    """
+
+    text: tuple[Windows, Windows]
+    original: Any
+    took: tuple[int, float] | None = None
+
+
 @contextmanager
 def predicted(
     teacher: Any, text: tuple[Windows, Windows], options: RecoverOptions, machine: Machine, progress: Progress
-) -> Iterator[tuple[tuple[Windows, Windows], tuple[int, float] | None]]:
+) -> Iterator[Predictions]:
     """Store the original's predictions if `teacher_top_k` is set, and release its blocks inside the context.
-
-    Yields:
-        The text, with what is known of the predictions; bytes of these on disk and seconds that storing took, or None.
 
     Raises:
         RecipeError: `teacher_top_k` is more than the vocabulary.
         OutputError: the disk is full or cannot be written.
     """
     if options.teacher_top_k is None:
-        yield text, None
+        yield Predictions(text, teacher)
         return
     count = len(text[0])
     if options.tokens is not None:
@@ -172,4 +185,4 @@ def predicted(
     seconds = stored.write(progress)
     progress.note(f"predictions of the original: {stored.bytes:,} bytes on disk, stored in {seconds:,.0f} s")
     with without_blocks(teacher, machine.teacher_again):
-        yield stored.windows(), (stored.bytes, seconds)
+        yield Predictions(stored.windows(), stored.head, (stored.bytes, seconds))

@@ -34,7 +34,7 @@ class Student(Trained):
 
     Args:
         model: the compressed model.
-        teacher: the original; it is neither trained nor saved. None where only labels count.
+        teacher: the original, or its head; it is neither trained nor saved. None where only labels count.
         terms: weights of divergence and labels.
         hidden: weight of the relative squared error of the states after each block.
     """
@@ -42,7 +42,8 @@ class Student(Trained):
     def __init__(self, model: Any, teacher: Any, terms: Terms, hidden: float = 0.0) -> None:
         super().__init__()
         self.model, self.terms, self.hidden = model, terms, hidden
-        self._heads: tuple[Head, Head | None] = (Head(model), None if teacher is None else Head(teacher))
+        known = teacher is None or isinstance(teacher, Head)
+        self._heads: tuple[Head, Head | None] = (Head(model), teacher if known else Head(teacher))
 
     def broken(self, input_ids: Tensor) -> str:
         """See `Trained`: the first block."""
