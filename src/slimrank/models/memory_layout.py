@@ -6,6 +6,7 @@ weight in float32 it may read the columns 1.7 times as fast as the rows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,14 +24,17 @@ GAIN = 0.03  # of the time; less is not worth a change
 def choose_layouts(layers: Iterable[CompressedLinear]) -> int:
     """Lay out the parts of compressed layers on a CPU as they are read fastest, in place; shapes and names stay.
 
-    Parts that are computed together with others keep their memory.
+    Parts that are computed together with others keep their memory, and so do weights that several parts hold:
+    transformers cannot save such weights by columns.
 
     Returns:
         How many parts lie by columns.
     """
     known: dict[Any, bool] = {}
     changed = 0
-    for part in (part for layer in layers for _, part in own_parts(layer)):
+    parts = [part for layer in layers for _, part in own_parts(layer)]
+    held = Counter(id(part.weight) for part in parts)
+    for part in (part for part in parts if held[id(part.weight)] == 1):
         weight = part.weight
         key = (-(-weight.shape[0] // STEP), -(-weight.shape[1] // STEP), weight.dtype)
         if key not in known:
