@@ -21,16 +21,20 @@ STEP = 32  # rows and columns by which shapes are alike
 GAIN = 0.03  # of the time; less is not worth a change
 
 
-def choose_layouts(layers: Iterable[CompressedLinear]) -> int:
+def choose_layouts(layers: Iterable[CompressedLinear], known: dict[Any, bool] | None = None) -> int:
     """Lay out the parts of compressed layers on a CPU as they are read fastest, in place; shapes and names stay.
 
     Parts that are computed together with others keep their memory, and so do weights that several parts hold:
     transformers cannot save such weights by columns.
 
+    Args:
+        layers: of one model.
+        known: what earlier calls have found, by shape and dtype; more is added.
+
     Returns:
         How many parts lie by columns.
     """
-    known: dict[Any, bool] = {}
+    known = {} if known is None else known
     changed = 0
     parts = [part for layer in layers for _, part in own_parts(layer)]
     held = Counter(id(part.weight) for part in parts)
