@@ -110,7 +110,7 @@ class RecipeFields(BaseModel):
         None, "Smaller form to store ranks in that were chosen for pairs: pivot. The model computes the same."
     )
     packed: bool = _what(
-        False, "Layers of the same inputs computed together in the result: see slimrank.pack. --max-latency times them so."
+        False, "Pack the result: it computes layers of the same inputs together, and --max-latency times them so."
     )
     quantize: Scheme | None = _what(
         None,

@@ -100,9 +100,9 @@ def test_the_times_of_layers_in_a_group_add_up_to_that_of_the_group(clock):
     alone = [stand_in("pivot", state.model.get_submodule(path), times[path].ranks[3]) for path in paths]
     expected = seconds_of(Together(alone))
     assert sum(times[path].seconds[3] for path in paths) == pytest.approx(expected, rel=1e-9)
-    assert times["model.layers.1.mlp.up_proj"].seconds[3] == pytest.approx(
-        seconds_of(stand_in("pivot", state.model.model.layers[1].mlp.up_proj, times["model.layers.1.mlp.up_proj"].ranks[3]))
-    )
+    path = "model.layers.1.mlp.up_proj"
+    own = stand_in("pivot", state.model.get_submodule(path), times[path].ranks[3])
+    assert times[path].seconds[3] == pytest.approx(seconds_of(own))
 
 
 def test_copies_of_layers_together_are_together():
@@ -110,7 +110,7 @@ def test_copies_of_layers_together_are_together():
     layers = [stand_in("pair", linear, 4) for linear in linears]
     together = Together(layers)
     x = torch.randn(3, 24)
-    expected = [layer(x) for layer in map(lambda layer: layer.to_dense(), layers)]
+    expected = [layer(x) for layer in [layer.to_dense() for layer in layers]]
     other = copy.deepcopy(together)
     for module in (together, other):
         for found, y in zip(module(x), expected, strict=True):

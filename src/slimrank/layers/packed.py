@@ -1,7 +1,8 @@
 """Layers of one input that are computed together: one product for all that reads the inputs.
 
-Copied into saved models that need it; imports nothing but torch. The layers stay where they are, with their parameters under their names. Only the memory of what reads the inputs is
-joined, and the first layer that is called computes the outputs of all.
+Copied into saved models that need it; imports nothing but torch. The layers stay where they are, with their parameters
+under their names. Only the memory of what reads the inputs is joined, and the first layer that is called computes the
+outputs of all.
 """
 
 from __future__ import annotations

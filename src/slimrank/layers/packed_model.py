@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from slimrank.layers.base import CompressedLinear, compressed_layers
-from slimrank.layers.packed import PackedGroup, group_of, join, lie_by_columns, lie_by_rows, own_parts, part, reader
+from slimrank.layers.packed import group_of, join, lie_by_columns, lie_by_rows, own_parts, part, reader
 from slimrank.layers.transforms import Transform
 
 
