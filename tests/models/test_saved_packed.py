@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import slimrank
 from helpers import byte_tokenizer, save_tiny, text, tiny_model
@@ -237,6 +237,24 @@ def test_a_layer_whose_call_another_library_replaced_is_left_alone():
     logits(model)
     assert len(calls) >= 2
     assert not is_joined(layer)
+
+
+def test_weights_that_are_offloaded_are_fetched(folder):
+    accelerate = pytest.importorskip("accelerate")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = logits(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert compressed_layers(model)["model.layers.0.self_attn.q_proj"].A.weight.is_meta
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantisers_of_others_leave_layers_alone(folder):
+    pytest.importorskip("bitsandbytes")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    before = logits(AutoModelForCausalLM.from_pretrained(folder))
+    assert not joined(model)
+    assert float((logits(model).float() - before).norm() / before.norm()) < 0.1
 
 
 # tools ----------------------------------------------------------------------------------------------------------------
