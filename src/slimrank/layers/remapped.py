@@ -47,17 +47,22 @@ class RemappedLinear(CompressedLinear):
         self.register_parameter("rest", rest)
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **place)) if bias else None)
 
+    @property
+    def _tall(self) -> bool:
+        """Tell whether the rest belongs to B."""
+        return self.out_features > self.in_features
+
     def _a(self, scales: Tensor, rest: Tensor | None) -> Tensor:
         head = self.a_codes.to(scales.dtype) * scales[0][:, None]
-        return head if rest is None or self.out_features > self.in_features else torch.cat([head, rest], 1)
-
-    def _b(self, scales: Tensor, rest: Tensor | None) -> Tensor:
-        head = self.b_codes.to(scales.dtype) * scales[1]
-        return head if rest is None or self.out_features < self.in_features else torch.cat([head, rest])
+        return head if rest is None or self._tall else torch.cat([head, rest], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in) to (..., out)."""
-        return linear(self.latent(x), self._b(self.scales, self.rest), self.bias)
+        latent = self.latent(x)  # times B's scales here: OpenVINO 2026.4 misreads scales of a weight's columns
+        y = linear(latent * self.scales[1], self.b_codes.to(latent.dtype))
+        if self.rest is not None and self._tall:
+            y = torch.cat([y, linear(latent, self.rest)], -1)
+        return y if self.bias is None else y + self.bias
 
     def latent(self, x: Tensor) -> Tensor:
         """Return A x (..., rank)."""
@@ -66,14 +71,15 @@ class RemappedLinear(CompressedLinear):
     def factors(self) -> tuple[Tensor, Tensor]:
         """See `CompressedLinear.factors`."""
         scales, rest = numbers(self.scales), None if self.rest is None else numbers(self.rest)
-        return self._a(scales, rest), self._b(scales, rest)
+        head = self.b_codes.double() * scales[1]
+        return self._a(scales, rest), head if rest is None or not self._tall else torch.cat([head, rest])
 
     def set_b(self, B: Tensor) -> None:
         """Round B (m x rank) to what is stored of it; A stays."""
         short = self.b_codes.shape[0]
         self.b_codes, scale = self._rounded(B[:short], 0)
         self._set_scale(1, scale)
-        if self.rest is not None and self.out_features > short:
+        if self.rest is not None and self._tall:
             self.rest.data = B[short:].to(self.rest)
 
     def set_a(self, A: Tensor) -> None:
@@ -81,7 +87,7 @@ class RemappedLinear(CompressedLinear):
         short = self.a_codes.shape[1]
         self.a_codes, scale = self._rounded(A[:, :short], 1)
         self._set_scale(0, scale)
-        if self.rest is not None and self.in_features > short:
+        if self.rest is not None and not self._tall:
             self.rest.data = A[:, short:].to(self.rest)
 
     def _rounded(self, part: Tensor, along: int) -> tuple[Tensor, Tensor]:
@@ -89,9 +95,8 @@ class RemappedLinear(CompressedLinear):
 
         The largest number of a vector gets the largest integer.
         """
-        least = torch.finfo(self.scales.dtype).tiny
-        scale = (part.abs().amax(along) / LARGEST_CODE).to(self.scales).clamp_(min=least)
-        codes = part / scale.to(part).unsqueeze(along)
+        scale = (part.abs().amax(along) / LARGEST_CODE).to(self.scales)
+        codes = (part / scale.to(part).unsqueeze(along)).nan_to_num()  # a vector of zeros has the scale 0
         return codes.round().clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8).contiguous(), scale
 
     def _set_scale(self, row: int, scale: Tensor) -> None:
