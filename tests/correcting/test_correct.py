@@ -129,8 +129,8 @@ class Stops(Progress):
 @pytest.mark.parametrize(
     ("stage", "step", "resumes"),
     [
-        ("calibrate and decompose", 2, ["resuming at block 2 of 2"]),
-        ("refine", 1, ["resuming at block 2 of 2", "resuming at block 1 of 2"]),
+        ("calibrate and decompose", 5, ["resuming at block 2 of 3"]),
+        ("cut and refine factors", 2, ["resuming at block 2 of 3"]),
     ],
 )
 def test_an_interrupted_run_goes_on_and_gives_the_same_numbers(pair, stage, step, resumes, tmp_path):

@@ -27,7 +27,7 @@ def drawn(m, n, rank, seed=0):
 
 
 def by_hand(weight, rank, dtype):
-    """The stored weight, number by number, from the singular vectors themselves: scales do not depend on their length."""
+    """The stored weight, number by number, from its singular vectors."""
     m, n = weight.shape
     short = min(m, n)
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
