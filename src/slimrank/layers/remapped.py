@@ -38,7 +38,7 @@ class RemappedLinear(CompressedLinear):
         if not 1 <= rank <= short:
             raise ValueError(f"rank must be 1 to {short}, got {rank}")
         super().__init__(in_features, out_features, rank)
-        integers = {"dtype": torch.int8, "device": place.get("device")}
+        integers: dict[str, Any] = {"dtype": torch.int8, "device": place.get("device")}
         self.register_buffer("a_codes", torch.zeros(rank, short, **integers))
         self.register_buffer("b_codes", torch.zeros(short, rank, **integers))
         self.scales = nn.Parameter(torch.ones(2, rank, **place))
