@@ -103,8 +103,8 @@ class RecipeFields(BaseModel):
     )
     form: Form = _what(
         "pair",
-        "Form that ranks are chosen for and stored in: pair (two thin factors), or pivot (fewer parameters at the "
-        "same rank).",
+        "Form that ranks are chosen for and stored in: pair (two thin factors), pivot (fewer parameters at the same "
+        "rank), or remapped (two factors in 8 and 16 bits).",
     )
     store_form: Form | None = _what(
         None, "Smaller form to store ranks in that were chosen for pairs: pivot. The model computes the same."

@@ -16,9 +16,10 @@ from slimrank.cli.app import app
 from slimrank.correcting.differences import Corrected, answers, with_differences
 from slimrank.correcting.gguf_lora import row_order, write_gguf_lora
 from slimrank.correcting.peft_folder import write_peft
-from slimrank.errors import BudgetError, ModelError, OutputError, RecipeError
+from slimrank.errors import BudgetError, ModelError, OutputError, RecipeError, RunError
 from slimrank.layers.dense import weight_of
 from slimrank.models.targets import find_targets
+from slimrank.progress import Progress
 
 QUICK = {"samples": 8, "seq_len": 32, "windows": 4}
 IDS = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -88,6 +89,77 @@ def test_the_size_is_kept(pair, tmp_path):
     assert by_rank.size <= most
     assert by_rank.size > 0.97 * most
     assert dict(by_bytes.ranks) == dict(by_rank.ranks)
+
+
+def test_numbers_of_float32_are_twice_as_large_and_nearer(pair, tmp_path):
+    half, whole = (
+        correct(*pair, tmp_path / dtype, rank=4, adapter_dtype=dtype, evaluation=(), **QUICK)
+        for dtype in ("float16", "float32")
+    )
+    assert dict(whole.record.ranks) == dict(half.record.ranks)
+    assert whole.record.size == 2 * half.record.size
+    stored = load_file(tmp_path / "float32" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    most = 4 * 4 * sum(sum(target.shape) for target in find_targets(tiny_model()))
+    by_bytes = correct(
+        *pair, tmp_path / "bytes", max_bytes=most, adapter_dtype="float32", evaluation=(), **QUICK
+    ).record  # fmt: skip
+    assert dict(by_bytes.ranks) == dict(whole.record.ranks)
+
+
+class Stops(Progress):
+    """Interrupts its job at a step of a stage, and remembers notes."""
+
+    def __init__(self, stage=None, step=None):
+        self.at, self.notes, self.name, self.count = (stage, step), [], "", 0
+
+    def stage(self, name, steps):
+        self.name, self.count = name, 0
+        self.step(0)
+
+    def step(self, done=1):
+        self.count += done
+        if (self.name, self.count) == self.at:
+            raise KeyboardInterrupt
+
+    def note(self, message):
+        self.notes.append(message)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "resumes"),
+    [
+        ("calibrate and decompose", 5, ["resuming at block 2 of 3"]),
+        ("cut and refine factors", 2, ["resuming at block 2 of 3"]),
+    ],
+)
+def test_an_interrupted_run_goes_on_and_gives_the_same_numbers(pair, stage, step, resumes, tmp_path):
+    settings = {"rank": 4, "evaluation": (), **QUICK}
+    correct(*pair, tmp_path / "straight", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        correct(*pair, tmp_path / "out", progress=Stops(stage, step), **settings)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.run").is_dir()
+    again = Stops()
+    correct(*pair, tmp_path / "out", progress=again, **settings)
+    assert [note for note in again.notes if note.startswith("resuming")] == resumes
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"straight", "out"}
+
+
+def test_a_kept_run_directory_serves_another_size_and_no_other_model(pair, tmp_path, monkeypatch):
+    settings = {"run_dir": tmp_path / "run", "sequential": False, "evaluation": (), **QUICK}
+    correct(*pair, tmp_path / "a", rank=4, **settings)
+    monkeypatch.setattr("slimrank.models.blocks.BlockRunner.step", None)  # would fail if it calibrated again
+    small = correct(*pair, tmp_path / "b", rank=2, **settings)
+    monkeypatch.undo()
+    assert dict(small.record.ranks) == dict(
+        correct(*pair, tmp_path / "c", rank=2, sequential=False, evaluation=(), **QUICK).record.ranks
+    )
+    other = save(rounded(tiny_model(), levels=2), tmp_path / "other")
+    with pytest.raises(RunError, match="belongs to a different run"):
+        correct(other, pair[1], tmp_path / "d", rank=2, **settings)
 
 
 def test_the_model_with_differences_is_the_original():
@@ -212,6 +284,8 @@ def test_rows_that_the_file_does_not_hold_are_refused():
         ({"rank": 0}, RecipeError, "rank: "),
         ({"ranks": 3}, RecipeError, "a correction has no option 'ranks'"),
         ({"max_bytes": 100}, BudgetError, "rank 1 in every layer takes 2,784 bytes"),
+        ({"max_bytes": 100, "adapter_dtype": "float32"}, BudgetError, "rank 1 in every layer takes 5,568 bytes"),
+        ({"rank": 1, "adapter_dtype": "int8"}, RecipeError, "adapter_dtype: .*'float16' or 'float32'"),
         ({"rank": 4, "method": "kfac"}, RecipeError, "there is no decomposition method 'kfac'"),
         ({"rank": 4, "gguf": True}, RecipeError, "a GGUF adapter belongs to a GGUF file"),
     ],

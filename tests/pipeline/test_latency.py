@@ -200,7 +200,7 @@ def test_time_is_spent_as_well_as_trying_everything():
     assert least_seconds(timed(problem, times, 1.0)) == pytest.approx(sum(times[path].at(1) for path in shapes))
 
 
-@pytest.mark.parametrize("form", ["pair", "pivot"])
+@pytest.mark.parametrize("form", ["pair", "pivot", "remapped"])
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_stand_ins_are_like_real_layers(form, shape, bias):

@@ -76,7 +76,7 @@ def test_the_skeleton_has_the_dtypes_of_the_loaded_model(tmp_path, name, dtype):
     assert stored_dtype(bones) == stored_dtype(loaded)
 
 
-@pytest.mark.parametrize("form", ["pair", "pivot"])
+@pytest.mark.parametrize("form", ["pair", "pivot", "remapped"])
 def test_plan_tells_the_same_as_compress(tmp_path, form):
     """DeepSeek-V3 keeps routers and a buffer of theirs in float32."""
     random_model("deepseek_v3").to(BF16).save_pretrained(tmp_path / "m")

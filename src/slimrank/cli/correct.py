@@ -36,9 +36,18 @@ def correct(
     gguf: Annotated[
         bool, typer.Option("--gguf", help="Write adapter.gguf for llama.cpp, too, for a GGUF file.")
     ] = False,
+    adapter_dtype: Annotated[str, typer.Option(help="What its numbers are stored in: float16 or float32.")] = "float16",
     windows: Annotated[int, typer.Option(help="First windows of each of these.", min=2)] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the calibration windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")] = "auto",
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Store finished parts here and keep them, so that another size needs no new calibration.  "
+            "\\[default: OUT.run, removed at the end]",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what slimrank wrote to --out before.")
     ] = False,
@@ -55,10 +64,10 @@ def correct(
         "rank": rank, "max_bytes": max_bytes, "method": method, "allocation": allocation, "sequential": sequential,
         "calibration": calibration, "samples": samples, "seq_len": seq_len,
         "evaluation": () if no_eval else tuple(eval_text or ["demo"]), "windows": windows, "seed": seed, "gguf": gguf,
-        "device": device,
+        "adapter_dtype": adapter_dtype, "device": device,
     }  # fmt: skip
     with ConsoleProgress() as progress:
-        result = library_correct(quantised, original, out, overwrite=overwrite, progress=progress, **options)
+        result = library_correct(quantised, original, out, overwrite, progress, run_dir=run_dir, **options)
     print_json(result.record.plain()) if json else _show(result)
 
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from slimrank.checkpoint.output_folder import OutputFolder, need_space, write_manifest
 from slimrank.correcting.differences import DIFFERENCE, OF_IT, with_differences
 from slimrank.correcting.gguf_lora import ADAPTER, need_gguf, write_gguf_lora
-from slimrank.correcting.peft_folder import Factors, adapter_bytes, halves, write_peft
+from slimrank.correcting.peft_folder import Factors, adapter_bytes, cast, write_peft
 from slimrank.correcting.quantised_models import load_quantised
 from slimrank.correcting.record import CorrectionRecord, write_record
 from slimrank.correcting.request import Correction
@@ -28,12 +28,11 @@ from slimrank.models.load import load_model
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.targets import TargetSet, find_targets
 from slimrank.pipeline.compression import compress
+from slimrank.pipeline.run_folder import place_of_run, run_folder
 from slimrank.progress import Progress
 from slimrank.text.sources import read_source
 from slimrank.text.texts import window_length
 from slimrank.text.tokens import bos_of
-
-STORED_BYTES = 2  # of a number: float16
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class CorrectionResult:
 
     Attributes:
         model: the corrected model: quantised weights as ordinary numbers, and the factors.
-        factors: path of each layer -> A (rank x n) and B (m x rank), float16.
+        factors: path of each layer -> A (rank x n) and B (m x rank), as they are stored.
         record: what was done.
         out: the folder that was written.
     """
@@ -72,18 +71,22 @@ def correct(
         out: folder to write to.
         overwrite: replace what slimrank wrote to `out` before.
         progress: told what happens.
-        options: fields of `Correction`.
+        options: fields of `Correction`, and `run_dir`: where finished parts are stored, so that an interrupted run goes
+            on and another size needs no new calibration; by default `OUT.run`, which is removed at the end.
 
     Raises:
         RecipeError: unknown options, or values out of range.
         BudgetError: not even rank 1 fits in the bytes.
         ModelError: a model that cannot be loaded, two models that do not belong together, or equal ones.
         OutputError: the output folder is in use, or cannot be written.
+        RunError: the run directory belongs to another run.
     """
+    run_dir = options.pop("run_dir", None)
     asked, progress = Correction.make(options), progress or Progress()
     device = resolve_device(asked.device)
     output = OutputFolder(Path(out), overwrite)
     output.rehearse()
+    place = place_of_run(output, run_dir)
     _check_gguf(asked, quantised)
     sources = {name: read_source(name, "evaluation") for name in asked.evaluation}
     dense = load_model(original, "float32", progress)
@@ -95,17 +98,18 @@ def correct(
     model = with_differences(given, dense.model, targets)  # before measuring, which takes longer than refusing
     before = _measured(given, dense, suite, device, progress)
     del given
-    start = time.perf_counter()
-    notes = _factorized(model, dense.tokenizer, asked, numbers / targets.coverage.targets, progress)
-    factors = _take_factors(model, targets)
-    seconds = time.perf_counter() - start
-    after = _measured(model, dense, suite, device, progress)
-    record = CorrectionRecord(
-        str(quantised), str(original), asked, {path: len(a) for path, (a, _) in factors.items()},
-        adapter_bytes(factors), targets.coverage.targets, before, after, seconds,
-        [*dense.notes, *notes],
-    )  # fmt: skip
-    _write(output, record, factors, model, any(isinstance(m, Conv1D) for m in dense.model.modules()))
+    transposed = any(isinstance(module, Conv1D) for module in dense.model.modules())
+    with run_folder(output, place) as folder:
+        start = time.perf_counter()
+        notes = _factorized(model, dense.tokenizer, asked, numbers / targets.coverage.targets, folder, progress)
+        factors = _take_factors(model, targets, asked.dtype)
+        seconds = time.perf_counter() - start
+        after = _measured(model, dense, suite, device, progress)
+        record = CorrectionRecord(
+            str(quantised), str(original), asked, {path: len(a) for path, (a, _) in factors.items()},
+            adapter_bytes(factors), targets.coverage.targets, before, after, seconds, [*dense.notes, *notes],
+        )  # fmt: skip
+        _write(output, record, factors, model, transposed)
     return CorrectionResult(model, factors, record, output.path)
 
 
@@ -137,9 +141,9 @@ def _numbers(asked: Correction, targets: TargetSet) -> int:
         BudgetError: rank 1 in every layer has more.
     """
     each = sum(sum(target.shape) for target in targets)
-    wanted = each * asked.rank if asked.rank is not None else (asked.max_bytes or 0) // STORED_BYTES
+    wanted = each * asked.rank if asked.rank is not None else (asked.max_bytes or 0) // asked.dtype.itemsize
     if wanted < each:
-        least = STORED_BYTES * each
+        least = asked.dtype.itemsize * each
         raise BudgetError(f"rank 1 in every layer takes {least:,} bytes.", f"--max-bytes {least} or more")
     return wanted
 
@@ -158,26 +162,28 @@ def _measured(model: Any, dense: Any, suite: Suite, device: torch.device, progre
         return compare(model, dense.model, dense.tokenizer, suite, progress)[1]["texts"]
 
 
-def _factorized(model: Any, tokenizer: Any, asked: Correction, share: float, progress: Progress) -> list[str]:
-    """Replace all differences by factors; return what the compression notes."""
+def _factorized(
+    model: Any, tokenizer: Any, asked: Correction, share: float, folder: Path, progress: Progress
+) -> list[str]:
+    """Replace all differences by factors, with finished parts in a run directory; return what the compression notes."""
     refined: dict[str, Any] = {"refine": "regress", "refine_options": {"anchor": 0.0}} if asked.sequential else {}
     result = compress(
         model, tokenizer, method=asked.method, allocation=asked.allocation, form="pair", keep_ratio=share,
         ranks={"*": "1..1000000"}, targets=(f"*.{DIFFERENCE}",), calibration=asked.calibration,
         samples=asked.samples, seq_len=asked.seq_len, seed=asked.seed, device=asked.device, evaluation=None,
-        progress=progress, **refined,
+        run_dir=folder, progress=progress, **refined,
     )  # fmt: skip
     return list(result.report["notes"])
 
 
 @torch.no_grad()
-def _take_factors(model: Any, targets: TargetSet) -> dict[str, tuple[Tensor, Tensor]]:
+def _take_factors(model: Any, targets: TargetSet, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """Return all factors as they are stored, and let the model compute with these."""
     found = {}
     for target in targets:
         layer = model.get_submodule(f"{target.path}.{DIFFERENCE}")
         assert isinstance(layer, LowRankLinear)
-        found[target.path] = halves(*balanced(*layer.factors()))
+        found[target.path] = cast(*balanced(*layer.factors()), dtype)
         for part, stored in zip((layer.A, layer.B), found[target.path], strict=True):
             part.weight.copy_(stored)
     return found

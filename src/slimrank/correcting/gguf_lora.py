@@ -31,7 +31,7 @@ def need_gguf() -> Any:
 
 
 def write_gguf_lora(factors: Factors, weights: Mapping[str, Tensor], base: Path, path: Path) -> None:
-    """Write a GGUF file with the factors of each layer, in float16.
+    """Write a GGUF file with the factors of each layer, in their dtype.
 
     llama.cpp multiplies the product of an adapter by alpha / rank. Alpha is 1, so B is written times its rank.
 
@@ -58,8 +58,8 @@ def write_gguf_lora(factors: Factors, weights: Mapping[str, Tensor], base: Path,
         if tensor is None:
             raise ModelError(f"'{base}' has no tensor '{names[layer]}.weight' for the layer '{layer}'.", ELSEWHERE)
         order = row_order(gguf.dequantize(tensor.data, tensor.tensor_type), weights[layer], layer)
-        writer.add_tensor(f"{names[layer]}.weight.lora_a", a.half().numpy())
-        writer.add_tensor(f"{names[layer]}.weight.lora_b", (len(a) * b.float())[order].half().numpy())
+        writer.add_tensor(f"{names[layer]}.weight.lora_a", a.numpy())
+        writer.add_tensor(f"{names[layer]}.weight.lora_b", (len(a) * b.float())[order].to(b.dtype).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -60,6 +60,6 @@ def adapter_bytes(factors: Factors) -> int:
     return sum(t.numel() * t.element_size() for pair in factors.values() for t in pair)
 
 
-def halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both factors in float16."""
-    return a.to(torch.float16), b.to(torch.float16)
+def cast(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return both factors in a dtype."""
+    return a.to(dtype), b.to(dtype)

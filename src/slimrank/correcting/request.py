@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slimrank.options import requested
@@ -36,6 +37,9 @@ class Correction(BaseModel):
     )
     windows: Annotated[int, Field(ge=2, description="First windows of each of these.")] = 16
     seed: Annotated[int, Field(description="Seed of the calibration windows.")] = 0
+    adapter_dtype: Annotated[
+        Literal["float16", "float32"], Field(description="What the adapter's numbers are stored in.")
+    ] = "float16"
     gguf: Annotated[bool, Field(description="Write adapter.gguf for llama.cpp, too, for a GGUF file.")] = False
     device: Annotated[str, Field(description="Where to compute: auto, cpu, cuda, mps, ...")] = "auto"
 
@@ -44,6 +48,11 @@ class Correction(BaseModel):
         if (self.rank is None) == (self.max_bytes is None):
             raise ValueError("give one of rank and max_bytes")
         return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the adapter's numbers are stored in."""
+        return torch.float16 if self.adapter_dtype == "float16" else torch.float32
 
     @classmethod
     def make(cls, given: Mapping[str, Any]) -> Correction:

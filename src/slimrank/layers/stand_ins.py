@@ -24,9 +24,12 @@ def stand_in(form: str, like: nn.Module, rank: int) -> CompressedLinear:
 
 @torch.no_grad()
 def _fill(layer: CompressedLinear, n: int) -> None:
-    """Give every parameter numbers of a usual size, and every index an order."""
+    """Give every parameter numbers of a usual size, every index an order, and integers of few bits any values."""
     draw = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=draw) / n**0.5)
     for buffer in layer.buffers():
-        buffer.copy_(torch.randperm(len(buffer), generator=draw))
+        if buffer.dim() == 1:
+            buffer.copy_(torch.randperm(len(buffer), generator=draw))
+        else:
+            buffer.random_(-127, 128, generator=draw)

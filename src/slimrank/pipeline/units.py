@@ -55,7 +55,7 @@ def units_of(method: Configured, targets: TargetSet, form: str) -> list[Unit]:
         )
     if not layer_form(form).shares and any(len(group) > 1 for group in groups):
         raise RecipeError(
-            f"'{method.method.id}' shares factors between layers; pivot layers have none to share.",
+            f"'{method.method.id}' shares factors between layers; those of the form '{form}' have none to share.",
             "a method that does not share, or pairs (without --form and --store-form)",
         )
     return [Unit(tuple(known[path] for path in group)) for group in groups]
