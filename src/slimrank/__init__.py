@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from slimrank.exporting.api import export as export
     from slimrank.exporting.onnx.runner import OnnxModel as OnnxModel
     from slimrank.exporting.openvino.runner import OpenVinoModel as OpenVinoModel
+    from slimrank.hub.pushing import push as push
     from slimrank.layers.low_rank import LowRankLinear as LowRankLinear
     from slimrank.layers.pivot import PivotLinear as PivotLinear
     from slimrank.methods.allocator import allocator as allocator
@@ -58,6 +59,7 @@ _HOME = {
     "pack": "models.packing",
     "perplexity": "evaluate.perplexity",
     "preview": "pipeline.preview",
+    "push": "hub.pushing",
     "recover": "recovery.api",
     "refiner": "methods.refiner",
 }

@@ -10,7 +10,20 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from slimrank._version import __version__
-from slimrank.cli import benchmark, compare, compress, correct, demo, doctor, evaluate, export, methods, plan, recover
+from slimrank.cli import (
+    benchmark,
+    compare,
+    compress,
+    correct,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    methods,
+    plan,
+    push,
+    recover,
+)
 from slimrank.cli.lazy import LazyGroup
 from slimrank.errors import SlimrankError
 
@@ -24,6 +37,7 @@ class _Group(LazyGroup):
         evaluate.evaluate,
         benchmark.benchmark,
         export.export,
+        push.push,
         compare.compare,
         methods.methods,
         doctor.doctor,
