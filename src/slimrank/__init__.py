@@ -17,6 +17,7 @@ from slimrank.checkpoint.register import register_lazily
 
 if TYPE_CHECKING:
     from slimrank.budget.rank_plan import RankPlan as RankPlan
+    from slimrank.converting.api import convert as convert
     from slimrank.correcting.api import correct as correct
     from slimrank.errors import SlimrankError as SlimrankError
     from slimrank.evaluate.perplexity import perplexity as perplexity
@@ -51,6 +52,7 @@ _HOME = {
     "allocator": "methods.allocator",
     "compress": "pipeline",
     "decomposer": "methods.decomposer",
+    "convert": "converting.api",
     "correct": "correcting.api",
     "export": "exporting.api",
     "find_plan": "pipeline",
