@@ -26,6 +26,9 @@ def evaluate(
         int | None,
         typer.Option(help="Tokens per window; seq-len - 1 of them are predicted.  \\[default: 512]", min=2),
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Read rows of chats as such, by the tokenizer's chat template.")
+    ] = False,
     tasks: o.Tasks = None,
     tasks_dir: o.TasksDir = None,
     shots: o.Shots = None,
@@ -53,7 +56,7 @@ def evaluate(
     with ConsoleProgress() as progress:
         record = library_evaluate(
             model, text or None, windows, seq_len,
-            device=device, dtype=dtype, progress=progress, tasks=request, against=against,
+            device=device, dtype=dtype, progress=progress, tasks=request, against=against, chat=chat,
         )  # fmt: skip
     if json:
         print_json(record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from slimrank.models.load import load_model
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.structure import parameters_of
 from slimrank.progress import Progress
+from slimrank.text.reading import ReadPart
 from slimrank.text.texts import window_length
 from slimrank.text.tokens import bos_of
 from slimrank.text.windows import tokens_digest
@@ -48,7 +49,7 @@ def evaluate(
         seq_len: tokens per window; None takes 512 or the model's context.
         options: `device`: where to compute. `dtype`: dtype to load the model in. `progress`: told what happens.
             `tasks`: a `TaskRequest`. `against`: a model of the same tokens to compare with, usually the one that
-            this one was made of.
+            this one was made of. `chat`: read rows of chats as such, by the tokenizer's chat template.
 
     Returns:
         A record. "texts" holds the perplexity of each text, and "perplexity" that of the first; None without a text.
@@ -62,7 +63,8 @@ def evaluate(
         TypeError: an unknown option.
     """
     asked = Evaluation(**options)
-    request, progress = TextRequest.of(texts, windows, seq_len, asked.tasks), asked.progress or Progress()
+    request = replace(TextRequest.of(texts, windows, seq_len, asked.tasks), chat=asked.chat)
+    progress = asked.progress or Progress()
     if asked.against is not None:
         check_windows(windows)
     place = resolve_device(asked.device)
@@ -116,7 +118,7 @@ def _load(spec: str | Path, request: TextRequest, asked: Evaluation, progress: P
     tasks = None if asked.tasks is None else Tasks(asked.tasks, progress)
     read = load_model(spec, asked.dtype, progress)
     notes += read.notes
-    taken = {name: _first_windows(name, sources[name], read, request, asked) for name in sources}
+    taken = {name: _first_windows(name, sources[name].text(read.tokenizer), read, request, asked) for name in sources}
     dense = None
     if asked.against is not None:
         other = load_model(asked.against, asked.dtype, progress)
@@ -134,7 +136,9 @@ def _first_windows(name: str, text: str, read: Any, request: TextRequest, asked:
     return windows_of(name, text, read.model, read.tokenizer, windows=wanted, seq_len=length, least=least)
 
 
-def _check_same_tokens(spec: str | Path, read: Any, sources: Mapping[str, str], taken: Mapping[str, Tensor]) -> None:
+def _check_same_tokens(
+    spec: str | Path, read: Any, sources: Mapping[str, ReadPart], taken: Mapping[str, Tensor]
+) -> None:
     """Make sure that another model reads the texts as the same windows of tokens.
 
     Raises:
@@ -143,7 +147,9 @@ def _check_same_tokens(spec: str | Path, read: Any, sources: Mapping[str, str], 
     for source, windows in taken.items():
         count, length = windows.shape
         window_length(read.model, length)
-        own = windows_of(source, sources[source], read.model, read.tokenizer, windows=count, seq_len=length)
+        own = windows_of(
+            source, sources[source].text(read.tokenizer), read.model, read.tokenizer, windows=count, seq_len=length
+        )
         if not torch.equal(own, windows):
             raise ModelError(
                 f"'{spec}' reads '{source}' as other tokens than the model does.",

@@ -26,6 +26,7 @@ class EvaluateOptions(LoadOptions, total=False):
 
     tasks: TaskRequest | None
     against: str | Path | None
+    chat: bool
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Evaluation(Loading):
     Attributes:
         tasks: the tasks to run.
         against: a model of the same tokens to compare with.
+        chat: read rows of chats as such.
     """
 
     tasks: TaskRequest | None = None
     against: str | Path | None = None
+    chat: bool = False

@@ -12,7 +12,10 @@ from typing_extensions import NotRequired, Unpack
 from slimrank.errors import DataError, RecipeError
 from slimrank.evaluate.tasks import TaskRequest
 from slimrank.progress import Progress
-from slimrank.text.sources import read_source
+from slimrank.text.mixtures import Part
+from slimrank.text.reading import ReadPart, without_chats
+from slimrank.text.sources import read_documents
+from slimrank.text.texts import NO_CHATS
 from slimrank.text.tokens import bos_of, check_tokens, tokenise
 from slimrank.text.windows import count_windows, leading_windows
 
@@ -70,11 +73,13 @@ class TextRequest:
         names: sources; empty if only tasks are asked for.
         windows: first windows of each text; None takes all.
         seq_len: tokens per window; None takes 512 or the model's context.
+        chat: read rows of chats as such.
     """
 
     names: Sequence[str]
     windows: int | None
     seq_len: int | None
+    chat: bool = False
 
     @classmethod
     def of(
@@ -91,10 +96,15 @@ class TextRequest:
                 raise RecipeError(f"{option} is about text, and none is named.", "--text demo, or a file of your own")
         return cls(found, windows, seq_len)
 
-    def read(self, progress: Progress) -> tuple[dict[str, str], list[str]]:
+    def read(self, progress: Progress) -> tuple[dict[str, ReadPart], list[str]]:
         """Read the texts, and name what reading skipped or changed; without names, the demo text for a sample."""
         notes: list[str] = []
-        texts = {name: read_source(name, "evaluation", notes.append) for name in self.names or ("demo",)}
+        texts = {
+            name: ReadPart(Part(name), read_documents(name, "evaluation", notes.append, self.chat))
+            for name in self.names or ("demo",)
+        }
+        if self.chat and without_chats(list(texts.values())):
+            notes.append(NO_CHATS)
         for note in notes:
             progress.note(note)
         return texts, notes
