@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -27,11 +27,13 @@ class WindowSize(TypedDict):
         windows: the first ones; None takes all.
         seq_len: tokens per window.
         least: without a number, take at least so many; 1 by default.
+        special: let windows begin with a BOS where the tokenizer begins a text with it; True by default.
     """
 
     windows: int | None
     seq_len: int
     least: NotRequired[int]
+    special: NotRequired[bool]
 
 
 def windows_of(source: str, text: str, model: Any, tokenizer: Any, **size: Unpack[WindowSize]) -> Tensor:
@@ -49,14 +51,19 @@ def windows_of(source: str, text: str, model: Any, tokenizer: Any, **size: Unpac
         ModelError: it holds tokens that the model has no embedding for.
         TypeError: an unknown option.
     """
-    return _windows(source, text, (model, tokenizer), **size)
+    return _windows((source, text), (model, tokenizer), **size)
 
 
 def _windows(
-    source: str, text: str, reader: tuple[Any, Any], windows: int | None, seq_len: int, least: int = 1
+    named: tuple[str, str],
+    reader: tuple[Any, Any],
+    windows: int | None,
+    seq_len: int,
+    least: int = 1,
+    special: bool = True,
 ) -> Tensor:
-    model, tokenizer = reader
-    bos = bos_of(tokenizer)
+    (source, text), (model, tokenizer) = named, reader
+    bos = bos_of(tokenizer) if special else None
     tokens = tokenise(text, tokenizer, most=None if windows is None else windows * seq_len)
     check_tokens(tokens, tokenizer, model)
     try:
@@ -74,12 +81,18 @@ class TextRequest:
         windows: first windows of each text; None takes all.
         seq_len: tokens per window; None takes 512 or the model's context.
         chat: read rows of chats as such.
+        given: texts that are read already, by name.
+        most: name -> first windows at most, where `windows` takes all.
+        bos: let windows begin with a BOS where the tokenizer begins a text with it.
     """
 
     names: Sequence[str]
     windows: int | None
     seq_len: int | None
     chat: bool = False
+    given: Mapping[str, ReadPart] = field(default_factory=dict)
+    most: Mapping[str, int] = field(default_factory=dict)
+    bos: bool = True
 
     @classmethod
     def of(
@@ -98,6 +111,8 @@ class TextRequest:
 
     def read(self, progress: Progress) -> tuple[dict[str, ReadPart], list[str]]:
         """Read the texts, and name what reading skipped or changed; without names, the demo text for a sample."""
+        if self.given:
+            return dict(self.given), []
         notes: list[str] = []
         texts = {
             name: ReadPart(Part(name), read_documents(name, "evaluation", notes.append, self.chat))
