@@ -28,6 +28,8 @@ ALLOWED = {  # package -> packages it may import, besides itself and BASE
     "statistics": {"layers", "linalg"},
     "methods": {"budget", "layers", "linalg", "statistics"},
     "checkpoint": {"layers", "linalg", "store"},
+    "converting": {"checkpoint", "layers", "models", "store"},
+    "hub": {"checkpoint"},
     "models": {"layers", "linalg", "checkpoint"},
     "text": {"linalg", "models", "recipe"},
     "evaluate": {"exporting", "layers", "models", "serving", "text"},

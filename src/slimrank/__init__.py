@@ -17,12 +17,14 @@ from slimrank.checkpoint.register import register_lazily
 
 if TYPE_CHECKING:
     from slimrank.budget.rank_plan import RankPlan as RankPlan
+    from slimrank.converting.api import convert as convert
     from slimrank.correcting.api import correct as correct
     from slimrank.errors import SlimrankError as SlimrankError
     from slimrank.evaluate.perplexity import perplexity as perplexity
     from slimrank.exporting.api import export as export
     from slimrank.exporting.onnx.runner import OnnxModel as OnnxModel
     from slimrank.exporting.openvino.runner import OpenVinoModel as OpenVinoModel
+    from slimrank.hub.pushing import push as push
     from slimrank.layers.low_rank import LowRankLinear as LowRankLinear
     from slimrank.layers.pivot import PivotLinear as PivotLinear
     from slimrank.methods.allocator import allocator as allocator
@@ -51,6 +53,7 @@ _HOME = {
     "allocator": "methods.allocator",
     "compress": "pipeline",
     "decomposer": "methods.decomposer",
+    "convert": "converting.api",
     "correct": "correcting.api",
     "export": "exporting.api",
     "find_plan": "pipeline",
@@ -59,6 +62,7 @@ _HOME = {
     "pack": "models.packing",
     "perplexity": "evaluate.perplexity",
     "preview": "pipeline.preview",
+    "push": "hub.pushing",
     "recover": "recovery.api",
     "refiner": "methods.refiner",
     "unpack": "models.packing",

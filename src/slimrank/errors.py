@@ -60,6 +60,10 @@ class DownloadError(SlimrankError, OSError):
     """A file could not be fetched, or is not the file that was asked for."""
 
 
+class HubError(SlimrankError, OSError):
+    """The Hugging Face hub cannot be reached, refuses, or holds something else under that name."""
+
+
 class MissingExtraError(SlimrankError, ImportError):
     """An optional dependency is needed and not installed."""
 

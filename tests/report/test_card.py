@@ -31,15 +31,18 @@ def test_what_is_written_is_the_card_of_the_record(run):
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     assert data.tags == ["slimrank", "low-rank", "svd", "compressed"]
     assert (data.base_model, data.license, data.datasets) == (None, None, None)
+    assert not {"base_model_relation", "language"} & set(data.to_dict())
     assert "No licence is stated" in written
 
 
 def test_metadata_of_a_model_and_text_from_the_hub(record):
     licence = {"license": "other", "license_name": "a: b", "license_link": "https://example.org/LICENSE"}
-    known = changed(record, {"calibration": "hub:Org/words:config:train"}, hub_id="Org/model-1B", license=licence)
+    about = {"hub_id": "Org/model-1B", "license": licence, "language": ["en"]}
+    known = changed(record, {"calibration": "hub:Org/words:config:train"}, **about)
     card = ModelCard(model_card(known))
     data = card.data.to_dict()
-    assert data["base_model"] == "Org/model-1B"
+    assert (data["base_model"], data["base_model_relation"]) == ("Org/model-1B", "quantized")
+    assert (data["language"], data["metrics"]) == (["en"], ["perplexity"])
     assert {key: data[key] for key in licence} == licence
     assert data["datasets"] == ["Org/words"]
     mixed = changed(record, {"calibration": "hub:Org/words:0.5, a.txt:1,hub:Org/talk:config:train:2"})
@@ -100,6 +103,7 @@ def test_the_origin_of_a_hub_model(monkeypatch):
     monkeypatch.setattr(origin.ModelCard, "load", lambda name: asked.append(name) or ModelCard(stated))
     assert origin_of("org/name") == {
         "name": "org/name", "hub_id": "org/name", "license": {"license": "mit", "license_link": "x"},
+        "language": [],
     }  # fmt: skip
     assert asked == ["org/name"]
 
@@ -110,14 +114,15 @@ def test_a_card_that_cannot_be_read_states_nothing(monkeypatch, trouble):
         raise trouble
 
     monkeypatch.setattr(origin.ModelCard, "load", fails)
-    assert origin_of("org/name") == {"name": "org/name", "hub_id": "org/name", "license": {}}
+    assert origin_of("org/name") == {"name": "org/name", "hub_id": "org/name", "license": {}, "language": []}
 
 
 def test_the_origin_of_a_folder(tiny_folder, monkeypatch):
     assert origin_of(tiny_folder) == origin_of(str(tiny_folder)) == {
-        "name": str(tiny_folder), "hub_id": None, "license": {},
+        "name": str(tiny_folder), "hub_id": None, "license": {}, "language": [],
     }  # fmt: skip
-    (tiny_folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (tiny_folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n")
+    assert origin_of(tiny_folder)["language"] == ["en"]
     assert origin_of(tiny_folder)["license"] == {"license": "apache-2.0"}
     monkeypatch.chdir(tiny_folder.parent)
     assert origin_of(tiny_folder.name)["hub_id"] is None
@@ -125,7 +130,7 @@ def test_the_origin_of_a_folder(tiny_folder, monkeypatch):
 
 def test_the_origin_of_a_loaded_model(monkeypatch):
     model = tiny_model()
-    assert origin_of(model) == {"name": "LlamaForCausalLM", "hub_id": None, "license": {}}
+    assert origin_of(model) == {"name": "LlamaForCausalLM", "hub_id": None, "license": {}, "language": []}
     monkeypatch.setattr(origin.ModelCard, "load", lambda name: ModelCard("---\nlicense: mit\n---\n"))
     monkeypatch.setattr(origin, "try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
     model.config.name_or_path = "org/name"
@@ -134,4 +139,4 @@ def test_the_origin_of_a_loaded_model(monkeypatch):
     assert origin_of(model)["hub_id"] is None
     monkeypatch.undo()
     model.config.name_or_path = "/no/such/folder"
-    assert origin_of(model) == {"name": "/no/such/folder", "hub_id": None, "license": {}}
+    assert origin_of(model) == {"name": "/no/such/folder", "hub_id": None, "license": {}, "language": []}

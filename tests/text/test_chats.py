@@ -73,6 +73,25 @@ def test_messages_and_alpaca_rows_are_rendered_and_text_stays(tmp_path, name):
     ]
 
 
+@pytest.mark.parametrize("column", ["conversations", "conversation"])
+def test_rows_of_sharegpt(tmp_path, column):
+    said = [("system", "Be brief"), ("human", "Hi"), ("gpt", "Hello"), ("function", "3"), ("Human", "Bye")]
+    row = {column: [{"from": role, "value": text, "weight": None} for role, text in said], "text": "rendered otherwise"}
+    (chat,) = read(tmp_path, row)
+    roles = ("system", "user", "assistant", "tool", "user")
+    assert chat.messages == tuple({"role": role, "content": text} for role, (_, text) in zip(roles, said, strict=True))
+    (chat,) = read(tmp_path, {column: TALK})
+    assert chat.messages == tuple(TALK)
+    assert read(tmp_path, row, chat=False) == ["rendered otherwise"]
+
+
+def test_the_notes_say_how_many_chats_there_were(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f'{json.dumps({"messages": TALK})}\n"text"\n')
+    notes = []
+    read_documents(tmp_path / "a.jsonl", "calibration", notes.append, chat=True)
+    assert "1 of its 2 documents are chats" in notes[0]
+
+
 def test_without_chat_rows_behave_as_text(tmp_path):
     assert read(tmp_path, {"messages": TALK, "text": "plain"}, chat=False) == ["plain"]
     with pytest.raises(DataError, match="holds chats and no text column") as raised:
@@ -132,7 +151,10 @@ def test_half_characters_in_chats_are_replaced_and_noted(tmp_path):
         ({"messages": [TALK[0], "Hi"]}, "message 2 is not an object with a role"),
         ({"instruction": 1, "output": "2"}, "'instruction' is a int"),
         ({"instruction": "a", "input": ["b"], "output": "2"}, "'input' is a list"),
-        ({"conversations": [{"from": "human", "value": "hi"}]}, "holds chats and no text column"),
+        ({"conversations": [{"from": "alien", "value": "hi"}]}, "message 1 is from 'alien'"),
+        ({"conversations": [{"from": "human", "content": "hi"}]}, "message 1 has no text under 'value'"),
+        ({"conversations": "hi"}, "'conversations' is not a list of messages"),
+        ({"chat": [{"role": "user", "content": "hi"}]}, "holds chats and no text column"),
     ],
 )
 def test_bad_rows(tmp_path, row, message):
@@ -225,4 +247,5 @@ def test_compressing_on_a_mixture_with_chats(tmp_path):
         **options,
     )  # fmt: skip
     assert result.report["provenance"]["recipe"]["chat"] is True
-    assert not [note for note in result.report["notes"] if "chat" in note]
+    (note,) = [note for note in result.report["notes"] if "chat" in note]
+    assert "4 of its 4 documents are chats" in note

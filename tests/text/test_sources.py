@@ -4,7 +4,8 @@ import json
 import pytest
 
 from slimrank.errors import DataError, MissingExtraError
-from slimrank.text.sources import demo_documents, read_source
+from slimrank.text.files import file_rows
+from slimrank.text.sources import demo_documents, read_documents, read_source
 
 
 def test_a_txt_file_is_read_exactly(tmp_path):
@@ -30,6 +31,66 @@ def test_parquet(tmp_path):
     path.write_bytes(b"not parquet")
     with pytest.raises(DataError, match="not a readable parquet"):
         read_source(path, "calibration")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize(
+    "name, content, texts",
+    [
+        ("a.jsonl", b'{"text": "one"}\n"caf\xc3\xa9"\n', ["one", "caf\u00e9"]),
+        ("a.json", b'["one", "two"]', ["one", "two"]),
+        ("a.txt", b"one\n", ["one\n"]),
+        ("a.jsonl", '\ufeff"one"\n"two"'.encode("utf-16-le"), ["one", "two"]),
+    ],
+)
+def test_compressed_files(tmp_path, name, content, texts, suffix):
+    pyarrow = pytest.importorskip("pyarrow")
+    packed = gzip.compress(content) if suffix == ".gz" else pyarrow.compress(content, "zstd", asbytes=True)
+    path = tmp_path / (name + suffix)
+    path.write_bytes(packed)
+    assert read_documents(path, "calibration") == texts
+    if name == "a.txt":
+        path.write_bytes(packed + packed)  # members one after the other, as `cat` joins them
+        assert read_documents(path, "calibration") == [2 * texts[0]]
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match="cannot be read"):
+        read_documents(path, "calibration")
+
+
+def test_a_byte_that_is_not_utf8_is_found_in_a_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'"one"\n"caf\xe9"\n')
+    with pytest.raises(DataError, match="byte 10 is 0xe9"):
+        read_documents(tmp_path / "a.jsonl", "calibration")
+
+
+def test_lines_are_read_one_by_one(tmp_path):
+    """A broken line at the end is not looked at before the rows before it are taken."""
+    (tmp_path / "a.jsonl").write_text('"one"\n"two"\n{oops')
+    rows = file_rows(tmp_path / "a.jsonl")
+    assert [next(rows)[1], next(rows)[1]] == ["one", "two"]
+    with pytest.raises(DataError, match="line 3"):
+        next(rows)
+
+
+def test_of_a_large_text_a_random_sample_calibrates(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("".join(f'"{i:04}"\n' for i in range(2000)))
+    monkeypatch.setattr("slimrank.text.sources.MOST_CHARACTERS", 4 * 500)
+    notes = []
+    found = read_documents(tmp_path / "a.jsonl", "calibration", notes.append)
+    numbers = [int(text) for text in found]
+    assert len(numbers) == 500
+    assert numbers == sorted(set(numbers))
+    assert abs(sum(numbers) / 500 - 999.5) < 4 * 577 / 500**0.5  # four standard errors
+    assert "a random sample of 500 of its 2,000 documents is used, 2,000 of 8,000 characters" in notes[0]
+    assert found == read_documents(tmp_path / "a.jsonl", "calibration")
+    for use in ("evaluation", "training"):
+        assert len(read_documents(tmp_path / "a.jsonl", use)) == 2000
+
+
+def test_one_document_is_never_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr("slimrank.text.sources.MOST_CHARACTERS", 3)
+    (tmp_path / "a.txt").write_text("a long text")
+    assert read_documents(tmp_path / "a.txt", "calibration") == ["a long text"]
 
 
 def test_a_folder_and_a_list(tmp_path):

@@ -207,7 +207,7 @@ def _move(foreign: Path, place: Path) -> None:
 
 def _same(one: Path, other: Path) -> bool:
     """Tell whether two paths are files of the same content."""
-    return one.is_file() and other.is_file() and _sha256(one) == _sha256(other)
+    return one.is_file() and other.is_file() and sha256_of(one) == sha256_of(other)
 
 
 def _explained(error: Exception, path: Path) -> OutputError:
@@ -233,12 +233,32 @@ def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
     """Write slimrank.json: the provenance, and name, size and sha256 of every file that slimrank wrote."""
     written = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     files = {
-        name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for name, path in sorted(written.items())
         if name not in (_MARK, *REPORTS)
     }
     content = {**provenance, "files": files, "reports": list(REPORTS)}
     write_text(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the content of slimrank.json; "files": name -> bytes and sha256, and "reports": names, are there.
+
+    Raises:
+        OutputError: it is damaged, or names files outside the folder.
+    """
+    manifest = folder / MANIFEST
+    try:
+        content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        names = [*content["files"], *content["reports"]]
+        content["files"].get(CARD, {"sha256": None})["sha256"]
+        if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names):
+            raise ValueError("it names files outside the folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"'{manifest}' does not say which files slimrank wrote: {error}", "choose another --out"
+        ) from error
+    return content
 
 
 def _written_by_us(folder: Path) -> list[str]:
@@ -247,21 +267,12 @@ def _written_by_us(folder: Path) -> list[str]:
     Raises:
         OutputError: the manifest is damaged, or names files outside the folder.
     """
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
+    if not (folder / MANIFEST).is_file():
         return []
-    try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-        names = [MANIFEST, *content["files"], *content["reports"]]
-        card = content["files"].get(CARD, {"sha256": None})["sha256"]
-        if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names):
-            raise ValueError("it names files outside the folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(
-            f"'{manifest}' does not say which files slimrank wrote: {error}", "choose another --out"
-        ) from error
-    changed = (folder / CARD).is_file() and _sha256(folder / CARD) != card
-    return [name for name in names if name != CARD or not changed]
+    content = read_manifest(folder)
+    card = content["files"].get(CARD, {"sha256": None})["sha256"]
+    changed = (folder / CARD).is_file() and sha256_of(folder / CARD) != card
+    return [name for name in (MANIFEST, *content["files"], *content["reports"]) if name != CARD or not changed]
 
 
 def _folders(names: list[str]) -> set[str]:
@@ -269,7 +280,8 @@ def _folders(names: list[str]) -> set[str]:
     return {str(parent) for name in names for parent in PurePosixPath(name).parents if parent.name}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the digest of a file."""
     total = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

@@ -10,7 +10,21 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from slimrank._version import __version__
-from slimrank.cli import benchmark, compare, compress, correct, demo, doctor, evaluate, export, methods, plan, recover
+from slimrank.cli import (
+    benchmark,
+    compare,
+    compress,
+    convert,
+    correct,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    methods,
+    plan,
+    push,
+    recover,
+)
 from slimrank.cli.lazy import LazyGroup
 from slimrank.errors import SlimrankError
 
@@ -20,10 +34,12 @@ class _Group(LazyGroup):
         compress.compress,
         plan.plan,
         recover.recover,
+        convert.convert,
         correct.correct,
         evaluate.evaluate,
         benchmark.benchmark,
         export.export,
+        push.push,
         compare.compare,
         methods.methods,
         doctor.doctor,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from slimrank.cli import options as o
+from slimrank.cli import push as hub
 from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
 
 
@@ -26,6 +27,10 @@ def compress(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what slimrank wrote to --out before.")
     ] = False,
+    push_to_hub: hub.ToHub = None,
+    private: hub.Private = False,
+    revision: hub.Revision = None,
+    create_pr: hub.CreatePr = False,
     json: o.Json = False,
 ) -> None:
     """Compress a model and write it to a folder, with a report.
@@ -35,8 +40,33 @@ def compress(
 
     Example: slimrank compress demo --keep 0.8 --calibration my-text.txt --out smaller
     """
+    where = hub.destination(model, push_to_hub, private, revision, create_pr)
     report = run_compress(model, out, chosen, run_dir, overwrite)
-    print_json(report) if json else show_report(report, out)
+    address = where and _push(out, where)
+    if json:
+        print_json({**report, "pushed": address} if address else report)
+        return
+    show_report(report, out)
+    if address:
+        print_text(f"uploaded: {address}")
+
+
+def _push(out: Path, where: Any) -> str:
+    """Upload the result.
+
+    Raises:
+        SlimrankError: it failed; the result lies in its folder, which the hint says.
+    """
+    from dataclasses import asdict
+
+    from slimrank.errors import SlimrankError
+    from slimrank.hub.pushing import push
+
+    try:
+        return push(out, **asdict(where))
+    except SlimrankError as error:
+        error.hint = f"{error.hint}; the model is in '{out}': slimrank push '{out}' {where.repo}"
+        raise
 
 
 def run_compress(

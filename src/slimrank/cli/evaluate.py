@@ -11,6 +11,8 @@ from slimrank.cli import options as o
 from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
 from slimrank.report.number_format import verdict
 
+_SUITES = "Suites"
+
 
 def evaluate(
     model: o.Model,
@@ -25,6 +27,23 @@ def evaluate(
     seq_len: Annotated[
         int | None,
         typer.Option(help="Tokens per window; seq-len - 1 of them are predicted.  \\[default: 512]", min=2),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Read rows of chats as such, by the tokenizer's chat template.")
+    ] = False,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Texts and tasks of others under their conventions, from --data-dir: paper, svd_llm or arena.",
+            rich_help_panel=_SUITES,
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of texts and questions: see the docs.", rich_help_panel=_SUITES)
+    ] = None,
+    arena_dir: Annotated[
+        Path | None,
+        typer.Option(help="Also write the JSON files of LowRankArena here (--suite arena).", rich_help_panel=_SUITES),
     ] = None,
     tasks: o.Tasks = None,
     tasks_dir: o.TasksDir = None,
@@ -43,22 +62,49 @@ def evaluate(
     Examples: slimrank evaluate smaller --text wiki.txt --windows 40
 
     slimrank evaluate smaller --against org/original --tasks arc_easy,piqa
+
+    slimrank evaluate smaller --against org/original --suite paper --data-dir data
     """
+    from slimrank.errors import RecipeError
     from slimrank.evaluate.api import evaluate as library_evaluate
     from slimrank.recipe import Recipe
 
     Recipe.make({"dtype": dtype, "device": device})
+    chosen = requested_suite(suite, data_dir, {"limit": limit, "windows": windows, "seq_len": seq_len})
+    if arena_dir is not None and suite != "arena":
+        raise RecipeError("--arena-dir is about the suite 'arena'.", "--suite arena --data-dir FOLDER")
+    if chosen is not None:
+        limit = windows = seq_len = None
     request = requested_tasks(tasks, tasks_dir, shots, limit)
     say_quietly()
     with ConsoleProgress() as progress:
         record = library_evaluate(
             model, text or None, windows, seq_len,
-            device=device, dtype=dtype, progress=progress, tasks=request, against=against,
+            device=device, dtype=dtype, progress=progress, tasks=request, against=against, chat=chat, suite=chosen,
         )  # fmt: skip
+    if arena_dir is not None:
+        from slimrank.evaluate.arena import write_arena
+
+        write_arena(record, arena_dir, Path(model).name)
     if json:
         print_json(record)
     else:
         _show(record)
+
+
+def requested_suite(name: str | None, data: Path | None, size: dict[str, Any]) -> Any:
+    """Return the suite that is asked for, if any.
+
+    Raises:
+        RecipeError: no such suite, or a suite without its data, or the other way round.
+        DataError: there is no such folder.
+    """
+    from slimrank.errors import RecipeError
+    from slimrank.evaluate.published import SuiteRequest
+
+    if (name is None) != (data is None):
+        raise RecipeError("--suite and --data-dir belong together.", "--suite paper --data-dir FOLDER")
+    return None if name is None or data is None else SuiteRequest(name, data, **size)
 
 
 def requested_tasks(tasks: str | None, tasks_dir: Path | None, shots: int | None, limit: int | None) -> Any:
@@ -81,6 +127,8 @@ def requested_tasks(tasks: str | None, tasks_dir: Path | None, shots: int | None
 def _show(record: dict[str, Any]) -> None:
     _show_texts(record)
     _show_tasks(record)
+    if "suite" in record:
+        _show_means(record["suite"])
     if record["against"] is not None:
         _show_differences(record["against"])
     _show_metrics(record)
@@ -110,6 +158,29 @@ def _show_tasks(record: dict[str, Any]) -> None:
     ]
     if rows:
         print_table("", ("task", "metric", "value", "std. error", "questions", "shots"), rows)
+
+
+def _show_means(suite: dict[str, Any]) -> None:
+    against = suite["against"] or {}
+    columns = (f"mean of {len(suite['averaged'])} tasks", "value", "its value", "difference (95 %)", "significant")
+    rows = [
+        (
+            metric,
+            f"{value:.4f}",
+            *(
+                (
+                    f"{d['value']:.4f}",
+                    f"{d['difference']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})",
+                    verdict(d["significant"]),
+                )
+                if (d := against.get(metric))
+                else ("", "", "")
+            ),
+        )
+        for metric, value in suite["means"].items()
+    ]
+    shown = len(columns) if suite["against"] is not None else 2
+    print_table("", columns[:shown], [row[:shown] for row in rows])
 
 
 def _show_differences(against: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from slimrank.evaluate.published import SuiteRequest
 from slimrank.evaluate.tasks import TaskRequest
 from slimrank.progress import Progress
 
@@ -26,6 +27,8 @@ class EvaluateOptions(LoadOptions, total=False):
 
     tasks: TaskRequest | None
     against: str | Path | None
+    chat: bool
+    suite: SuiteRequest | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,11 @@ class Evaluation(Loading):
     Attributes:
         tasks: the tasks to run.
         against: a model of the same tokens to compare with.
+        chat: read rows of chats as such.
+        suite: a published suite of texts and tasks, instead of others.
     """
 
     tasks: TaskRequest | None = None
     against: str | Path | None = None
+    chat: bool = False
+    suite: SuiteRequest | None = None

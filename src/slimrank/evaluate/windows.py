@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -12,7 +12,10 @@ from typing_extensions import NotRequired, Unpack
 from slimrank.errors import DataError, RecipeError
 from slimrank.evaluate.tasks import TaskRequest
 from slimrank.progress import Progress
-from slimrank.text.sources import read_source
+from slimrank.text.mixtures import Part
+from slimrank.text.reading import ReadPart, without_chats
+from slimrank.text.sources import read_documents
+from slimrank.text.texts import NO_CHATS
 from slimrank.text.tokens import bos_of, check_tokens, tokenise
 from slimrank.text.windows import count_windows, leading_windows
 
@@ -24,11 +27,13 @@ class WindowSize(TypedDict):
         windows: the first ones; None takes all.
         seq_len: tokens per window.
         least: without a number, take at least so many; 1 by default.
+        special: let windows begin with a BOS where the tokenizer begins a text with it; True by default.
     """
 
     windows: int | None
     seq_len: int
     least: NotRequired[int]
+    special: NotRequired[bool]
 
 
 def windows_of(source: str, text: str, model: Any, tokenizer: Any, **size: Unpack[WindowSize]) -> Tensor:
@@ -46,14 +51,19 @@ def windows_of(source: str, text: str, model: Any, tokenizer: Any, **size: Unpac
         ModelError: it holds tokens that the model has no embedding for.
         TypeError: an unknown option.
     """
-    return _windows(source, text, (model, tokenizer), **size)
+    return _windows((source, text), (model, tokenizer), **size)
 
 
 def _windows(
-    source: str, text: str, reader: tuple[Any, Any], windows: int | None, seq_len: int, least: int = 1
+    named: tuple[str, str],
+    reader: tuple[Any, Any],
+    windows: int | None,
+    seq_len: int,
+    least: int = 1,
+    special: bool = True,
 ) -> Tensor:
-    model, tokenizer = reader
-    bos = bos_of(tokenizer)
+    (source, text), (model, tokenizer) = named, reader
+    bos = bos_of(tokenizer) if special else None
     tokens = tokenise(text, tokenizer, most=None if windows is None else windows * seq_len)
     check_tokens(tokens, tokenizer, model)
     try:
@@ -70,11 +80,19 @@ class TextRequest:
         names: sources; empty if only tasks are asked for.
         windows: first windows of each text; None takes all.
         seq_len: tokens per window; None takes 512 or the model's context.
+        chat: read rows of chats as such.
+        given: texts that are read already, by name.
+        most: name -> first windows at most, where `windows` takes all.
+        bos: let windows begin with a BOS where the tokenizer begins a text with it.
     """
 
     names: Sequence[str]
     windows: int | None
     seq_len: int | None
+    chat: bool = False
+    given: Mapping[str, ReadPart] = field(default_factory=dict)
+    most: Mapping[str, int] = field(default_factory=dict)
+    bos: bool = True
 
     @classmethod
     def of(
@@ -91,10 +109,17 @@ class TextRequest:
                 raise RecipeError(f"{option} is about text, and none is named.", "--text demo, or a file of your own")
         return cls(found, windows, seq_len)
 
-    def read(self, progress: Progress) -> tuple[dict[str, str], list[str]]:
+    def read(self, progress: Progress) -> tuple[dict[str, ReadPart], list[str]]:
         """Read the texts, and name what reading skipped or changed; without names, the demo text for a sample."""
+        if self.given:
+            return dict(self.given), []
         notes: list[str] = []
-        texts = {name: read_source(name, "evaluation", notes.append) for name in self.names or ("demo",)}
+        texts = {
+            name: ReadPart(Part(name), read_documents(name, "evaluation", notes.append, self.chat))
+            for name in self.names or ("demo",)
+        }
+        if self.chat and without_chats(list(texts.values())):
+            notes.append(NO_CHATS)
         for note in notes:
             progress.note(note)
         return texts, notes

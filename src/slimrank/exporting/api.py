@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -15,6 +12,7 @@ from typing_extensions import Unpack
 
 from slimrank.checkpoint.companions import save_companions
 from slimrank.checkpoint.output_folder import OutputFolder, need_space, write_manifest
+from slimrank.checkpoint.whole_folder import whole
 from slimrank.errors import ModelError, RecipeError, nearest
 from slimrank.exporting.cached_step import OTHER_ENGINE, cached_step
 from slimrank.exporting.check import difference
@@ -93,7 +91,7 @@ def export(model: str | Path, out: str | Path, to: str = "openvino", **options: 
     need_space(output.path, 4 * loaded.model.num_parameters())
     graph = _graph(target, loaded.model, record, progress)
     progress.stage("write", 1)
-    with _whole(output) as partial:
+    with whole(output) as partial:
         _write(target, graph, loaded, partial, record)
         record.difference["written"] = difference(target.runner(partial), loaded.model)
         write_text(partial / RECORD, json.dumps(record.plain(), indent=1) + "\n")
@@ -183,14 +181,3 @@ def _native_config(model: Any) -> Any:
     config = CONFIG_MAPPING[model.config.model_type].from_dict(content)
     config.architectures = [type(model).__name__]
     return config
-
-
-@contextmanager
-def _whole(output: OutputFolder) -> Iterator[Path]:
-    """Yield the folder to write into; whatever ends the work before its end leaves nothing, an interrupt as well."""
-    with output.writing() as partial:
-        try:
-            yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise

@@ -1,4 +1,4 @@
-"""Where a model comes from: its name, its id on the hub, and the licence that its card states."""
+"""Where a model comes from: its name, its id on the hub, and the licence and languages that its card states."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ def origin_of(model: Any) -> dict[str, Any]:
 
     Returns:
         "name"; "hub_id", or None where it is not from the hub; "license", those of the fields license, license_name
-        and license_link that its card states, read from the hub for a model that is from there.
+        and license_link that its card states, read from the hub for a model that is from there; "language", the codes
+        of languages that it states.
     """
     named = isinstance(model, (str, Path))
     name = str(model) if named else model.config.name_or_path
     hub_id = _hub_id(name) if named else _cached_id(name)
-    return {"name": name or type(model).__name__, "hub_id": hub_id, "license": _licence(hub_id, name)}
+    stated = _stated(hub_id, name)
+    return {
+        "name": name or type(model).__name__,
+        "hub_id": hub_id,
+        "license": {key: stated[key] for key in _LICENCE if stated.get(key)},
+        "language": _list(stated.get("language")),
+    }
 
 
 def _hub_id(name: str) -> str | None:
@@ -45,12 +52,18 @@ def _cached_id(name: str) -> str | None:
         return None
 
 
-def _licence(hub_id: str | None, name: str) -> dict[str, Any]:
+def _stated(hub_id: str | None, name: str) -> dict[str, Any]:
+    """Return the metadata of the model's card."""
     card = Path(name).expanduser() / CARD
     if hub_id is None and not (name and card.is_file()):
         return {}
     try:
-        data = ModelCard.load(hub_id or card).data.to_dict()
+        data: dict[str, Any] = ModelCard.load(hub_id or card).data.to_dict()
     except Exception:  # no network, no card, metadata that is none: the libraries below raise many unrelated classes
         return {}
-    return {key: data[key] for key in _LICENCE if data.get(key)}
+    return data
+
+
+def _list(given: Any) -> list[str]:
+    """Return the words of a field that may hold one, several or none."""
+    return [str(each) for each in (given if isinstance(given, list) else [given] if given else [])]

@@ -26,12 +26,15 @@ def _metadata(record: dict[str, Any]) -> ModelCardData:
     calibration = str(record["provenance"]["recipe"]["calibration"])
     return ModelCardData(
         base_model=record["model"]["hub_id"],
+        base_model_relation="quantized" if record["model"]["hub_id"] else None,  # the hub has no word for "compressed"
+        language=record["model"].get("language") or None,
         **record["model"]["license"],
         library_name="transformers",
         pipeline_tag="image-text-to-text" if _reads_images(record) else "text-generation",
         tags=TAGS,
         datasets=_HUB_ID.findall(calibration) or None,
         model_name=f"{Path(record['model']['name']).name}, compressed",
+        metrics=["perplexity"] if record["after"] else None,
         eval_results=_results(record) or None,
     )
 

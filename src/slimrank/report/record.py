@@ -36,6 +36,8 @@ class Model(Part):
     """Its name on the Hugging Face hub, if it is from there."""
     license: dict[str, Any]
     """The fields license, license_name and license_link of its card, as far as they are stated."""
+    language: list[str] = []
+    """Codes of the languages that its card states."""
     class_: str = Field(alias="class")
     """The class of transformers."""
 

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from slimrank.errors import DataError, MissingExtraError, first_line
 from slimrank.text.rows import Row, columns_of, row_value
+from slimrank.text.streams import lines_of, plain_name, text_of
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 WHAT_A_SOURCE_IS = (
-    "a .txt, .jsonl, .json (also .gz) or .parquet file, a folder of them, hub:ID[:CONFIG[:SPLIT]], demo, or self"
-)
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "UTF-8"),
-    (codecs.BOM_UTF32_LE, "UTF-32-LE"),  # begins with that of UTF-16
-    (codecs.BOM_UTF32_BE, "UTF-32-BE"),
-    (codecs.BOM_UTF16_LE, "UTF-16-LE"),
-    (codecs.BOM_UTF16_BE, "UTF-16-BE"),
+    "a .txt, .jsonl, .json (also .gz, .zst) or .parquet file, a folder of them, hub:ID[:CONFIG[:SPLIT]], demo, or self"
 )
 
 
 def kind_of(path: Path) -> str:
     """Tell how a file is read: one of `SUFFIXES`, or "" for a file that slimrank does not read."""
-    name = path.name.lower().removesuffix(".gz")
-    suffix = Path(name).suffix
+    suffix = Path(plain_name(path)).suffix
     return suffix if suffix in SUFFIXES else ""
 
 
@@ -55,46 +45,18 @@ def file_rows(path: Path, chat: bool = False) -> Iterator[Row]:
 def _raw_rows(path: Path, chat: bool) -> Iterator[Row]:
     kind = kind_of(path)
     if kind == ".txt":
-        return iter([(f"'{path}'", _text(path))])
+        return iter([(f"'{path}'", text_of(path))])
     if kind == ".jsonl":
-        return _lines(path, _text(path))
+        return _lines(path, lines_of(path))
     if kind == ".json":
-        return _json(path, _text(path))
+        return _json(path, text_of(path))
     if kind == ".parquet":
         return _parquet(path, chat)
     raise DataError(f"slimrank cannot read text from '{path}'.", WHAT_A_SOURCE_IS)
 
 
-def _text(path: Path) -> str:
-    """Decode a file: UTF-8, or what its byte order mark says. The mark itself is not text."""
-    content = _content(path)
-    mark, encoding = next((pair for pair in _BYTE_ORDER_MARKS if content.startswith(pair[0])), (b"", "UTF-8"))
-    if not mark and content.count(0) > len(content) / 8:
-        order = "LE" if content[1::2].count(0) > content[::2].count(0) else "BE"
-        raise DataError(
-            f"'{path}' holds NUL bytes: it is UTF-16 without a byte order mark, or not text.",
-            f"if it is text: iconv -f UTF-16{order} -t UTF-8 '{path}' > utf8.txt",
-        )
-    try:
-        return content[len(mark) :].decode(encoding)
-    except UnicodeDecodeError as error:
-        at = error.start + len(mark)
-        raise DataError(
-            f"'{path}' is not {encoding} text: byte {at} is {content[at]:#04x}.",
-            f"find out its encoding, then: iconv -f ENCODING -t UTF-8 '{path}' > utf8.txt",
-        ) from error
-
-
-def _content(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix.lower() == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"'{path}' cannot be read: {error}.", "check the file, or download it again") from error
-
-
-def _lines(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _lines(path: Path, lines: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
         where = f"line {number} of '{path}'"
         if line.strip():
             try:
@@ -110,7 +72,7 @@ def _json(path: Path, text: str) -> Iterator[Row]:
     try:
         whole: Any = json.loads(text)
     except (ValueError, RecursionError):
-        return _lines(path, text)
+        return _lines(path, text.split("\n"))
     rows = whole if isinstance(whole, list) else [whole]
     places = [f"row {number} of '{path}'" for number in range(1, len(rows) + 1)]
     return zip(places, rows, strict=True)
@@ -122,9 +84,12 @@ def _parquet(path: Path, chat: bool) -> Iterator[Row]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise MissingExtraError("pyarrow", "data", f"reading '{path.name}'") from error
+    if plain_name(path) != path.name.lower():
+        raise DataError(f"'{path}' is a compressed parquet file.", "decompress it: parquet is compressed in itself")
     try:
-        columns = columns_of(parquet.read_schema(path).names, f"'{path}'", chat)
-        rows = parquet.read_table(path, columns=columns).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            columns = columns_of(file.schema_arrow.names, f"'{path}'", chat)
+            rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
+            yield from ((f"row {number} of '{path}'", row) for number, row in enumerate(rows, start=1))
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"'{path}' is not a readable parquet file: {error}.", WHAT_A_SOURCE_IS) from error
-    return ((f"row {number} of '{path}'", row) for number, row in enumerate(rows, start=1))

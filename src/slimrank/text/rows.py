@@ -8,6 +8,7 @@ from typing import Any
 
 from slimrank.errors import DataError
 from slimrank.text.chats import Chat, Document, chat_columns, chat_of
+from slimrank.text.document_samples import DocumentSample
 
 Row = tuple[str, Any]  # where it is, and its value
 Tell = Callable[[str], None]
@@ -15,24 +16,25 @@ Tell = Callable[[str], None]
 TEXT_COLUMNS = ("text", "content", "document", "sentence")
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
 RENDER = (
-    "slimrank compress --chat reads chats under 'messages'; or render each chat with "
+    "slimrank compress --chat reads chats under 'messages' or 'conversations'; or render each chat with "
     "tokenizer.apply_chat_template(messages, tokenize=False) and store the result under 'text': "
     "see 'How to compress a chat model' in docs/troubleshooting.md"
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def documents(rows: Iterable[Row], tell: Tell) -> list[Document]:
-    """Check that the value of every row is text or a chat.
+def documents(rows: Iterable[Row], tell: Tell, most: int | None = None) -> list[Document]:
+    """Check that the value of every row is text or a chat; of a text that is too large, keep a random sample.
 
     Args:
         rows: the place of each, and its value.
         tell: called with one sentence for each kind of row that is skipped or changed.
+        most: characters that are kept at most; None keeps all.
 
     Raises:
         DataError: a value that is neither text, a chat nor null.
     """
-    found: list[Document] = []
+    found = DocumentSample(most)
     null: list[str] = []
     broken: list[str] = []
     for where, value in rows:
@@ -43,7 +45,7 @@ def documents(rows: Iterable[Row], tell: Tell) -> list[Document]:
         whole = document.changed(_whole) if isinstance(document, Chat) else _whole(document)
         if whole != document:
             broken.append(where)
-        found.append(whole)
+        found.add(whole)
     if null:
         tell(f"{len(null)} rows without text (null) were skipped, the first is {null[0]}")
     if broken:
@@ -51,7 +53,9 @@ def documents(rows: Iterable[Row], tell: Tell) -> list[Document]:
             f"{len(broken)} documents hold half characters (lone surrogates), replaced by U+FFFD; "
             f"the first is {broken[0]}"
         )
-    return found
+    if found.note():
+        tell(found.note())
+    return found.kept()
 
 
 def row_value(row: Any, where: str, chat: bool = False) -> Any:

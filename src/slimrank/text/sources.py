@@ -15,6 +15,7 @@ from typing import Literal
 
 from slimrank.errors import DataError, MissingExtraError, first_line
 from slimrank.text.chats import Chat, Document
+from slimrank.text.document_samples import MOST_CHARACTERS
 from slimrank.text.files import WHAT_A_SOURCE_IS, existing, file_rows, kind_of
 from slimrank.text.mixtures import SELF, Source
 from slimrank.text.rows import Row, Tell, columns_of, documents, row_value
@@ -34,13 +35,13 @@ def joined(texts: Iterable[str]) -> str:
 
 
 def read_documents(source: Source, part: Use, tell: Tell = lambda _: None, chat: bool = False) -> list[Document]:
-    """Read all documents of a source.
+    """Read all documents of a source; to calibrate, of a very large one a random sample.
 
     Args:
         source: see the module's docstring; a list holds one document per item.
         part: what the text is for. The `demo` text has a part to evaluate on, which is disjoint from the other.
         tell: called with one sentence for each kind of thing that is skipped or changed.
-        chat: read rows with `messages` or the fields of Alpaca as chats; without it, they are refused.
+        chat: read rows with `messages`, `conversations` or the fields of Alpaca as chats; without it, they are refused.
 
     Raises:
         DataError: a missing, unreadable or empty source, or `self` for evaluation.
@@ -54,7 +55,11 @@ def read_documents(source: Source, part: Use, tell: Tell = lambda _: None, chat:
     def named(note: str) -> None:
         tell(f"{part} text {_name(source)}: {note}")
 
-    found = documents(_rows(source, part, named, chat), named)
+    found = documents(_rows(source, part, named, chat), named, MOST_CHARACTERS if part == "calibration" else None)
+    if chat:
+        chats = sum(isinstance(document, Chat) for document in found)
+        if chats:
+            named(f"{chats:,} of its {len(found):,} documents are chats, rendered by the tokenizer's chat template")
     if not any(isinstance(document, Chat) or document.strip() for document in found):
         raise DataError(f"the text source {_name(source)} is empty.", "give text with at least a few thousand words")
     return found

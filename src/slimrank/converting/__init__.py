@@ -1,0 +1,1 @@
+"""Compressed models that others published, as folders of slimrank."""

@@ -1,0 +1,1 @@
+"""How others lay out compressed models; each file registers one."""

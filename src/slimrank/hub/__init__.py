@@ -1,0 +1,1 @@
+"""Folders that slimrank wrote, on the Hugging Face hub."""
