@@ -6,6 +6,7 @@ text; the first, the leader, writes the files.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,11 @@ class Processes:
         return found
 
 
+def started_together() -> int:
+    """Return how many processes torchrun or accelerate has started for this job."""
+    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+
+
 def is_leader() -> bool:
     """Tell whether this process writes what all make, before they are connected, too."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -116,7 +122,7 @@ def is_leader() -> bool:
 
 def processes() -> Processes:
     """Return the processes that work together now; a single one inside `alone`."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = started_together()
     if count == 1 or _alone.get() or not _connected():
         return Processes()
     return Processes(int(os.environ["RANK"]), count)
@@ -124,14 +130,14 @@ def processes() -> Processes:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Connect the processes that torchrun has started, unless they are connected.
+    """Connect the processes that torchrun has started, until the program ends, unless they are connected.
 
     gloo carries tensors of the CPU, NCCL those of GPUs. Of several devices, each process takes one as its default.
 
     Raises:
         RunError: another process ended.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _connected():
+    if started_together() == 1 or _connected():
         yield
         return
     import torch
@@ -141,11 +147,9 @@ def together() -> Iterator[None]:
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
     with _explained(processes()):
         dist.init_process_group(None if torch.accelerator.is_available() else "gloo", timeout=PATIENCE)
-    try:
-        yield
-        processes().wait()
-    finally:
-        dist.destroy_process_group()
+    atexit.register(_disconnect)
+    yield
+    processes().wait()
 
 
 @contextmanager
@@ -165,6 +169,14 @@ def by_leader(compute: Callable[[], T]) -> T:
         with alone():
             found = compute()
     return processes().share(found)
+
+
+def _disconnect() -> None:
+    """Disconnect at the end of the program; a second connection in one program would not come about."""
+    if _connected():
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
 
 
 def _connected() -> bool:

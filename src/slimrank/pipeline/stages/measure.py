@@ -9,7 +9,6 @@ from slimrank.evaluate.quality import measure_quality, reported_metrics
 from slimrank.models.placement import placed
 from slimrank.pipeline.forecast import Cost, Shape
 from slimrank.pipeline.stage import STAGES, Stage
-from slimrank.processes import by_leader
 from slimrank.report.record import Side
 from slimrank.text.texts import WindowRequest
 
@@ -52,10 +51,8 @@ class _Measure(Stage):
                 return {}
             device = state.prepared.device
             with placed([state.model], device, upcast=False):
-                fresh = known or by_leader(
-                    lambda: measure_quality(
-                        state.model, state.inputs.tokenizer, windows, state.texts.bos, state.progress
-                    )
+                fresh = known or measure_quality(
+                    state.model, state.inputs.tokenizer, windows, state.texts.bos, state.progress
                 )
             found = {**fresh, "peak_memory": peak_memory(device)}
             Side.model_validate(found)  # here, and not when hours of work are about to be reported
