@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from slimrank.methods.refiner import refiner as refiner
     from slimrank.models.load import load as load
     from slimrank.models.packing import pack as pack
+    from slimrank.models.packing import unpack as unpack
     from slimrank.models.targets import find_targets as find_targets
     from slimrank.pipeline import CompressionResult as CompressionResult
     from slimrank.pipeline import compress as compress
@@ -60,6 +61,7 @@ _HOME = {
     "preview": "pipeline.preview",
     "recover": "recovery.api",
     "refiner": "methods.refiner",
+    "unpack": "models.packing",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -109,6 +109,9 @@ class RecipeFields(BaseModel):
     store_form: Form | None = _what(
         None, "Smaller form to store ranks in that were chosen for pairs: pivot. The model computes the same."
     )
+    packed: bool = _what(
+        False, "Pack the result: it computes layers of the same inputs together, and --max-latency times them so."
+    )
     quantize: Scheme | None = _what(
         None,
         "Round the weights of all targets to integers: int8, int4-g64 (groups of 64 columns), int4-g64-sym (no zero "

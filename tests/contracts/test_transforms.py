@@ -34,8 +34,11 @@ KINDS = [*sorted(TRANSFORMS), outside.TRANSFORM]
 TEXT = torch.arange(20).reshape(2, 10)
 
 
+TOGETHER = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"
+
+
 def with_factors(model):
-    for path in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"):
+    for path in (*TOGETHER, "model.layers.1.mlp.up_proj"):
         u, s, v = torch.linalg.svd(model.get_submodule(path).weight.detach().double(), full_matrices=False)
         replace_linears(model, [((path,), u[:, :8] * s[:8])], v[:8])
 
@@ -46,13 +49,20 @@ def with_integers(model):
         model.set_submodule(path, made.eval())
 
 
+def packed(model):
+    with_factors(model)
+    transform_of("packed").apply(model, {"groups": [list(TOGETHER)], "columns": {"float32": [f"{TOGETHER[0]}.B"]}})
+
+
 EXAMPLES = {  # kind -> a family, and what changes a model of it
     "experts": ("mixtral", unfuse),
     "split": ("phi3", lambda model: split_linears(model, {"model.layers.1.mlp.gate_up_proj": [30, 66]})),
     "factors": ("llama", with_factors),
+    "packed": ("llama", packed),
     "quantized": ("llama", with_integers),
     outside.TRANSFORM: ("llama", lambda model: transform_of(outside.TRANSFORM).apply(model, {"paths": ["model.norm"]})),
 }
+BENEATH = {"packed": with_factors}  # kind -> what a model is changed by before
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,13 +83,19 @@ def changed(kind):
     return model
 
 
+def unchanged(kind):
+    model = random_model(EXAMPLES[kind][0])
+    BENEATH.get(kind, lambda model: None)(model)
+    return model
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_undoing_it_changes_nothing_but_modules(kind):
-    model, native = changed(kind), random_model(EXAMPLES[kind][0])
+    model, native = changed(kind), unchanged(kind)
     expected = logits(model)
     assert transform_of(kind).entry(native) is None
     assert transform_of(kind).entry(model)
-    assert model.state_dict().keys() != native.state_dict().keys()
+    assert found_transforms(model) != found_transforms(native)
     transform_of(kind).undo(model)
     assert transform_of(kind).entry(model) is None
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
@@ -89,7 +105,7 @@ def test_undoing_it_changes_nothing_but_modules(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_entry_makes_it_again(kind):
-    model, other = changed(kind), random_model(EXAMPLES[kind][0])
+    model, other = changed(kind), unchanged(kind)
     entry = json.loads(json.dumps(transform_of(kind).entry(model)))
     transform_of(kind).apply(other, entry)
     assert transform_of(kind).entry(other) == entry
@@ -104,7 +120,8 @@ def test_a_model_that_it_changed_saves_and_loads(kind, tmp_path):
     mark_model(model)
     model.save_pretrained(tmp_path)
     about = json.loads((tmp_path / "config.json").read_text())["slimrank"]
-    assert [each["kind"] for each in about["transforms"]] == [kind]
+    assert [each["kind"] for each in about["transforms"]][-1] == kind
+    assert len(about["transforms"]) == 1 + (kind in BENEATH)
     assert about["format"] == transform_of(kind).format(transform_of(kind).entry(model))
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())

@@ -1,7 +1,9 @@
 """Ranks within a time: by a clock that is made up, so that figures are exact, and once by the real one."""
 
+import copy
 import re
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,17 +18,24 @@ from slimrank.budget.timed import LayerTimes, least_seconds, timed
 from slimrank.errors import BudgetError, RecipeError
 from slimrank.layers.base import CompressedLinear
 from slimrank.layers.forms import PIVOT, layer_form
+from slimrank.layers.packed import group_of
 from slimrank.layers.stand_ins import stand_in
 from slimrank.methods.allocator import ALLOCATORS
-from slimrank.pipeline.stages import latency
+from slimrank.models import memory_layout
+from slimrank.pipeline.stages import latency, timed_layers
+from slimrank.pipeline.stages.timed_layers import Together
+from slimrank.progress import Progress
 from slimrank.recipe import Recipe
 
 OPTIONS = {"method": "svd", "allocation": "spectrum", "form": "pivot", "evaluation": None}
 OVERHEAD, PER_NUMBER = 40e-6, 1e-6  # seconds of a layer with a rank, and of each number of any layer
+JOINED = 25e-6  # seconds that each layer but the first of a group saves
 BESIDES, IN_THE_MODEL = 5e-3, 1.4  # seconds of all else, and what a layer's time counts in the model
 
 
 def seconds_of(layer):
+    if isinstance(layer, Together):
+        return sum(map(seconds_of, layer.layers)) - JOINED * (len(layer.layers) - 1)
     fixed = OVERHEAD if isinstance(layer, CompressedLinear) else 0.0
     return fixed + PER_NUMBER * sum(p.numel() for p in layer.parameters() if p.dim() > 1)
 
@@ -35,12 +44,15 @@ def seconds_of_model(use, model):
     layers = [m for m in model.model.layers.modules() if isinstance(m, CompressedLinear)]
     inside = {id(part) for layer in layers for part in layer.modules() if part is not layer}
     layers += [m for m in model.model.layers.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
-    return BESIDES + IN_THE_MODEL * sum(map(seconds_of, layers))
+    groups = {id(group) for layer in layers if (group := group_of(layer))}
+    saved = JOINED * (sum(group_of(layer) is not None for layer in layers) - len(groups))
+    return BESIDES + IN_THE_MODEL * (sum(map(seconds_of, layers)) - saved)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr(latency, "layer_seconds", lambda layers, x: [seconds_of(layer) for layer in layers])
+    monkeypatch.setattr(timed_layers, "layer_seconds", lambda layers, x: [seconds_of(layer) for layer in layers])
+    monkeypatch.setattr(memory_layout, "layer_seconds", lambda layers, x: [1.0, 1.0])
     monkeypatch.setattr(latency.Use, "seconds", seconds_of_model)
 
 
@@ -57,6 +69,59 @@ def test_the_time_that_was_asked_for_is_reached(form, asked, clock):
     assert reached(result) == pytest.approx(asked, rel=0.03)
     (section,) = [s for s in result.report["sections"] if s["title"] == "Latency"]
     assert section["rows"][0][0] == f"{asked:.2f}"
+
+
+@pytest.mark.parametrize("form", ["pair", "pivot"])
+@pytest.mark.parametrize("asked", [0.75, 0.9])
+def test_layers_are_timed_as_packing_leaves_them(form, asked, clock):
+    options = {**OPTIONS, "form": form, "max_latency": asked}
+    packed, plain = (slimrank.compress(tiny_model(), packed=packed, **options) for packed in (True, False))
+    found = packed.report["allocation"]["latency"]
+    assert found["packed"]
+    assert found["reached"] == pytest.approx(reached(packed), rel=1e-9)
+    assert reached(packed) == pytest.approx(asked, rel=0.03)
+    kept = [sum(p.numel() for p in result.model.parameters()) for result in (packed, plain)]
+    assert kept[0] > kept[1]  # what joining saves is spent on ranks
+    (section,) = [s for s in packed.report["sections"] if s["title"] == "Latency"]
+    assert "with packed layers of these ranks" in section["note"]
+
+
+def test_the_times_of_layers_in_a_group_add_up_to_that_of_the_group(clock):
+    state = SimpleNamespace(
+        model=tiny_model(),
+        progress=Progress(),
+        prepared=SimpleNamespace(
+            recipe=Recipe.make({**OPTIONS, "packed": True}), targets=slimrank.find_targets(tiny_model())
+        ),
+    )
+    layers = timed_layers.TimedLayers(state, lambda width, like: torch.ones(1, 1, width))
+    times = layers.times()
+    paths = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]
+    alone = [stand_in("pivot", state.model.get_submodule(path), times[path].ranks[3]) for path in paths]
+    expected = seconds_of(Together(alone))
+    assert sum(times[path].seconds[3] for path in paths) == pytest.approx(expected, rel=1e-9)
+    path = "model.layers.1.mlp.up_proj"
+    own = stand_in("pivot", state.model.get_submodule(path), times[path].ranks[3])
+    assert times[path].seconds[3] == pytest.approx(seconds_of(own))
+
+
+def test_copies_of_layers_together_are_together():
+    linears = [nn.Linear(24, rows, bias=False) for rows in (16, 8)]
+    layers = [stand_in("pair", linear, 4) for linear in linears]
+    together = Together(layers)
+    x = torch.randn(3, 24)
+    expected = [layer(x) for layer in [layer.to_dense() for layer in layers]]
+    other = copy.deepcopy(together)
+    for module in (together, other):
+        for found, y in zip(module(x), expected, strict=True):
+            torch.testing.assert_close(found, y)
+        groups = {id(group_of(layer)) for layer in module.layers}
+        assert len(groups) == 1
+        assert None not in map(group_of, module.layers)
+        with torch.no_grad():
+            for layer in module.layers:
+                layer.A.weight.zero_()
+    assert group_of(together.layers[0]) is not group_of(other.layers[0])
 
 
 def test_layers_that_would_not_be_faster_stay_dense(clock, monkeypatch):
@@ -94,7 +159,7 @@ def test_bad_combinations_are_refused():
 def test_the_plan_can_be_followed_and_a_run_goes_on_without_measuring(clock, monkeypatch, tmp_path):
     options = {**OPTIONS, "max_latency": 0.7, "run_dir": tmp_path / "run"}
     first = slimrank.compress(tiny_model(), **options)
-    monkeypatch.setattr(latency, "layer_seconds", None)
+    monkeypatch.setattr(timed_layers, "layer_seconds", None)
     again = slimrank.compress(tiny_model(), **options)
     assert again.plan == first.plan
     assert again.report["allocation"]["latency"] == first.report["allocation"]["latency"]
@@ -157,7 +222,7 @@ def test_the_real_clock_leaves_the_model_as_it_was():
     use = latency.Use(recipe.latency, 1, 8)
     layers = [model.model.layers[0].mlp.up_proj, stand_in("pair", model.model.layers[0].mlp.up_proj, 2)]
     assert all(
-        seconds > 0 for seconds in latency.layer_seconds(layers, use.inputs(layers[0].in_features, torch.ones(1)))
+        seconds > 0 for seconds in timed_layers.layer_seconds(layers, use.inputs(layers[0].in_features, torch.ones(1)))
     )
     assert use.seconds(model) > 0
     assert latency.Use("prefill", 2, 8).seconds(model) > 0

@@ -23,7 +23,7 @@ class LayerTimes:
 
     Attributes:
         dense: seconds of the dense layer.
-        ranks: at which its form was measured, ascending.
+        ranks: at which its form was measured; none is smaller than the one before.
         seconds: at each of these.
     """
 

@@ -23,8 +23,9 @@ from slimrank.exporting.runner import Runner
 from slimrank.exporting.target import TARGETS, Target
 from slimrank.layers.balancing import put_pairs
 from slimrank.layers.base import compressed_layers
+from slimrank.layers.transforms import transform_of
 from slimrank.models.load import Loaded, load_model, skeleton
-from slimrank.models.packing import pack
+from slimrank.models.packing import pack, unpack
 from slimrank.progress import Progress
 from slimrank.store import write_text
 
@@ -88,8 +89,7 @@ def export(model: str | Path, out: str | Path, to: str = "openvino", **options: 
     weights = weights or _usual(skeleton(model).model)
     loaded = load_model(model, "float32", progress)
     record = ExportRecord(str(model), to, version, weights, notes=list(loaded.notes))
-    if asked.packed:
-        record.notes += _packed(loaded.model)
+    record.notes += _packed(loaded.model) if asked.packed else _unpacked(loaded.model)
     need_space(output.path, 4 * loaded.model.num_parameters())
     graph = _graph(target, loaded.model, record, progress)
     progress.stage("write", 1)
@@ -109,6 +109,14 @@ def _packed(model: Any) -> list[str]:
     changed = put_pairs(model)
     groups = pack(model)
     return [f"packed: {changed} pivot layers became pairs, and {groups} groups of layers have one first product"]
+
+
+def _unpacked(model: Any) -> list[str]:
+    """Unpack a model that was saved packed: a graph of layers by themselves is what was asked for; return a note."""
+    if transform_of("packed").entry(model) is None:
+        return []
+    unpack(model)
+    return ["the model was saved packed; its layers are exported by themselves (--packed joins them)"]
 
 
 def _usual(model: Any) -> str:

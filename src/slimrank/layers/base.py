@@ -194,7 +194,7 @@ def is_plain(part: nn.Module) -> bool:
     """Tell whether a part only multiplies by its weight: no other library has changed or hooked it."""
     if type(part) is not nn.Linear or type(part.weight) is not nn.Parameter:
         return False
-    return not part._forward_hooks and not part._forward_pre_hooks
+    return not part._forward_hooks and not part._forward_pre_hooks and "forward" not in vars(part)
 
 
 def numbers(tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Layers of one input that are computed together: one product for all that reads the inputs.
 
-The layers stay where they are, with their parameters under their names. Only the memory of what reads the inputs is
-joined, and the first layer that is called computes the outputs of all.
+Copied into saved models that need it; imports nothing but torch. The layers stay where they are, with their parameters
+under their names. Only the memory of what reads the inputs is joined, and the first layer that is called computes the
+outputs of all.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class PackedGroup:
         for part in self.readers:
             self.starts.append(sum(len(each.weight) for each in self.readers[: len(self.starts)]))
             part.weight.data = self.joint.narrow(0, self.starts[-1], len(part.weight))
-        self.order = _joint_order(self.layers, self.starts, len(self.joint))
+        self.order = _joint_order(self.layers, self.starts, self.joint)
+        self._orders = _orders(self.layers)
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
 
@@ -55,12 +57,14 @@ class PackedGroup:
         return trained or torch.compiler.is_compiling()
 
     def _whole(self) -> bool:
-        """Tell whether all readers still lie in the joint memory: `model.to` gives them other memory."""
+        """Tell whether all is as it was joined: `model.to` gives weights other memory, and others may change parts."""
         size = self.joint.element_size() * self.joint.shape[1]
         first = self.joint.data_ptr()
-        return all(
-            part.weight.data_ptr() == first + start * size and part.weight.dtype == self.joint.dtype
-            for part, start in zip(self.readers, self.starts, strict=True)
+        return self._orders == _orders(self.layers) and all(
+            reader(layer) is part
+            and part.weight.data_ptr() == first + start * size
+            and part.weight.dtype == self.joint.dtype
+            for layer, part, start in zip(self.layers, self.readers, self.starts, strict=True)
         )
 
     def _computed(self, x: Tensor) -> Iterable[Tensor]:
@@ -111,10 +115,12 @@ class _Member:
 def reader(layer: nn.Module) -> nn.Linear | None:
     """Return the part that multiplies the inputs, where several layers may share one product; else None.
 
-    That is A of a pair, and the skeleton of a pivot layer that stores outputs. Parts that another library has changed
-    are left alone.
+    That is A of a pair, and the skeleton of a pivot layer that stores outputs. Layers and parts that another library
+    has changed are left alone.
     """
     part: Any = None
+    if "forward" in vars(layer) and not is_joined(layer):
+        return None
     if type(layer) is LowRankLinear:
         part = layer.A
     elif type(layer) is PivotLinear and layer.side == "out":
@@ -123,7 +129,14 @@ def reader(layer: nn.Module) -> nn.Linear | None:
 
 
 def join(layers: Sequence[CompressedLinear]) -> None:
-    """Compute layers of the same inputs together from now on, in place."""
+    """Compute layers of the same inputs together from now on, in place.
+
+    Raises:
+        ValueError: they have no readers of one width, dtype and device.
+    """
+    readers = [reader(layer) for layer in layers]
+    if len({None if part is None else _place(part) for part in readers} | {None}) != 2 or None in readers:
+        raise ValueError("these layers have no first factors of one width, dtype and device")
     group = PackedGroup(layers)
     for number, layer in enumerate(layers):
         layer.forward = _Member(group, number).forward
@@ -131,12 +144,40 @@ def join(layers: Sequence[CompressedLinear]) -> None:
 
 def is_joined(layer: nn.Module) -> bool:
     """Tell whether a layer is computed together with others."""
-    return "forward" in vars(layer)
+    return group_of(layer) is not None
+
+
+def group_of(layer: nn.Module) -> PackedGroup | None:
+    """Return the group that a layer is computed in."""
+    member = getattr(vars(layer).get("forward"), "__self__", None)
+    return member.group if isinstance(member, _Member) else None
 
 
 def part(layer: nn.Module) -> None:
     """Compute a layer by itself again."""
-    vars(layer).pop("forward", None)
+    if is_joined(layer):
+        del layer.forward
+
+
+def lie_by_columns(part: nn.Linear) -> None:
+    """Let the weight of a part lie in memory by columns, in place; its shape stays."""
+    part.weight.data = part.weight.data.t().contiguous().t()
+
+
+def lie_by_rows(part: nn.Linear) -> None:
+    """Let the weight of a part lie in memory by rows, as it is stored, in place."""
+    part.weight.data = part.weight.data.contiguous()
+
+
+def own_parts(layer: CompressedLinear) -> list[tuple[str, nn.Linear]]:
+    """Return the parts of a layer that are plain linear layers on a CPU with memory of their own, and their names."""
+    joined = reader(layer) if is_joined(layer) else None
+    parts = [(name, part) for name, part in layer.named_children() if type(part) is nn.Linear and part is not joined]
+    return [(name, part) for name, part in parts if part.weight.device.type in ("cpu", "meta") and part.weight.numel()]
+
+
+def _place(part: nn.Linear) -> tuple[Any, ...]:
+    return part.in_features, part.weight.dtype, part.weight.device
 
 
 def _others(layer: Any, z: Tensor) -> Tensor:
@@ -145,17 +186,23 @@ def _others(layer: Any, z: Tensor) -> Tensor:
     return found
 
 
-def _joint_order(layers: Sequence[CompressedLinear], starts: Sequence[int], rows: int) -> Tensor | None:
+def _joint_order(layers: Sequence[CompressedLinear], starts: Sequence[int], joint: Tensor) -> Tensor | None:
     """Return the places of all outputs in z and what follows it; None where z holds no outputs."""
     if not any(isinstance(layer, PivotLinear) for layer in layers):
         return None
-    found, own = [], rows
+    found, own = [], len(joint)
     for layer, start in zip(layers, starts, strict=True):
         if isinstance(layer, PivotLinear):
-            order = layer.order.long()
-            found.append(torch.where(order < layer.rank, order + start, order - layer.rank + own).cpu())
+            order = layer.order.to(joint.device, torch.long)
+            found.append(torch.where(order < layer.rank, order + start, order - layer.rank + own))
             own += layer.out_features - layer.rank
         else:
-            found.append(torch.arange(own, own + layer.out_features))
+            found.append(torch.arange(own, own + layer.out_features, device=joint.device))
             own += layer.out_features
-    return torch.cat(found).to(next(layers[0].parameters()).device)
+    return torch.cat(found)
+
+
+def _orders(layers: Sequence[CompressedLinear]) -> list[tuple[int, int]]:
+    """Identify the orders of layers and what they hold: both change where other layers are loaded into these."""
+    orders = [layer.order for layer in layers if isinstance(layer, PivotLinear)]
+    return [(id(order), 0 if order.is_inference() else order._version) for order in orders]

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from typing_extensions import Unpack
 
+from slimrank.errors import RecipeError
 from slimrank.options import options_of, validated
 from slimrank.registry import Registry
 
@@ -53,6 +54,14 @@ class RecoverOptions(BaseModel):
     hidden: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="Weight of the error of the states after each block.")
     ] = 0.0
+    teacher_top_k: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Store so many most probable tokens of the original at each position before training, and the "
+            "mass of the others, instead of running it in every step; null: run it.",
+        ),
+    ] = None
     held_out: Annotated[int, Field(ge=1, description="Windows that decide which state is kept; not trained on.")] = 16
     checks: Annotated[int, Field(ge=1, description="How often these are looked at.")] = 10
     patience: Annotated[int, Field(ge=1, description="Checks without a gain before training stops.")] = 3
@@ -100,7 +109,22 @@ class Recoverer:
         """
         chosen = validated(self.options, given, f"the recovery method '{self.id}'").model_dump()
         training = RecoverOptions(**{name: chosen.pop(name) for name in RecoverOptions.model_fields if name in chosen})
+        _check_stored(training)
         return ConfiguredRecoverer(self, chosen, training)
+
+
+def _check_stored(training: RecoverOptions) -> None:
+    """Make sure that stored predictions are what the loss needs.
+
+    Raises:
+        RecipeError: the loss needs states of the original, or none of its predictions.
+    """
+    if training.teacher_top_k is None:
+        return
+    if training.hidden:
+        raise RecipeError("teacher_top_k stores no states of blocks, and 'hidden' needs them.", "hidden=0")
+    if not training.kl:
+        raise RecipeError("teacher_top_k is given, and the loss has no divergence.", "kl=1, or no teacher_top_k")
 
 
 @dataclass(frozen=True)

@@ -25,18 +25,19 @@ from slimrank.models.placement import placed, resolve_device
 from slimrank.models.storage import saved_bytes
 from slimrank.progress import Progress
 from slimrank.recovery.cost import Sizes, training_cost
+from slimrank.recovery.machine import Machine
 from slimrank.recovery.precision import computes_bfloat16
-from slimrank.recovery.processes import is_first
+from slimrank.recovery.processes import check_sharding, is_first
 from slimrank.recovery.record import RecoveryRecord, page, write_record
-from slimrank.recovery.recovering import Machine, run_phases
+from slimrank.recovery.recovering import run_phases
 from slimrank.recovery.request import Recovery
 from slimrank.recovery.text import check_text, measured_text, training_text
+from slimrank.recovery.trainer import Windows
 from slimrank.report.build import environment
 from slimrank.store import Run, content_key, remove_run, usable_folder, write_text
 from slimrank.text.texts import window_length
 
 PLAN = "plan.json"
-STATES = 4  # float32 copies of what is trained, in states on disk: the first, and two with those of the optimiser
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,21 @@ class _Job:
         """Return the models that compute as a whole."""
         return [] if self.method.method.by_block else [self.student.model, self.teacher.model]
 
-    def announce(self, tokens: int, seq_len: int, place: torch.device) -> None:
-        """Tell what training is going to take."""
-        cost = training_cost(Sizes.of(self.student.model, self.teacher.model), self.method, tokens, seq_len)
+    def announce(self, text: Windows, place: torch.device) -> int:
+        """Tell what training on a text is going to take; return the bytes that it stores."""
+        distinct, seq_len = text.ids.numel(), text.ids.shape[1]
+        tokens = self.method.training.tokens or distinct
+        sizes = Sizes.of(self.student.model, self.teacher.model)
+        cost = training_cost(sizes, self.method, tokens, seq_len, distinct)
         machine = measure_machine(place, False)
         float32 = self.method.training.compute_dtype == "float32"
         minutes = cost.operations / (machine.float32 if float32 else machine.mixed) / 60
         self.progress.note(
             f"training on {tokens:,} tokens: about {minutes:,.0f} minutes, {cost.peak / 1e9:,.1f} GB of memory besides "
             f"the two models, and {cost.stored / 1e9:,.1f} GB of disk until it ends"
+            + (f", of which the original's predictions take {cost.predictions / 1e9:,.2f}" if cost.predictions else "")
         )
+        return cost.stored
 
     @property
     def reader(self) -> tuple[Any, Any]:
@@ -122,6 +128,7 @@ def recover(
     run_dir, overwrite = options.pop("run_dir", None), options.pop("overwrite", False)
     asked, progress = Recovery.make(options), progress or Progress()
     method = RECOVERERS.get(asked.method).configured(asked.options)
+    check_sharding(place := resolve_device(asked.device))
     output = OutputFolder(Path(out), overwrite)
     if is_first():
         output.rehearse()
@@ -129,12 +136,12 @@ def recover(
     job = _loaded(asked, method, Path(model), teacher, progress)
     seq_len = window_length(job.student.model, asked.seq_len)
     text, suite = training_text(asked, method.training, job.reader, seq_len), measured_text(asked, job.reader, seq_len)
-    size, place = saved_bytes(job.student.model), resolve_device(asked.device)
-    job.announce(method.training.tokens or text[0].ids.numel(), seq_len, place)
+    size = saved_bytes(job.student.model)
+    stored = job.announce(text[0], place)
     bfloat16 = computes_bfloat16(method.training, place)
-    with _states(job, output, run_dir) as folder, placed(job.on_device, place, upcast=False):
+    with _states(job, output, run_dir, stored) as folder, placed(job.on_device, place, upcast=False):
         before = job.measured(suite)
-        machine = Machine(folder, place, bfloat16, asked.seed, asked.report_to)
+        machine = Machine(folder, place, bfloat16, asked.seed, asked.report_to, bool(suite.texts))
         phases = run_phases(job.student.model, job.teacher.model, text, method, machine, progress)
         after = job.measured(suite)
         sizes = size, saved_bytes(job.student.model)
@@ -205,16 +212,18 @@ def check_pair(student: Any, teacher: Any) -> None:
 
 
 @contextmanager
-def _states(job: _Job, output: OutputFolder, run_dir: str | Path | None) -> Iterator[Path]:
-    """Yield a folder for states; one that nobody named is removed at the end."""
+def _states(job: _Job, output: OutputFolder, run_dir: str | Path | None, size: int) -> Iterator[Path]:
+    """Yield a folder for states of that size; one that nobody named is removed at the end."""
     own = output.path.with_name(output.path.name + ".run")
     folder = usable_folder(run_dir if run_dir is not None else own, output.path)
     if not is_first():
         yield folder / "store" / "recovery"
         return
     asked = job.asked.model_dump(mode="json", exclude={"evaluation", "windows", "report_to", "max_shard_size"})
-    with Run(folder, {"recover": content_key({"model": digest(job.student.model), "asked": asked})}):
-        need_space(folder, STATES * 4 * sum(p.numel() for p in job.student.model.parameters()))
+    models = {"model": digest(job.student.model), "teacher": digest(job.teacher.model)}
+    with Run(folder, {"recover": content_key({**models, "asked": asked})}):
+        there = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))  # of an interrupted run
+        need_space(folder, size - there)
         yield folder / "store" / "recovery"
     if run_dir is None:
         remove_run(own)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from slimrank.recovery.head import Head
+from slimrank.recovery.top_k import TopK
 
 LOGITS_AT_ONCE = 2**26  # elements, that go through the head together: autocast casts its weight each time
 IN_CACHE = 2**20  # elements
@@ -22,19 +23,23 @@ class Positions:
     """Final states and what they are compared with, position by position.
 
     Attributes:
-        original: final states of the original (positions x width); None where only labels count.
+        original: final states of the original (positions x width); None where its distributions are stored, and where
+            only labels count.
         labels: the next token of each position, -100 where there is none.
         weights: of the positions.
+        stored: distributions of the original, shortened; None where they are computed.
     """
 
     original: Tensor | None
     labels: Tensor
     weights: Tensor
+    stored: TopK | None = None
 
     def part(self, rows: slice) -> Positions:
         """Return some of the positions."""
         original = None if self.original is None else self.original[rows]
-        return Positions(original, self.labels[rows], self.weights[rows])
+        stored = None if self.stored is None else self.stored.part(rows)
+        return Positions(original, self.labels[rows], self.weights[rows], stored)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class Terms:
 
         Args:
             student: logits (positions x vocabulary).
-            aims: labels and weights of the positions.
-            original: logits of the original; None where only labels count.
+            aims: labels and weights of the positions, and stored distributions of the original.
+            original: logits of the original; None where its distributions are stored, and where only labels count.
         """
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         gradient, wide = torch.empty_like(student), torch.promote_types(student.dtype, torch.float32)
@@ -67,6 +72,8 @@ class Terms:
             slope = torch.zeros_like(log_q)
             if original is not None:
                 total += self._divergence(log_q, original[rows], aims.weights[rows], slope)
+            if aims.stored is not None:
+                total += aims.stored.part(rows).divergence(log_q, self.kl * aims.weights[rows], slope)
             if self.label:
                 total += self._likelihood(log_q, aims.labels[rows], aims.weights[rows], slope)
             gradient[rows] = slope

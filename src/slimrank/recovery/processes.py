@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 
+import torch
 import torch.distributed as dist
+from accelerate import PartialState
+
+from slimrank.errors import RecipeError
 
 
 def world_size() -> int:
@@ -12,9 +16,33 @@ def world_size() -> int:
     return max(1, int(os.environ.get("WORLD_SIZE", "1")))
 
 
+def rank() -> int:
+    """Return the number of this process."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first() -> bool:
     """Tell whether this process writes what all of them have made."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
+
+
+def join_others(device: torch.device) -> None:
+    """Make ready to wait for the other processes, if there are any, as training is going to."""
+    if world_size() > 1:
+        PartialState(cpu=device.type == "cpu")
+
+
+def check_sharding(device: torch.device) -> None:
+    """Make sure that weights which are to be sharded would be.
+
+    Raises:
+        RecipeError: FSDP is asked for on a CPU, where accelerate trains with whole copies instead, silently.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and device.type == "cpu":
+        raise RecipeError(
+            "FSDP is asked for, and accelerate shards weights on accelerators only, not on a CPU.",
+            "accelerate launch --multi_cpu, which trains with a whole copy in every process",
+        )
 
 
 def wait_for_all() -> None:

@@ -66,6 +66,9 @@ def page(record: RecoveryRecord, level: int = 1) -> str:
     if rows:
         lines += [*_table(headings, rows), ""]
     lines += ["Ratios are over the original. KL: nats a token.", ""]
+    if record.phases and record.phases[0].stored:
+        size, seconds = record.phases[0].stored
+        lines += [f"Predictions of the original took {size:,} bytes on disk and {seconds:,.0f} s, before training.", ""]
     for phase in record.phases:
         end = "kept" if phase.kept else "not better, so the weights stayed as they were"
         lines += [

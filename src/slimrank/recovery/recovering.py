@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import EarlyStoppingCallback
 
+from slimrank.errors import SlimrankError
 from slimrank.methods.recoverer import ConfiguredRecoverer, Phase
 from slimrank.models.structure import find_blocks
 from slimrank.progress import Progress
 from slimrank.recovery.blocks import BlockWork
 from slimrank.recovery.loss import Terms
+from slimrank.recovery.machine import Machine
 from slimrank.recovery.processes import is_first, wait_for_all
+from slimrank.recovery.stored_teacher import predicted
 from slimrank.recovery.student import Student
 from slimrank.recovery.trainer import (
     TRAINED,
@@ -49,6 +52,8 @@ class PhaseRecord:
         after: the same after it.
         kept: whether it became lower; else the weights are as before.
         curve: rows of (step, loss in training or None, held-out loss or None).
+        stored: bytes of the original's predictions on disk, and seconds that storing took; None where they are
+            computed in every step. With them the loss in training is that of k + 1 events.
     """
 
     name: str
@@ -59,6 +64,7 @@ class PhaseRecord:
     after: float
     kept: bool
     curve: list[tuple[int, float | None, float | None]] = field(default_factory=list)
+    stored: tuple[int, float] | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return all of it for JSON."""
@@ -69,25 +75,6 @@ class PhaseRecord:
         speed = self.tokens / max(self.seconds, 1e-9)
         counts = f"{self.parameters:,}", f"{self.tokens:,}", f"{speed:,.0f}"
         return (self.name, *counts, f"{self.before:.4f}", f"{self.after:.4f}", "yes" if self.kept else "no")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and how training computes.
-
-    Attributes:
-        folder: for states, in which an interrupted run goes on.
-        device: that computes.
-        bfloat16: whether products are computed in bfloat16.
-        seed: of the order of windows, and of adapters.
-        report_to: trackers that transformers knows.
-    """
-
-    folder: Path
-    device: torch.device
-    bfloat16: bool = False
-    seed: int = 0
-    report_to: tuple[str, ...] = ()
 
 
 def run_phases(
@@ -116,7 +103,7 @@ def run_phases(
     try:
         return _run_phases(model, teacher, text, method, machine, progress or Progress())
     except (OSError, SafetensorError) as error:
-        raise disk_error(error, machine.folder) from error
+        raise error if isinstance(error, SlimrankError) else disk_error(error, machine.folder) from error
 
 
 def _run_phases(
@@ -128,12 +115,14 @@ def _run_phases(
     progress: Progress,
 ) -> list[PhaseRecord]:
     found: list[PhaseRecord] = []
-    with _in_float32(model), _as_before(model):
-        work = BlockWork(model, teacher, text, machine.device) if method.method.by_block else None
+    predictions = predicted(teacher, text, method.training, machine, progress)
+    with _in_float32(model), _as_before(model), predictions as known:
+        work = BlockWork(model, teacher, known.text, machine.device) if method.method.by_block else None
         for number, (name, end) in enumerate(_seeded(method.phases(model, _block_paths(model)), machine.seed)):
-            student, mine = (_whole(model, teacher, method), text) if work is None else work.begin()
+            student, mine = (_whole(model, known.original, method), known.text) if work is None else work.begin()
             phase = _Phase(name, model, student, mine, method, machine.folder / f"phase-{number}")
-            found.append(phase.run(machine, progress, tokens=text[0].ids.shape[1]))
+            record = phase.run(machine, progress, tokens=text[0].ids.shape[1])
+            found.append(replace(record, stored=known.took))
             end(found[-1].kept)
             if work is not None:
                 work.end()

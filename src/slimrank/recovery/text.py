@@ -58,7 +58,7 @@ def training_text(
     counted = _predicting(every.mask)
     count = min(options.held_out, max(1, len(every.ids) // MOST_HELD_OUT))
     train, held = Windows(every.ids[count:], counted[count:]), Windows(every.ids[:count], counted[:count])
-    if not _has_end(asked):
+    if not has_end(asked):
         apart = ~windows_found(held.ids, train.ids.flatten())
         held = Windows(held.ids[apart], held.counted[apart])
     if not len(train) or not len(held):
@@ -77,7 +77,7 @@ def _packed(asked: Recovery, options: RecoverOptions, reader: tuple[Any, Any], s
     """
     model, tokenizer = reader
     reading: Any = {"seed": asked.seed, "chat": asked.chat, "sampled": partial(sample_windows, model, tokenizer)}
-    if _has_end(asked):
+    if has_end(asked):
         return training_windows(asked.text, tokenizer, seq_len, **reading)
     if options.tokens is None:
         raise RecipeError(
@@ -87,7 +87,7 @@ def _packed(asked: Recovery, options: RecoverOptions, reader: tuple[Any, Any], s
     return training_windows(asked.text, tokenizer, seq_len, tokens=wanted, **reading)
 
 
-def _has_end(asked: Recovery) -> bool:
+def has_end(asked: Recovery) -> bool:
     """Tell whether the text is read as a whole: its parts have no shares, and the model writes none of it."""
     return all(part.weight is None and part.source != SELF for part in parts_of(asked.text))
 

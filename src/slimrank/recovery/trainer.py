@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,23 @@ WARMUP_STEPS = 10  # at least, if the run has twice as many: the first steps of 
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Windows of tokens, and which of their predictions count (both windows x tokens)."""
+    """Windows of tokens.
 
-    def __init__(self, ids: Tensor, counted: Tensor) -> None:
-        self.ids, self.counted = ids, counted
+    Args:
+        ids: the tokens (windows x tokens).
+        counted: which of their predictions count, of the same shape.
+        aims: returns what is known of the original's predictions for the window of an index, as `Student` takes it.
+    """
+
+    def __init__(self, ids: Tensor, counted: Tensor, aims: Callable[[int], dict[str, Tensor]] | None = None) -> None:
+        self.ids, self.counted, self.aims = ids, counted, aims
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "counted": self.counted[index]}
+        known = {} if self.aims is None else self.aims(index)
+        return {"input_ids": self.ids[index], "counted": self.counted[index], **known}
 
 
 class RecoveryTrainer(Trainer):
@@ -120,9 +127,9 @@ def held_out_loss(student: nn.Module, text: Windows, bfloat16: bool) -> float:
     total, count = 0.0, 0.0
     with evaluating(student), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         for index in range(len(text)):
-            ids, counted = text.ids[index : index + 1].to(device), text.counted[index : index + 1].to(device)
-            weight = float(counted.sum())
-            total += weight * float(student(ids, counted)["loss"])
+            window = {name: tensor[None].to(device) for name, tensor in text[index].items()}
+            weight = float(window["counted"].sum())
+            total += weight * float(student(**window)["loss"])
             count += weight
     return total / max(count, 1.0)
 

@@ -19,7 +19,7 @@ from slimrank.serving.packing import dequantized
 
 DENSE = "dense"
 KINDS = (DENSE, "pair", "pivot", "residual")
-TRANSFORMS = ("factors", "split", "quantized")
+TRANSFORMS = ("factors", "split", "quantized", "packed")  # packed layers are stored as others: engines join their own
 ELSEWHERE = "serve the folder with transformers, or make its layers dense by their to_dense(): docs/pivot.md"
 
 

@@ -9,12 +9,14 @@ from slimrank.layers.balancing import BalancedPairs
 from slimrank.layers.trainable import Balance, train_only
 from slimrank.methods.recoverer import Phase, RecoverOptions, recoverer
 
+OF_PREDICTIONS = ("kl", "label", "hidden", "teacher_top_k")  # options of losses that a single block does not have
+
 
 @recoverer(
     id="block",
     title="block by block, by the error of its outputs on both streams",
     paper="AA-SVD, arXiv 2604.02119; Lillama, arXiv 2412.16719",
-    settings=tuple(name for name in RecoverOptions.model_fields if name not in ("kl", "label", "hidden")),
+    settings=tuple(name for name in RecoverOptions.model_fields if name not in OF_PREDICTIONS),
     by_block=True,
     rounds=2,  # one on each stream
 )

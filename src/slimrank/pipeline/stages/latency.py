@@ -7,35 +7,29 @@ found; what layers save in the model over what they save by themselves corrects 
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimrank.budget.curves import DENSE
 from slimrank.budget.problem import Allocation, Problem
 from slimrank.budget.ranks import Rank
-from slimrank.budget.timed import LayerTimes, least_seconds, timed
+from slimrank.budget.timed import least_seconds, timed
 from slimrank.errors import BudgetError
 from slimrank.evaluate.speed import VOCABULARY_USED, one_round
-from slimrank.layers.dense import weight_of
-from slimrank.layers.forms import layer_form
-from slimrank.layers.stand_ins import stand_in
 from slimrank.models.contexts import swapped
 from slimrank.models.placement import placed
-from slimrank.models.timing import layer_seconds
+from slimrank.pipeline.stages.timed_layers import TimedLayers
 
 if TYPE_CHECKING:
     from slimrank.methods.allocator import ConfiguredAllocator
     from slimrank.pipeline.state import State
 
-GRID = (0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)  # of the largest rank that stores less than the dense weight
 ROUNDS = 7
 NEW_TOKENS = 8  # of a round of decoding
 TOLERANCE = 0.02  # of the time that was asked for
@@ -94,8 +88,9 @@ class Latency:
 
     def __init__(self, state: State) -> None:
         recipe = state.prepared.recipe
-        self.state, self.model, self.form = state, state.model, recipe.form
+        self.state, self.model = state, state.model
         self.use = Use(recipe.latency, recipe.latency_batch, recipe.latency_tokens)
+        self.layers = TimedLayers(state, self.use.inputs)
         self.asked, self.whole = float(recipe.max_latency or 1.0), 0.0
 
     def spend(self, problem: Problem, allocator: ConfiguredAllocator) -> tuple[Problem, Allocation, dict[str, Any]]:
@@ -105,6 +100,7 @@ class Latency:
             BudgetError: the fastest ranks take longer.
         """
         with placed([self.model], self.state.prepared.device, upcast=False):
+            self.times = self.layers.times()
             saved = self._saved(self._uniform(problem))
             tries: list[_Try] = []
             while len(tries) < (1 if allocator.measures else TRIES):
@@ -119,43 +115,14 @@ class Latency:
 
     def _about(self, before: float, after: float) -> dict[str, Any]:
         use = {"phase": self.use.phase, "batch": self.use.batch, "tokens": self.use.tokens}
+        use["packed"] = self.state.prepared.recipe.packed
         return {**use, "asked": self.asked, "reached": after / before, "seconds": [before, after]}
 
-    # times ---------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def times(self) -> dict[str, LayerTimes]:
-        """Return the times of every target; those of one shape are measured once."""
-        known: dict[Any, LayerTimes] = {}
-        found: dict[str, LayerTimes] = {}
-        for target in self.state.prepared.targets:
-            layer = self.model.get_submodule(target.path)
-            key = (*target.shape, weight_of(layer).dtype, layer.bias is not None)
-            if key not in known:
-                self.state.progress.note(f"measuring layers of {target.shape[0]} x {target.shape[1]}")
-                known[key] = self._times_of(layer)
-            found[target.path] = known[key]
-        return found
-
-    def _times_of(self, layer: nn.Module) -> LayerTimes:
-        """Measure one layer as it is, and in its form at several ranks."""
-        weight = weight_of(layer)
-        largest = layer_form(self.form).largest_rank(*weight.shape)
-        ranks = sorted({max(1, round(part * largest)) for part in GRID})
-        layers = [layer, *(stand_in(self.form, layer, rank) for rank in ranks)]
-        dense, *others = layer_seconds(layers, self.use.inputs(weight.shape[1], weight))
-        return LayerTimes(dense, tuple(ranks), tuple(others))
+    # times --------------------------------------------------------------------------------------------------
 
     def _turns(self, ranks: Mapping[str, Rank]) -> tuple[float, float]:
         """Measure the whole model as it is, and with layers of these ranks, in turns; ratios are those of one turn."""
-        made: dict[tuple[Any, ...], nn.Module] = {}
-        others = {}
-        for path, rank in ranks.items():
-            if rank != "dense":
-                layer = self.model.get_submodule(path)
-                key = (*weight_of(layer).shape, layer.bias is not None, rank)
-                made[key] = made.get(key) or stand_in(self.form, layer, rank)
-                others[path] = copy.deepcopy(made[key])
+        others = self.layers.stand_ins(ranks)
         rounds: list[tuple[float, float]] = []
         for _ in range(ROUNDS + 1):
             before = self.use.seconds(self.model)

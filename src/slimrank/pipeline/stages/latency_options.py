@@ -55,7 +55,8 @@ def latency_key(state: State) -> dict[str, Any]:
     recipe = state.prepared.recipe
     if recipe.max_latency is None:
         return {}
-    return {name: getattr(recipe, name) for name in ("max_latency", *OPTIONS)} | {"device": str(state.prepared.device)}
+    names = ("max_latency", *OPTIONS, "packed")
+    return {name: getattr(recipe, name) for name in names} | {"device": str(state.prepared.device)}
 
 
 def latency_section(stage: str, found: Mapping[str, Any]) -> Section:
@@ -65,7 +66,7 @@ def latency_section(stage: str, found: Mapping[str, Any]) -> Section:
     what = "one decoding step" if found["phase"] == "decode" else "reading the prompt"
     note = (
         f"Time of {what}, batch {found['batch']}, {found['tokens']} tokens, over the original's: measured in turns on "
-        "this machine, with layers of these ranks."
+        f"this machine, with {'packed ' if found['packed'] else ''}layers of these ranks."
     )
     columns = ("asked", "reached", "ms before", "ms after")
     return Section(stage=stage, title="Latency", columns=columns, rows=(row,), note=note)

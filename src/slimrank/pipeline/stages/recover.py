@@ -11,8 +11,9 @@ from slimrank.models.placement import placed
 from slimrank.pipeline.forecast import Cost, Shape
 from slimrank.pipeline.stage import STAGES, Stage
 from slimrank.recovery.cost import Sizes, expected_tokens, training_cost
+from slimrank.recovery.machine import Machine
 from slimrank.recovery.precision import computes_bfloat16
-from slimrank.recovery.recovering import Machine, run_phases
+from slimrank.recovery.recovering import run_phases
 from slimrank.recovery.request import Recovery
 from slimrank.recovery.text import check_text, training_text
 from slimrank.report.section import Section
@@ -52,12 +53,13 @@ class Recover(Stage):
             head=shape.head,
             vocabulary=shape.vocabulary,
         )
-        tokens = expected_tokens(_asked(prepared.choices), method.training)
-        cost = training_cost(sizes, method, tokens, shape.seq_len)
+        tokens, distinct = expected_tokens(_asked(prepared.choices), method.training)
+        cost = training_cost(sizes, method, tokens, shape.seq_len, distinct)
         teacher = shape.itemsize * shape.parameters
+        released = shape.itemsize * shape.matrices if cost.predictions else 0
         return Cost(
             **{"float32" if method.training.compute_dtype == "float32" else "mixed": cost.operations},
-            peak=cost.peak + teacher,
+            peak=max(cost.peak + teacher - released, cost.before + teacher),
             stored=cost.stored,
         )
 
@@ -76,7 +78,8 @@ class Recover(Stage):
         text = training_text(asked, method.training, reader, recipe.seq_len)
         folder = state.store(state.chained(self.id)).folder
         device = state.prepared.device
-        machine = Machine(folder, device, computes_bfloat16(method.training, device), asked.seed)
+        bfloat16 = computes_bfloat16(method.training, device)
+        machine = Machine(folder, device, bfloat16, asked.seed, teacher_again=False)
         with (
             state.timed(self.title, 0),
             placed([] if method.method.by_block else [state.model, self.teacher], device, upcast=False),
@@ -86,6 +89,10 @@ class Recover(Stage):
         rows = tuple(phase.row() for phase in phases)
         columns = ("trained", "parameters", "tokens", "tokens/s", "held-out loss before", "after", "kept")
         note = f"{method.method.title}; on '{asked.text}'. Losses are nats a token."
+        if phases and phases[0].stored:
+            note += " Predictions of the original: {:,} bytes on disk, stored in {:,.0f} s before.".format(
+                *phases[0].stored
+            )
         return Section(stage=self.id, title="Recovery", columns=columns, rows=rows, note=note)
 
 
