@@ -5,7 +5,7 @@
 
 Every method compresses the model to --keep once for each draw of the windows (--seeds): with each of --sizes windows of
 the first text, and with --samples windows of every text (SVD-LLM's figure 5 and table 6). A text may be a mixture
-(`both=a.txt:0.5,b.jsonl:0.5`). Perplexity is that of the first --windows windows of each test text, over the original's.
+(`both=a.txt:0.5,b.jsonl:0.5`). Perplexity is that of the first --windows windows of each test, over the original's.
 Cells that stand in DIR/calibration.json already are not computed again.
 Writes calibration.json, calibration.md and, with matplotlib, calibration.svg.
 """
