@@ -39,6 +39,7 @@ PAPERS = {
     "AdaSVD": {"method": "svd_llm", "allocation": "ada_cr", "refine": "ada_comp", "refine_options": {
         "anchor": 0, "residual": False, "held_out": 0}},
     "Basis Sharing": {"method": "basis_sharing"},
+    "Dobi-SVD, learned ranks": {"method": "dobi_svd", "allocation": "dobi"},
     "KFAC-SVD": KFAC,
     "KFAC-SVD + LEMS": {**KFAC, "allocation": "lems", "allocation_options": {"plans": 0}},
 }  # fmt: skip

@@ -15,7 +15,7 @@ import slimrank
 from helpers import byte_tokenizer, tiny_model
 
 ROOT = Path(slimrank.__file__).parent
-BASE = {"errors", "progress", "registry", "options", "_version"}
+BASE = {"errors", "processes", "progress", "registry", "options", "_version"}
 ALLOWED = {  # package -> packages it may import, besides itself and BASE
     "linalg": set(),
     "layers": {"linalg"},

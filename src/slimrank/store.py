@@ -87,7 +87,11 @@ class Run:
 
     def store(self, parts: dict[str, Any]) -> Store:
         """Return the stored results of one stage, under the key of everything that they depend on."""
-        return Store(self.folder / "store" / content_key(parts))
+        return Store(self.place(parts))
+
+    def place(self, parts: dict[str, Any]) -> Path:
+        """Return the folder of a store."""
+        return self.folder / "store" / content_key(parts)
 
 
 def usable_folder(run_dir: str | Path, output: Path | None = None) -> Path:
@@ -169,6 +173,10 @@ class Store:
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise disk_error(error, path) from error
+
+    def save_parts(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+        """Store tensors of which every process has a part; here there is one process."""
+        self.save(name, tensors, about)
 
     def drop(self, name: str) -> None:
         """Delete what is stored as `name`, if anything is."""

@@ -111,7 +111,7 @@ def test_states_are_stored_with_what_they_hand_on(name):
         runner.embed(batches())
         runner.step(0)
         runner.step(1)
-        stored = states_named({key: t.clone() for key, t in named("x.", runner.states).items()}, "x.", 2)
+        stored = states_named({key: t.clone() for key, t in named("x.", runner.states).items()}, "x.", range(2))
         for again, state in zip(stored, runner.states, strict=True):
             assert again.handed.keys() == state.handed.keys() != set()
         finals = [runner.finals(states, 2) for states in (stored, runner.states)]

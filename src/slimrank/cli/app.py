@@ -26,7 +26,10 @@ from slimrank.cli import (
     recover,
 )
 from slimrank.cli.lazy import LazyGroup
-from slimrank.errors import SlimrankError
+from slimrank.errors import RecipeError, SlimrankError
+from slimrank.processes import started_together
+
+SHARED = ("compress", "recover", "evaluate")  # commands that several processes can run together
 
 
 class _Group(LazyGroup):
@@ -71,11 +74,16 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if started_together() > 1 and context.invoked_subcommand not in SHARED:
+        raise RecipeError(
+            f"{started_together()} processes were started, and '{context.invoked_subcommand}' runs in one.",
+            f"without torchrun: slimrank {context.invoked_subcommand} ...; these share their work: {', '.join(SHARED)}",
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

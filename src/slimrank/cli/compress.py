@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,8 @@ import typer
 from slimrank.cli import options as o
 from slimrank.cli import push as hub
 from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
+from slimrank.processes import is_leader
+from slimrank.progress import Progress
 
 
 @o.takes_recipe()
@@ -36,12 +39,15 @@ def compress(
     """Compress a model and write it to a folder, with a report.
 
     The folder loads with AutoModelForCausalLM.from_pretrained, after `import slimrank` or with trust_remote_code=True.
-    To resume an interrupted run, give the same command again.
+    To resume an interrupted run, give the same command again. Several processes share the work:
+    torchrun --nproc-per-node 2 -m slimrank compress ...
 
     Example: slimrank compress demo --keep 0.8 --calibration my-text.txt --out smaller
     """
     where = hub.destination(model, push_to_hub, private, revision, create_pr)
     report = run_compress(model, out, chosen, run_dir, overwrite)
+    if not is_leader():
+        return
     address = where and _push(out, where)
     if json:
         print_json({**report, "pushed": address} if address else report)
@@ -80,7 +86,7 @@ def run_compress(
     made.need_budget()
     say_quietly()
     try:
-        with ConsoleProgress() as progress:
+        with ConsoleProgress() if is_leader() else nullcontext(Progress()) as progress:
             result = library_compress(
                 model, recipe=made, out=out, run_dir=run_dir, overwrite=overwrite, progress=progress
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,8 @@ import typer
 
 from slimrank.cli import options as o
 from slimrank.cli.console import ConsoleProgress, one_line, print_json, print_table, print_text, say_quietly
+from slimrank.processes import is_leader, together
+from slimrank.progress import Progress
 from slimrank.report.number_format import verdict
 
 _SUITES = "Suites"
@@ -77,11 +80,13 @@ def evaluate(
         limit = windows = seq_len = None
     request = requested_tasks(tasks, tasks_dir, shots, limit)
     say_quietly()
-    with ConsoleProgress() as progress:
+    with together(), ConsoleProgress() if is_leader() else nullcontext(Progress()) as progress:
         record = library_evaluate(
             model, text or None, windows, seq_len,
             device=device, dtype=dtype, progress=progress, tasks=request, against=against, chat=chat, suite=chosen,
         )  # fmt: skip
+    if not is_leader():
+        return
     if arena_dir is not None:
         from slimrank.evaluate.arena import write_arena
 

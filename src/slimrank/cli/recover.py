@@ -53,8 +53,8 @@ def recover(
     Example: slimrank recover smaller --text my-text.txt --out better
     """
     say_quietly()
+    from slimrank.processes import is_leader
     from slimrank.recovery.api import recover as library_recover
-    from slimrank.recovery.processes import is_first
 
     given = o.pairs(option) or {}
     options: dict[str, Any] = {
@@ -65,14 +65,14 @@ def recover(
         "report_to": tuple(name.strip() for name in report_to.split(",") if name.strip()),
     }  # fmt: skip
     try:
-        with ConsoleProgress() if is_first() else nullcontext() as progress:
+        with ConsoleProgress() if is_leader() else nullcontext() as progress:
             result = library_recover(
                 model, teacher, out=out, run_dir=run_dir, overwrite=overwrite, progress=progress, **options
             )
     except KeyboardInterrupt as error:
         typer.secho("\ninterrupted; give the same command again to resume", err=True)
         raise typer.Exit(130) from error
-    if is_first():
+    if is_leader():
         print_json(result.record.plain()) if json else _show(result)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slimrank.errors import DataError, NonFiniteError
 from slimrank.models.contexts import evaluating
+from slimrank.processes import Processes, processes
 from slimrank.progress import Progress
 
 LARGEST_NLL = 700.0  # exp of more is no float
@@ -41,7 +42,7 @@ class Perplexity:
 def perplexity(model: Any, windows: Tensor, bos: bool = False, progress: Progress | None = None) -> Perplexity:
     """Measure the perplexity of a model on windows of tokens (windows x seq_len), where the model is.
 
-    Log-probabilities in float32, sums in float64; every window counts alike.
+    Log-probabilities in float32, sums in float64; every window counts alike. Processes share the windows.
 
     Raises:
         DataError: windows of fewer than two tokens.
@@ -49,14 +50,21 @@ def perplexity(model: Any, windows: Tensor, bos: bool = False, progress: Progres
             large to be a number.
     """
     check_windows(windows)
-    progress = progress or Progress()
+    team = processes() if len(windows) >= processes().count else Processes()
+    mine = team.mine(range(len(windows)))
+    nll = _of_windows(model, windows[list(mine)], mine[0], progress or Progress())
+    return summary([each for part in team.all(nll) for each in part], windows, bos)
+
+
+def _of_windows(model: Any, windows: Tensor, first: int, progress: Progress) -> list[float]:
+    """Return the mean negative log-likelihood of each window; `first` is the number of the first one."""
     nll: list[float] = []
     with evaluating(model):
         for ids in windows.split(windows_at_once(model, windows.shape[1])):
             ids = ids.to(next(model.parameters()).device)
-            nll += window_nll(model, model(input_ids=ids, use_cache=False).logits, ids, first=len(nll))
+            nll += window_nll(model, model(input_ids=ids, use_cache=False).logits, ids, first=first + len(nll))
             progress.step(len(ids))
-    return summary(nll, windows, bos)
+    return nll
 
 
 def check_windows(windows: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,15 +51,22 @@ def pulled_back(before: HiddenState, after: HiddenState, gradient: HiddenState) 
     return HiddenState(hidden, {name: g for name, g in found.items() if g is not None})
 
 
-def named(prefix: str, states: list[HiddenState]) -> dict[str, Tensor]:
-    """Return states of each batch under the names that `states_named` reads; no two share memory."""
-    found = {f"{prefix}{b}": state.hidden for b, state in enumerate(states)}
-    return found | {f"{prefix}{b}/{n}": t.clone() for b, state in enumerate(states) for n, t in state.handed.items()}
+def named(prefix: str, states: Sequence[HiddenState], numbers: Iterable[int] | None = None) -> dict[str, Tensor]:
+    """Return states of each batch under the names that `states_named` reads; no two share memory.
+
+    Args:
+        prefix: of their names.
+        states: one for each batch.
+        numbers: of the batches; by default they are counted.
+    """
+    found = dict(zip(range(len(states)) if numbers is None else numbers, states, strict=True))
+    whole = {f"{prefix}{b}": state.hidden for b, state in found.items()}
+    return whole | {f"{prefix}{b}/{n}": t.clone() for b, state in found.items() for n, t in state.handed.items()}
 
 
-def states_named(tensors: Mapping[str, Tensor], prefix: str, count: int) -> list[HiddenState]:
-    """Return the stored states of each batch."""
-    return [HiddenState(tensors[f"{prefix}{b}"], _under(f"{prefix}{b}/", tensors)) for b in range(count)]
+def states_named(tensors: Mapping[str, Tensor], prefix: str, numbers: Iterable[int]) -> list[HiddenState]:
+    """Return the stored states of the batches of these numbers."""
+    return [HiddenState(tensors[f"{prefix}{b}"], _under(f"{prefix}{b}/", tensors)) for b in numbers]
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

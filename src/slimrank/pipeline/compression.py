@@ -17,15 +17,16 @@ from slimrank.models.fused_layers import join_layers
 from slimrank.models.machine import measure_machine
 from slimrank.pipeline.forecast import Cost, Shape, timetable
 from slimrank.pipeline.inputs import load_inputs
-from slimrank.pipeline.prepare import Choices
+from slimrank.pipeline.prepare import Choices, Prepared
 from slimrank.pipeline.record import record_of
-from slimrank.pipeline.run_folder import place_of_run, run_folder
+from slimrank.pipeline.run_folder import opened_run, place_of_run, run_folder
+from slimrank.pipeline.sharing import shares_text
 from slimrank.pipeline.stage import Stage
 from slimrank.pipeline.stages.save import Save
 from slimrank.pipeline.state import Inputs, State
+from slimrank.processes import by_leader, processes, together
 from slimrank.progress import Progress
 from slimrank.recipe import Recipe
-from slimrank.store import Run
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,11 @@ def compress(
     if storage.keep_statistics and storage.run_dir is None:
         raise RecipeError("statistics are stored in a run directory, and none is named.", "run_dir='run'")
     output = OutputFolder(Path(out), storage.overwrite) if out is not None else None
-    if output is not None:
-        output.rehearse()
     place = place_of_run(output, storage.run_dir)
     stages = [*choices.stages, *([] if output is None else [Save(output)])]
-    with _restored(model):
+    with together(), _restored(model):
+        if output is not None:
+            by_leader(output.rehearse)
         inputs = load_inputs(choices, choices.requests, model, tokenizer, progress, output)
         with _opened(inputs, stages, progress, _Disk(output, place, storage.keep_statistics)) as state:
             for stage in stages:
@@ -131,7 +132,7 @@ def find_plan(
     wanted = ("calibrate", "rounding", "allocate") if choices.computes_ranks else ("allocate",)
     stages = [stage for stage in choices.stages if stage.id in wanted]
     requests = [request for request in choices.requests if not request.spread]  # those are for factors
-    with _restored(model):
+    with together(), _restored(model):
         inputs = load_inputs(choices, requests, model, tokenizer, progress)
         with _opened(inputs, stages, progress, _Disk(None, place, False)) as state:
             for stage in stages:
@@ -156,7 +157,7 @@ class _Disk:
 def _opened(inputs: Inputs, stages: Sequence[Stage], progress: Progress, disk: _Disk) -> Iterator[State]:
     """Open the run directory, announce the stages and check that there is room for what they store."""
     prepared = inputs.prepared
-    with run_folder(disk.output, disk.run_dir) as folder, Run(folder, inputs.identity()) as run:
+    with run_folder(disk.output, disk.run_dir) as folder, opened_run(folder, inputs.identity()) as run:
         state = State(
             inputs, run, stages, progress, disk.resumable, disk.keeps_statistics, prepared.plan, notes=[*inputs.notes]
         )
@@ -165,12 +166,24 @@ def _opened(inputs: Inputs, stages: Sequence[Stage], progress: Progress, disk: _
         )
         costs = timetable(stages, prepared, shape)
         _announce(state, costs)
+        state.notes += _about_processes(prepared)
         stored = sum(cost.stored for cost in costs.values())
         need_space(folder, stored)
         if disk.output is not None:
             written = prepared.size.compressed(prepared.recipe, prepared.plan, prepared.targets)
             need_space(disk.output.path, written + (0 if disk.run_dir else stored))
         yield state
+
+
+def _about_processes(prepared: Prepared) -> list[str]:
+    """Return notes on how several processes share the work; nothing for a single one."""
+    team, gathering = processes(), prepared.choices.method.gathering
+    if team.count == 1:
+        return []
+    notes = [f"{team.count} processes shared the work"]
+    if gathering.calibrates and not shares_text(gathering):
+        notes.append(f"{prepared.recipe.method}: each process read all calibration text, as its statistics are no sums")
+    return notes
 
 
 def _run(stage: Stage, state: State) -> None:

@@ -21,6 +21,7 @@ from slimrank.models.provenance import origin_of
 from slimrank.models.quantised import check_dense
 from slimrank.pipeline.prepare import Choices, Prepared
 from slimrank.pipeline.state import Inputs
+from slimrank.processes import by_leader
 from slimrank.progress import Progress
 from slimrank.text.texts import Texts, WindowRequest, read_texts
 
@@ -52,7 +53,7 @@ def load_inputs(
     loaded = _load(model, tokenizer, choices.recipe.dtype, progress)
     prepared = Prepared.of(choices, loaded.model)
     if output is not None:
-        rehearse_saving(loaded.model, loaded.tokenizer, output)
+        by_leader(lambda: rehearse_saving(loaded.model, loaded.tokenizer, output))
     fingerprint = digest(loaded.model)
     page_out(loaded.model)
     if choices.differentiates:

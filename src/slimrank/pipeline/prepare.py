@@ -34,6 +34,7 @@ from slimrank.pipeline.rank_problem import (
 )
 from slimrank.pipeline.stage import Stage, stages_of
 from slimrank.pipeline.units import Unit, units_of
+from slimrank.processes import by_leader
 from slimrank.recipe import Recipe
 from slimrank.text.texts import WindowRequest, window_length
 
@@ -200,5 +201,6 @@ class Prepared:
 
 def _with_multiple(recipe: Recipe, model: Any, targets: TargetSet) -> Recipe:
     """Return the recipe with the multiple of ranks that suits the device."""
-    found = measured_multiple(targets.targets, recipe.stored_as, stored_dtype(model), resolve_device(recipe.device))
+    dtype, device = stored_dtype(model), resolve_device(recipe.device)
+    found = by_leader(lambda: measured_multiple(targets.targets, recipe.stored_as, dtype, device))
     return recipe.model_copy(update={"rank_multiple": found})

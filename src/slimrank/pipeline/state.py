@@ -15,7 +15,9 @@ from slimrank.budget.menu import Family, Loss
 from slimrank.budget.rank_plan import RankPlan
 from slimrank.models.blocks import Batch, BlockRunner
 from slimrank.pipeline.prepare import Prepared
+from slimrank.pipeline.shared_store import SharedStore
 from slimrank.pipeline.stage import Stage
+from slimrank.processes import processes
 from slimrank.progress import Progress
 from slimrank.report.section import Section
 from slimrank.store import Run, Store
@@ -141,7 +143,8 @@ class State:
 
     def store(self, key: dict[str, Any]) -> Store:
         """Open the part of the run directory that belongs to a key."""
-        return self.run.store(key)
+        team = processes()
+        return self.run.store(key) if team.count == 1 else SharedStore(self.run.place(key), team)
 
     def environment(self) -> dict[str, Any]:
         """Return what rounding depends on, besides the inputs."""

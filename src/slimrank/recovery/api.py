@@ -23,11 +23,12 @@ from slimrank.models.load import Loaded, digest, load_model
 from slimrank.models.machine import measure_machine
 from slimrank.models.placement import placed, resolve_device
 from slimrank.models.storage import saved_bytes
+from slimrank.processes import is_leader
 from slimrank.progress import Progress
 from slimrank.recovery.cost import Sizes, training_cost
 from slimrank.recovery.machine import Machine
 from slimrank.recovery.precision import computes_bfloat16
-from slimrank.recovery.processes import check_sharding, is_first
+from slimrank.recovery.processes import check_sharding
 from slimrank.recovery.record import RecoveryRecord, page, write_record
 from slimrank.recovery.recovering import run_phases
 from slimrank.recovery.request import Recovery
@@ -130,7 +131,7 @@ def recover(
     method = RECOVERERS.get(asked.method).configured(asked.options)
     check_sharding(place := resolve_device(asked.device))
     output = OutputFolder(Path(out), overwrite)
-    if is_first():
+    if is_leader():
         output.rehearse()
     check_text(asked)
     job = _loaded(asked, method, Path(model), teacher, progress)
@@ -146,7 +147,7 @@ def recover(
         after = job.measured(suite)
         sizes = size, saved_bytes(job.student.model)
         record = RecoveryRecord(str(model), job.original, asked, phases, before, after, sizes)
-        if is_first():
+        if is_leader():
             _write(job, output, record)
     return RecoveryResult(job.student.model, job.student.tokenizer, record, output.path)
 
@@ -216,7 +217,7 @@ def _states(job: _Job, output: OutputFolder, run_dir: str | Path | None, size: i
     """Yield a folder for states of that size; one that nobody named is removed at the end."""
     own = output.path.with_name(output.path.name + ".run")
     folder = usable_folder(run_dir if run_dir is not None else own, output.path)
-    if not is_first():
+    if not is_leader():
         yield folder / "store" / "recovery"
         return
     asked = job.asked.model_dump(mode="json", exclude={"evaluation", "windows", "report_to", "max_shard_size"})

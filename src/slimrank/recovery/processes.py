@@ -1,4 +1,4 @@
-"""Which of several processes this is, as torchrun and accelerate tell it."""
+"""What training with several processes needs besides `slimrank.processes`: accelerate connects them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from slimrank.errors import RecipeError
-
-
-def world_size() -> int:
-    """Return the number of processes that train together."""
-    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+from slimrank.processes import started_together
 
 
 def rank() -> int:
@@ -21,14 +17,9 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def is_first() -> bool:
-    """Tell whether this process writes what all of them have made."""
-    return rank() == 0
-
-
 def join_others(device: torch.device) -> None:
     """Make ready to wait for the other processes, if there are any, as training is going to."""
-    if world_size() > 1:
+    if started_together() > 1:
         PartialState(cpu=device.type == "cpu")
 
 

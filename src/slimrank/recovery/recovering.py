@@ -18,11 +18,12 @@ from transformers import EarlyStoppingCallback
 from slimrank.errors import SlimrankError
 from slimrank.methods.recoverer import ConfiguredRecoverer, Phase
 from slimrank.models.structure import find_blocks
+from slimrank.processes import is_leader
 from slimrank.progress import Progress
 from slimrank.recovery.blocks import BlockWork
 from slimrank.recovery.loss import Terms
 from slimrank.recovery.machine import Machine
-from slimrank.recovery.processes import is_first, wait_for_all
+from slimrank.recovery.processes import wait_for_all
 from slimrank.recovery.stored_teacher import predicted
 from slimrank.recovery.student import Student
 from slimrank.recovery.trainer import (
@@ -204,7 +205,7 @@ class _Phase:
         if (self.folder / TRAINED).is_file():
             load_trained(student, self.folder)
             return held_out_loss(student, self.text[1], bfloat16)
-        if is_first():
+        if is_leader():
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = self.folder / f"{TRAINED}.partial"
             save_file(trained_state(student), partial)

@@ -22,11 +22,12 @@ from slimrank.errors import RecipeError, RunError
 from slimrank.methods.recoverer import RecoverOptions
 from slimrank.models.contexts import evaluating
 from slimrank.models.load import digest
+from slimrank.processes import started_together
 from slimrank.progress import Progress
 from slimrank.recovery.head import Head
 from slimrank.recovery.loss import positions_at_once, slices
 from slimrank.recovery.machine import Machine
-from slimrank.recovery.processes import join_others, rank, wait_for_all, world_size
+from slimrank.recovery.processes import join_others, rank, wait_for_all
 from slimrank.recovery.teacher_memory import without_blocks
 from slimrank.recovery.top_k import STORED, TopK, bytes_of
 from slimrank.recovery.trainer import Windows
@@ -77,7 +78,7 @@ class StoredTeacher:
         start = time.perf_counter()
         missing = [name for name in self._names() if not self.store.has(name)]
         wait_for_all()  # none writes before all have looked
-        mine = missing[rank() :: world_size()]
+        mine = missing[rank() :: started_together()]
         progress.stage("store predictions of the original", sum(len(self._ids(name)) for name in mine))
         with evaluating(self.teacher), self.machine.autocast():
             for name in mine:

@@ -18,9 +18,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from slimrank.errors import NonFiniteError, RecipeError, first_line
 from slimrank.methods.recoverer import RecoverOptions
 from slimrank.models.contexts import evaluating
+from slimrank.processes import is_leader, started_together
 from slimrank.progress import Progress
 from slimrank.recovery.optimizer import optimizer_of
-from slimrank.recovery.processes import is_first, world_size
 from slimrank.store import write_text
 
 TRAINED = "trained.safetensors"
@@ -161,7 +161,7 @@ def arguments(options: RecoverOptions, windows: int, folder: Path, **machine: An
     Raises:
         RecipeError: the windows of a step cannot be divided as asked.
     """
-    steps, processes = max(1, windows // options.batch_size), world_size()
+    steps, processes = max(1, windows // options.batch_size), started_together()
     micro = options.micro_batch or max(1, options.batch_size // processes)
     if options.batch_size % (micro * processes):
         raise RecipeError(
@@ -224,7 +224,7 @@ def train(
     trainer.train(resume_from_checkpoint=last_state(folder))
     best, loss, log = trainer.state.best_model_checkpoint, trainer.state.best_metric, list(trainer.state.log_history)
     ended = {"best": Path(best).name if best else None, "loss": inf if loss is None else loss, "log": log}
-    if is_first():
+    if is_leader():
         write_text(folder / DONE, json.dumps(ended))
     return float(ended["loss"]), log
 

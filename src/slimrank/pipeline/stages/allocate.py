@@ -21,6 +21,7 @@ from slimrank.pipeline.stages.latency import Latency
 from slimrank.pipeline.stages.latency_options import check_latency, check_timed, latency_key, latency_section
 from slimrank.pipeline.stages.model_probe import ModelProbe
 from slimrank.pipeline.stages.spectrum_store import SpectrumStore
+from slimrank.processes import by_leader
 from slimrank.progress import Forecast
 from slimrank.report.section import Section
 from slimrank.text.texts import WindowRequest
@@ -66,7 +67,8 @@ class Allocate(Stage):
         forecast = Forecast(state.progress, search_passes(state.prepared.choices, len(state.prepared.units)))
         with state.timed(self.title, forecast.steps):
             if not store.has("allocation"):
-                store.save("allocation", {}, _found(state, state.prepared.problem, forecast))
+                problem = state.prepared.problem
+                store.save("allocation", {}, by_leader(lambda: _found(state, problem, forecast)))
             found = store.load("allocation")[1]
             forecast.end()
         state.plan = state.prepared.plan_of(Allocation(found["ranks"], forms=found["forms"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,16 @@ from slimrank.errors import NonFiniteError
 from slimrank.linalg.lowrank import Spectrum
 from slimrank.methods.decomposer import DECOMPOSERS
 from slimrank.models.blocks import BlockRunner
+from slimrank.models.states import HiddenState, named
 from slimrank.models.targets import Target
+from slimrank.pipeline.sharing import my_numbers, my_units, team_of
 from slimrank.pipeline.stages.statistics_cache import StatisticsCache
 from slimrank.pipeline.units import Unit
+from slimrank.processes import processes
 from slimrank.statistics.collector import Collector
 from slimrank.statistics.experts import UNREACHED, shrink_rare_experts
 from slimrank.statistics.layer_statistics import LayerStatistics
+from slimrank.statistics.reduction import summed
 from slimrank.statistics.routing import Routing
 from slimrank.store import Store
 
@@ -37,6 +41,11 @@ class CalibrationPass(ABC):
         self.gathered: dict[str, LayerStatistics] = {}
         self.leaders: dict[str, str] = {}
         self.waiting = list(state.prepared.units)
+        gathering = state.prepared.choices.method.gathering
+        self.team = team_of(gathering)
+        batches = state.batches("calibration") if gathering.calibrates else []
+        self.numbers = my_numbers(self.team, batches)
+        self.batches = [batches[number] for number in self.numbers]
 
     @abstractmethod
     def run(self) -> None:
@@ -62,6 +71,9 @@ class CalibrationPass(ABC):
     def take(self, collector: Collector, index: int) -> None:
         """Hold the statistics that a collector gathered in block `index` until they are used."""
         needs = collector.gathering.needs
+        if self.team.count > 1 and self.batches:
+            collector.statistics = summed(self.team, collector.statistics, collector.device)
+            collector.leaders = _merged(self.team.all(collector.leaders))
         if needs & {"column", "gram"}:
             shapes = {target.path: target.shape for target in self.state.prepared.targets.in_block(index)}
             kinds = [{path: shapes[path] for path in kind} for kind in self.runner.experts(index, shapes)]
@@ -77,7 +89,7 @@ class CalibrationPass(ABC):
         self.waiting = [u for u in self.waiting if not u.blocks <= done]
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {}
-        for unit in ready:
+        for unit in my_units(ready, processes()):
             spectrum = self._solve(unit)
             tensors[f"{unit.path}.values"] = spectrum.values.cpu()
             tensors[f"{unit.path}.basis"] = spectrum.basis.to("cpu", torch.float32)
@@ -91,9 +103,13 @@ class CalibrationPass(ABC):
                 "notes": spectrum.notes,
                 "groups": {t.path: self.leaders.get(t.path, t.path) for t in unit.targets},
             }
-            for target in unit.targets:
-                self.gathered.pop(target.path, None)
-        self.store.save(f"block-{index:04d}", tensors, about)
+        for target in (target for unit in ready for target in unit.targets):
+            self.gathered.pop(target.path, None)
+        self.store.save_parts(f"block-{index:04d}", tensors, _merged(processes().all(about)))
+
+    def save_states(self, name: str, states: Sequence[HiddenState], about: dict[str, Any] | None = None) -> None:
+        """Store the states of the batches of all processes."""
+        self.store.save_parts(name, named("", states, self.numbers if states else ()), about)
 
     def _solve(self, unit: Unit) -> Spectrum:
         method, solver = self.state.prepared.choices.method, self.state.prepared.solver
@@ -116,6 +132,10 @@ class CalibrationPass(ABC):
         if all(UNREACHED in part.notes for part in parts):
             return replace(solved, stand_in=True, notes=tuple(dict.fromkeys((*solved.notes, UNREACHED))))
         return solved
+
+
+def _merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def alone(targets: Iterable[Target]) -> frozenset[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimrank.models.gradients import loss_gradients, step_back, whole_model_gradients
 from slimrank.models.page_out import page_out
-from slimrank.models.states import HiddenState, named, states_named
+from slimrank.models.states import HiddenState, states_named
 from slimrank.pipeline.stages.calibration_pass import CalibrationPass
 from slimrank.pipeline.stages.statistics_cache import StatisticsCache
 from slimrank.statistics.catalogue import Need
@@ -39,11 +39,11 @@ class Forwards(CalibrationPass):
 
     def _start(self, first: int) -> None:
         state, runner = self.state, self.runner
-        runner.embed(state.batches("calibration") if state.prepared.choices.method.gathering.calibrates else [])
+        runner.embed(self.batches)
         page_out(state.model)
         if first and runner.batches:
             stored, _ = self.store.load("hidden", str(state.prepared.device) if runner.resident else "cpu")
-            runner.states = states_named(stored, "", len(runner.batches))
+            runner.states = states_named(stored, "", self.numbers)
 
     def _block(self, index: int) -> None:
         runner = self.runner
@@ -54,7 +54,7 @@ class Forwards(CalibrationPass):
             self.take(collector, index)
             self.solve_ready(index, set(range(index + 1)))
         if self.state.resumable and not any(min(u.blocks) <= index for u in self.waiting):
-            self.store.save("hidden", named("", runner.states), {"next": index + 1})
+            self.save_states("hidden", runner.states, {"next": index + 1})
 
 
 class Backwards(CalibrationPass):
@@ -67,7 +67,7 @@ class Backwards(CalibrationPass):
             last = int(self.store.load("gradients")[1]["next"]) if self.store.has("gradients") else len(runner)
             self.waiting = [u for u in self.waiting if min(u.blocks) < last]
             if last:
-                runner.embed(state.batches("calibration"))
+                runner.embed(self.batches)
                 page_out(state.model)
                 gradients = self._forwards(last)
                 for index in reversed(range(last)):
@@ -85,24 +85,24 @@ class Backwards(CalibrationPass):
         top = last if last == len(runner) else last - 1
         done = max((i for i in range(top + 1) if store.has(f"input-{i:04d}")), default=None)
         if done is None:
-            store.save("input-0000", named("", runner.states))
+            self.save_states("input-0000", runner.states)
         else:
             runner.states = self._input(done)
         for index in range(done or 0, top):
             runner.step(index)
             page_out(runner.blocks[index])
-            store.save(f"input-{index + 1:04d}", named("", runner.states))
+            self.save_states(f"input-{index + 1:04d}", runner.states)
             state.progress.step()
         if last < len(runner):
-            return states_named(store.load("gradients")[0], "", len(runner.batches))
+            return states_named(store.load("gradients")[0], "", self.numbers)
         gradients = loss_gradients(runner, runner.hidden)
         runner.states = []
-        store.save("gradients", named("", gradients), {"next": last})
+        self.save_states("gradients", gradients, {"next": last})
         return gradients
 
     def _input(self, index: int) -> list[HiddenState]:
         tensors, _ = self.store.load(f"input-{index:04d}")
-        return states_named(tensors, "", len(self.runner.batches))
+        return states_named(tensors, "", self.numbers)
 
     def _block(self, index: int, gradients: list[HiddenState]) -> None:
         runner = self.runner
@@ -119,7 +119,7 @@ class Backwards(CalibrationPass):
             self.take(collector, index)
             self.solve_ready(index, set(range(index, len(runner))))
         if not any(max(u.blocks) >= index for u in self.waiting):
-            self.store.save("gradients", named("", gradients) if index else {}, {"next": index})
+            self.save_states("gradients", gradients if index else [], {"next": index})
             for later in range(index, len(runner) + 1):
                 self.store.drop(f"input-{later:04d}")
 
@@ -130,10 +130,10 @@ class WholeModel(CalibrationPass):
     def run(self) -> None:
         """Run all batches, then solve all blocks."""
         runner, state, blocks = self.runner, self.state, len(self.runner)
-        with state.timed(TITLE, blocks + len(state.batches("calibration"))), runner.session():
+        with state.timed(TITLE, blocks + len(self.batches)), runner.session():
             if all(self.store.has(f"block-{i:04d}") for i in range(blocks)):
                 return
-            runner.batches = list(state.batches("calibration"))
+            runner.batches = list(self.batches)
             collectors = [self.collector(i) for i in range(blocks)]
 
             def begin(batch: Any) -> None:

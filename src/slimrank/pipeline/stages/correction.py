@@ -105,7 +105,7 @@ class Correction:
             page_out(runner.blocks[index])
             state.progress.step()
         stored, _ = store.load(_original(number))
-        original = [state.hidden for state in states_named(stored, "", len(runner.batches))]
+        original = [state.hidden for state in states_named(stored, "", range(len(runner.batches)))]
         gradients, divergence = divergence_gradients(runner, runner.hidden, original)
         decrease = 0.0
         for index in reversed(range(len(runner))):
@@ -119,7 +119,7 @@ class Correction:
         """Store the steps of a block's layers; return the decrease of the divergence by them, to first order."""
         layers = {t.path: self._layer(t) for t in self._targets(index)}
         collector = Collector(layers, GatherOptions(needs=frozenset({"gram", "slope"})), self.state.prepared.solver)
-        inputs = states_named(self.store.load(f"input-{index:04d}")[0], "", len(self.runner.batches))
+        inputs = states_named(self.store.load(f"input-{index:04d}")[0], "", range(len(self.runner.batches)))
         with collector:
             step_back(
                 self.runner,

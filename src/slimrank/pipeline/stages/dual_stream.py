@@ -10,16 +10,19 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimrank.methods.refiner import RefineOptions
 from slimrank.models.contexts import swapped
 from slimrank.models.reading_order import calls_of, reading_order, run_until_read
 from slimrank.models.recording import Batch
 from slimrank.models.residual_layers import Place, answers_of, residual_places
-from slimrank.models.states import HiddenState
+from slimrank.models.states import HiddenState, named, states_named
 from slimrank.models.structure import without_numbers
+from slimrank.pipeline.sharing import my_numbers
+from slimrank.processes import processes
 from slimrank.statistics.paired_inputs import StreamCollector
+from slimrank.statistics.reduction import summed
 
 if TYPE_CHECKING:
     from slimrank.pipeline.state import State
@@ -66,13 +69,23 @@ class DualStream:
         self.runner = state.runner(resident=False)
         self.original: list[HiddenState] = []
         self.compressed: list[HiddenState] = []
-        self._parts: list[range] = []  # numbers of batches
+        self._parts: list[range] = []  # places of batches
+        self.numbers: list[int] = []  # of the batches of this process among all
         self._known: dict[str, Place | None] = {}
         self._times: Counter[str] = Counter()  # calls of a layer in one pass of its block
 
     def start(self) -> None:
-        """Embed the windows."""
-        parts = self._dealt()
+        """Embed the windows of this process.
+
+        Raises:
+            RecipeError: a part has fewer batches than there are processes.
+        """
+        team, first, parts = processes(), 0, list[list[Batch]]()
+        for part in self._dealt():
+            mine = my_numbers(team, part)
+            parts.append([part[number] for number in mine])
+            self.numbers += [first + number for number in mine]
+            first += len(part)
         self.runner.embed([batch for part in parts for batch in part])
         ends = [0, *accumulate(len(part) for part in parts)]
         self._parts = [range(*between) for between in pairwise(ends)]
@@ -137,7 +150,21 @@ class DualStream:
                 batch = self.runner.batches[b]
                 collector.begin(batch.attention_mask, batch.input_ids.shape)
                 self._run(both, b, collector)
+        team, device = processes(), collector.device
+        collector.sums = summed(team, collector.sums, device)
+        collector.lacks = summed(team, collector.lacks, device)
         return collector
+
+    def states(self) -> dict[str, Tensor]:
+        """Return the states of both streams, of this process's batches, for the store."""
+        compressed = named("compressed.", self.compressed, self.numbers)
+        return compressed | (named("original.", self.original, self.numbers) if self.original else {})
+
+    def take_up(self, stored: Mapping[str, Tensor]) -> None:
+        """Go on with stored states."""
+        self.compressed = states_named(stored, "compressed.", self.numbers)
+        if self.original:
+            self.original = states_named(stored, "original.", self.numbers)
 
     def _run(self, both: _Both, b: int, collector: StreamCollector) -> None:
         """Run one batch through the block of both models, the original first, only as far as needed."""

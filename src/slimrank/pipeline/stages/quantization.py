@@ -15,7 +15,6 @@ from slimrank.layers.dense import weight_of
 from slimrank.layers.quantized_forms import quantized_form
 from slimrank.methods.quantize_options import QuantizeOptions
 from slimrank.models.page_out import page_out
-from slimrank.models.states import named, states_named
 from slimrank.models.targets import Target
 from slimrank.pipeline.stages.dual_stream import DualStream
 from slimrank.statistics.paired_inputs import LayerSums
@@ -74,10 +73,7 @@ class Quantization:
         if not self.store.has("streams"):
             return 0
         streams, about = self.store.load("streams")
-        count = len(self.runner.batches)
-        self.streams.compressed = states_named(streams, "compressed.", count)
-        if self.streams.original:
-            self.streams.original = states_named(streams, "original.", count)
+        self.streams.take_up(streams)
         for index in range(about["next"]):
             tensors, errors = self.store.load(f"quantized-{index:04d}")
             for path, target in self._targets(index).items():
@@ -113,9 +109,7 @@ class Quantization:
 
     def _store(self, index: int, tensors: Mapping[str, Tensor], errors: Mapping[str, float]) -> None:
         self.store.save(f"quantized-{index:04d}", dict(tensors), dict(errors))
-        streams = {"original.": self.streams.original, "compressed.": self.streams.compressed}
-        both = {name: state for prefix, states in streams.items() for name, state in named(prefix, states).items()}
-        self.store.save("streams", both, {"next": index + 1})
+        self.store.save_parts("streams", self.streams.states(), {"next": index + 1})
 
     def _doubled(self, path: str) -> nn.Module:
         """Put a layer of the same tensors there, and return the one that was there."""

@@ -25,6 +25,7 @@ from slimrank.models.targets import Target
 from slimrank.pipeline.stages.dual_stream import DualStream
 from slimrank.pipeline.stages.factorize import Factorizer
 from slimrank.pipeline.stages.held_out_check import HeldOutCheck
+from slimrank.processes import processes
 from slimrank.statistics.paired_inputs import LayerSums, StreamCollector
 from slimrank.store import Store
 
@@ -75,12 +76,9 @@ class Refinement:
 
     def _take_up(self, first: int) -> None:
         streams, _ = self.store.load("streams")
-        count = len(self.runner.batches)
-        self.streams.compressed = states_named(streams, "compressed.", count)
-        if self.streams.original:
-            self.streams.original = states_named(streams, "original.", count)
+        self.streams.take_up(streams)
         if self.held_out is not None:
-            self.held_out.states = states_named(streams, "held-out.", len(self.held_out.states))
+            self.held_out.states = states_named(streams, "held-out.", self.held_out.numbers)
         for index in range(first):
             self.factorizer.factorize_block(index)
             tensors, about = self.store.load(f"refined-{index:04d}")
@@ -130,14 +128,12 @@ class Refinement:
         for number, paths in enumerate(stages, 1):
             gathered = self.streams.gather(index, originals, paths, last=number == len(stages))
             about["notes"] += _of_routed(gathered)
-            for target in (targets[path] for path in paths):
-                parts = [sums for collector in gathered if (sums := collector.of(target.path)) is not None]
-                if not parts:
-                    self._not_refined(target)
-                    continue
-                found = self._refined(target, weight_of(originals[target.path]), parts, about["notes"])
-                refined[target.path], about["errors"][target.path] = found
-                self._put(target, refined[target.path])
+            parts = {path: [sums for each in gathered if (sums := each.of(path)) is not None] for path in paths}
+            for path in (path for path in paths if not parts[path]):
+                self._not_refined(targets[path])
+            for path, found in self._solved(targets, originals, parts, about["notes"]).items():
+                refined[path], about["errors"][path] = found
+                self._put(targets[path], refined[path])
         if self.held_out is not None and refined and self._undone(index, targets, cut, refined, about):
             refined = {}
         self._told(index, about)
@@ -147,6 +143,22 @@ class Refinement:
         page_out(self.runner.blocks[index])
         if self.state.resumable:
             self._store(index, refined, about)
+
+    def _solved(
+        self,
+        targets: Mapping[str, Target],
+        originals: Mapping[str, nn.Module],
+        parts: Mapping[str, list[LayerSums]],
+        notes: list[str],
+    ) -> dict[str, tuple[dict[str, Tensor], dict[str, float]]]:
+        """Refine the layers that have sums, each in one of the processes; see `_refined`."""
+        mine = processes().mine([path for path, sums in parts.items() if sums])
+        new: list[str] = []
+        found = {path: self._refined(targets[path], weight_of(originals[path]), parts[path], new) for path in mine}
+        for theirs, others in processes().all((found, new)):
+            found |= {path: each for path, each in theirs.items() if path not in found}
+            notes += others
+        return {path: found[path] for path in parts if path in found}
 
     def _undone(
         self,
@@ -186,11 +198,10 @@ class Refinement:
     def _store(self, index: int, refined: Mapping[str, Mapping[str, Tensor]], about: dict[str, Any]) -> None:
         tensors = {f"{path}.{name}": tensor for path, state in refined.items() for name, tensor in state.items()}
         self.store.save(f"refined-{index:04d}", tensors, about)
-        streams = {"original.": self.streams.original, "compressed.": self.streams.compressed}
+        states = self.streams.states()
         if self.held_out is not None:
-            streams["held-out."] = self.held_out.states
-        both = {name: state for prefix, states in streams.items() for name, state in named(prefix, states).items()}
-        self.store.save("streams", both, {"next": index + 1})
+            states |= named("held-out.", self.held_out.states, self.held_out.numbers)
+        self.store.save_parts("streams", states, {"next": index + 1})
 
     def _row(self, target: Target) -> Form:
         """Return the form on the outputs that refining minimises in."""

@@ -9,6 +9,7 @@ from slimrank.checkpoint.save import save_model, weight_bytes
 from slimrank.pipeline.forecast import Cost, Shape
 from slimrank.pipeline.record import record_of
 from slimrank.pipeline.stage import Stage
+from slimrank.processes import by_leader
 from slimrank.report.card import model_card
 from slimrank.report.write import write_reports
 from slimrank.store import write_text
@@ -37,8 +38,11 @@ class Save(Stage):
         return Cost(written=PARAMETER_BYTES * sum(t.parameters for t in shape.targets))
 
     def run(self, state: State) -> None:
-        assert self.output is not None
         record = record_of(state)
+        by_leader(lambda: self._write(record, state))
+
+    def _write(self, record: dict[str, Any], state: State) -> None:
+        assert self.output is not None
         with self.output.writing() as partial:
             with state.timed(self.title, 1):
                 size = state.prepared.recipe.max_shard_size
