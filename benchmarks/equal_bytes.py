@@ -23,43 +23,24 @@ from pathlib import Path
 
 import torch
 from equal_bytes_page import markdown, plot
-from pruning import (
-    NUMBER_BITS,
-    InputSquares,
-    LeftOut,
-    blocks_to_keep,
-    kept_in_rows,
-    largest,
-    largest_per_row,
-    signs,
-    signs_bits,
-    sparse_bits,
-    two_of_four,
-    two_of_four_bits,
-    wanda_scores,
-)
+from equal_bytes_rows import rows_of
 from torch import nn
 
 import slimrank
-from slimrank.budget.rank_plan import RankPlan
 from slimrank.evaluate.agreement import agreement
 from slimrank.evaluate.paired import compare_perplexities
-from slimrank.layers.forms import layer_form
 from slimrank.linalg.scheme import Scheme
 from slimrank.models.blocks import BlockRunner
 from slimrank.models.load import load_model
 from slimrank.models.recording import Batch
-from slimrank.pipeline.model_bytes import ModelBytes, index_bytes
+from slimrank.pipeline.model_bytes import index_bytes
 from slimrank.progress import Progress
-from slimrank.recipe import Recipe
 from slimrank.text.sources import read_source
 from slimrank.text.tokens import bos_of, tokenise
 from slimrank.text.windows import draw_windows, leading_windows
 
-GROUP = 64
 SIZES = ("0.8", "int8", "int6-g64", "0.318", "int4-g64", "int3-g64")  # part of 16 bits, or what dense weights take
-LOW_RANK = {"method": "kfac_svd", "allocation": "spectrum", "form": "pivot"}
-LEAST_RANK = 16  # of a correction: else a narrower base
+NUMBER_BITS = 16  # of the original, and of scales
 BATCH = 8  # windows at once, as `slimrank.compress` has it
 
 
@@ -75,13 +56,15 @@ class Remembered(nn.Module):
 
     def forward(self, input_ids, use_cache):
         key = tuple(input_ids.flatten().tolist())
-        if key not in self.states:
-            found = self.model(input_ids=input_ids, use_cache=use_cache)
-            state = self.model.get_decoder()(input_ids=input_ids, use_cache=use_cache).last_hidden_state
-            if not torch.equal(self._answer(state).logits, found.logits):
-                sys.exit("the output of the model is not that of its head on its last hidden states")
-            self.states[key] = state
-        return self._answer(self.states[key])
+        if key in self.states:
+            return self._answer(self.states[key])
+        head = self.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, args: self.states.update({key: args[0]}))
+        found = self.model(input_ids=input_ids, use_cache=use_cache)
+        hook.remove()
+        if not torch.equal(self._answer(self.states[key]).logits, found.logits):
+            sys.exit("the model's output is not that of its head alone")
+        return found
 
     def _answer(self, state):
         return argparse.Namespace(logits=self.get_output_embeddings()(state))
@@ -118,7 +101,12 @@ class Study:
         """Bytes of the linears at one of SIZES."""
         if size[0].isdigit():
             return int(float(size) * self.numbers * NUMBER_BITS / 8)
-        return sum(Scheme.parse(size).stored_bits(*target.shape, NUMBER_BITS) for target in self.targets) // 8
+        integers = sum(Scheme.parse(size).stored_bits(*target.shape, NUMBER_BITS) for target in self.targets) // 8
+        return integers + self.indices(f"dense:{size}")
+
+    def indices(self, form):
+        """Bytes of indices and shapes, where all linears have one form."""
+        return index_bytes(form, self.targets)
 
     def runner(self, model):
         """The blocks of a model, and in front of them the calibration windows."""
@@ -148,142 +136,9 @@ class Study:
             "seq_len": args.seq_len,
             "batch_size": BATCH,
         } | options
-        result = slimrank.compress(model, self.tokenizer, run_dir=args.runs, samples=args.samples, **options)
+        result = slimrank.compress(model, self.tokenizer, samples=args.samples, **options)
         indices = sum(index_bytes(result.plan.form_of(target.path), [target]) for target in self.targets)
         return result.model.float(), result.report["size"]["linears_bytes"] + indices
-
-
-def weights_of(model, study):
-    return {target.path: model.get_submodule(target.path).weight.data for target in study.targets}
-
-
-def rounded(study, scheme, rounding):
-    options = {"rounding": rounding}
-    return study.compressed(method="svd", keep_ratio=1.0, quantize=scheme, quantize_options=options)
-
-
-def in_signs(study, planes):
-    model = study.float_copy()
-    for weight in weights_of(model, study).values():
-        weight.copy_(signs(weight, GROUP, planes, torch.bfloat16))
-    return model, sum(signs_bits(*target.shape, GROUP, planes) for target in study.targets) // 8
-
-
-def masked(study, mask_of, bits_of, by_inputs):
-    """Prune block by block: `mask_of` takes a path and scores. Scores of Wanda see the inputs in the pruned model."""
-    model = study.float_copy()
-    weights, bits = weights_of(model, study), 0
-    for path, squares in inputs_of(study, model) if by_inputs else ((path, None) for path in weights):
-        weight = weights[path]
-        mask = mask_of(path, weight.abs() if squares is None else wanda_scores(weight, squares.to(weight)))
-        weight.mul_(mask)
-        bits += bits_of(int(mask.sum()), *weight.shape)
-    return model, -(-bits // 8)
-
-
-def inputs_of(study, model):
-    """Yield every target and the squares of its inputs, block by block; what is changed meanwhile feeds the next."""
-    runner = study.runner(model)
-    with runner.session():
-        for index in range(len(runner)):
-            layers = {target.path: model.get_submodule(target.path) for target in study.targets.in_block(index)}
-            with InputSquares(layers) as squares:
-                runner.through(runner.states, index, index + 1)
-            yield from squares.sums.items()
-            runner.step(index)
-
-
-def half(study, by_inputs):
-    return masked(
-        study, lambda path, scores: two_of_four(scores), lambda kept, *shape: two_of_four_bits(*shape), by_inputs
-    )
-
-
-def unstructured(study, size, by_inputs):
-    """Equal parts of all rows (Wanda), or of all layers (magnitude)."""
-    counts = kept_in_rows([target.shape for target in study.targets], 8 * size)
-    count_of = {target.path: count for target, count in zip(study.targets, counts, strict=True)}
-
-    def mask_of(path, scores):
-        return largest_per_row(scores, count_of[path]) if by_inputs else largest(scores, count_of[path] * len(scores))
-
-    return masked(study, mask_of, sparse_bits, by_inputs)
-
-
-def shallow(study, size):
-    model = study.float_copy()
-    blocks = BlockRunner(model, torch.device("cpu"), False, True).blocks
-    sizes = [2 * sum(t.parameters for t in study.targets.in_block(index)) for index in range(len(blocks))]
-    kept = blocks_to_keep(study.influence, sizes, size)
-    for index in set(range(len(blocks))) - set(kept):
-        blocks[index] = LeftOut()
-    return model, sum(sizes[index] for index in kept)
-
-
-def low_rank(study, size):
-    return study.compressed(**LOW_RANK, keep_ratio=size / (2 * study.numbers))
-
-
-def low_rank_int6(study, size):
-    """Ranks such that their numbers in 6 bits with scales and zero points take what is asked for."""
-    part = size / study.bytes_of("int6-g64")
-    return study.compressed(**LOW_RANK, keep_ratio=part, quantize="int6-g64", rank_multiple=GROUP)
-
-
-def joint(study, size):
-    """Form, rank and width of every layer chosen together: the preset `small`."""
-    options = {**slimrank.Recipe.preset("small"), "max_bytes": 2 * study.numbers}
-    besides = ModelBytes.of(study.original, study.targets).besides(Recipe.make(options), study.original, study.targets)
-    return study.compressed(**{**options, "max_bytes": size + besides, "samples": study.args.samples})
-
-
-def residual(study, size):
-    """The widest base, of one width for all, that leaves room for a correction; its rank is as large as fits."""
-    for bits in range(8, 1, -1):
-        form = layer_form(f"residual:int{bits}-g{GROUP}/int8")
-
-        def taken(rank, form=form):
-            return sum(form.bits(*t.shape, min(rank, *t.shape), NUMBER_BITS) for t in study.targets) // 8
-
-        if taken(LEAST_RANK) <= size:
-            break
-    rank = max(rank for rank in range(LEAST_RANK, 2048) if taken(rank) <= size)
-    ranks = {t.path: min(rank, *t.shape) for t in study.targets}
-    forms = dict.fromkeys(ranks, form.name)
-    plan = RankPlan.build(ranks, {t.path: t.shape for t in study.targets}, "by hand", None, forms=forms)
-    return study.compressed(method="svd", plan=plan)
-
-
-FIXED = {  # rows whose size follows from what they are
-    **{f"rtn int{b}": lambda study, b=b: rounded(study, _dense(b), "nearest") for b in (8, 6, 4, 3)},
-    "signs, once": lambda study: in_signs(study, 1),
-    "signs, twice": lambda study: in_signs(study, 2),
-    "magnitude 2:4": lambda study: half(study, False),
-    "wanda 2:4": lambda study: half(study, True),
-}
-SIZED = {
-    "magnitude": lambda study, size: unstructured(study, size, False),
-    "wanda": lambda study, size: unstructured(study, size, True),
-    "blocks left out": shallow,
-}
-SLOW_FIXED = {f"gptq int{b}": lambda study, b=b: rounded(study, _dense(b), "gptq") for b in (4, 3, 6, 8)}
-SLOW_SIZED = {"low rank": low_rank, "joint": joint, "residual": residual, "low rank int6": low_rank_int6}
-
-
-def _dense(bits):
-    return "int8" if bits == 8 else f"int{bits}-g{GROUP}"
-
-
-def rows_of(study):
-    """Every row and what makes it, cheap ones first."""
-    found = {}
-    for fixed, sized in ((FIXED, SIZED), (SLOW_FIXED, SLOW_SIZED)):
-        found |= {name: (lambda make=make: make(study)) for name, make in fixed.items()}
-        for name, make in sized.items():
-            for size in map(study.bytes_of, SIZES):
-                if name != "low rank int6" or size < 0.99 * study.bytes_of("int6-g64"):
-                    found[f"{name} {size / 1e6:.1f}"] = lambda make=make, size=size: make(study, size)
-    return found
 
 
 def measured(model, study):
@@ -323,7 +178,9 @@ def run(args, stored):
         sys.exit(f"{stored} was measured with other settings: {mine['settings']}")
     mine["sizes"] = {size: study.bytes_of(size) for size in SIZES}
     mine["dense"] = {"bytes": 2 * study.numbers, "weights": study.numbers}
-    makers = {name: make for name, make in rows_of(study).items() if not args.rows or name.startswith(tuple(args.rows))}
+    makers = {
+        name: make for name, make in rows_of(study, SIZES).items() if not args.rows or name.startswith(tuple(args.rows))
+    }
     left = [name for name in makers if name not in mine["rows"]]
     print(f"{len(makers) - len(left)} rows are done, {len(left)} are left: {', '.join(left)}", file=sys.stderr)
     for name in left:
