@@ -127,10 +127,14 @@ class Study:
                 )
         return found
 
-    def compressed(self, **options):
-        """The model as `slimrank.compress` makes it, in float32, and the bytes of its linears, indices among them."""
+    def compressed(self, folder="windows", **options):
+        """The model as `slimrank.compress` makes it, in float32, and the bytes of its linears, indices among them.
+
+        Rows whose `folder` is the same share spectra and losses; a run without text needs one of its own.
+        """
         args, model = self.args, copy.deepcopy(self.original)
         options = {
+            "run_dir": args.runs / folder,
             "evaluation": None,
             "calibration": str(args.text),
             "seq_len": args.seq_len,
@@ -199,7 +203,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--page", action="store_true", help="only write the page from the stored rows")
     args = parser.parse_args()
     stored = args.out / "equal_bytes.json"

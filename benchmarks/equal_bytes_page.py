@@ -19,8 +19,8 @@ to calibrate, test to measure.
 | `rtn`, `gptq` | few bits: to the nearest; `slimrank --quantize`, towards the outputs of the original | integers, scales, zero points |
 | `signs, once`, `twice` | signs times mean size in groups of 64; twice: what is left of that again | 1 bit, and 16 bits for each group; twice that |
 | `low rank` | `kfac_svd`, `spectrum`, pivot layers, 16 bits, without refining | numbers and indices of pivots |
-| `low rank int6` | the same in 6 bits | integers, scales, zero points, indices |
-| `residual` | one width for all and a correction of one rank in 8 bits: the widest base that leaves room for rank 16 | integers, scales, zero points |
+| `low rank int6` | the same in 6 bits; only below INT6 | integers, scales, zero points, indices |
+| `residual` | one width for all and a correction of one rank in 8 bits: the widest base that leaves room for rank 16; only below INT6, which loses hardly anything | integers, scales, zero points |
 | `joint` | the preset `small`: form (dense or with a correction) and width of each layer chosen together | integers, scales, zero points |
 
 Pruned weights are not trained again, and those that stay are not changed. BiLLM's split of salient columns, SparseGPT, refined or
@@ -31,6 +31,7 @@ DENSE = ("rtn", "gptq")
 COLUMNS = {"int8": "int8", "int6": "int6-g64", "int4": "int4-g64", "int3": "int3-g64"}  # scheme -> its size
 ALONE = ("magnitude 2:4", "wanda 2:4", "signs, once", "signs, twice")  # of a size of their own
 LARGEST = 1000.0  # ratio above which an order means nothing: the model is destroyed
+BELOW_INT6 = ("residual", "low rank int6")  # methods that have rows at the last three sizes only
 TITLES = {"demo": "SmolLM2-135M-Instruct"}
 
 
@@ -56,6 +57,14 @@ def by_size(results):
     return {name: [rows.get(f"{name} {at.get(size)}") for size in sizes] for name in DENSE} | found
 
 
+def missing(results):
+    """Rows that are not measured yet."""
+    sizes = [f"{size / 1e6:.1f}" for size in results["sizes"].values()]
+    wanted = [*ALONE, *(f"{name} {scheme}" for name in DENSE for scheme in COLUMNS)]
+    wanted += [f"{name} {size}" for name in HEADS for size in (sizes[3:] if name in BELOW_INT6 else sizes)]
+    return [name for name in wanted if name not in results["rows"]]
+
+
 def table(head, lines):
     return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(x) + " |" for x in lines), ""]
 
@@ -76,6 +85,9 @@ def section(name, results):
     alone = [(row, results["rows"][row]) for row in ALONE if row in results["rows"]]
     if alone:
         lines += table(["", "MB", "perplexity ratio"], ([n, f"{r['bytes'] / 1e6:.1f}", cell(r)] for n, r in alone))
+    left = missing(results)
+    if left:
+        lines += [f"Not measured yet: {'; '.join(left)}. The same command continues.", ""]
     lines += ["All rows, by size:", ""]
     order = sorted(results["rows"].items(), key=lambda item: -item[1]["bytes"])
     head = ["row", "MB", "bits a weight", "KL, nats a token", "same first token, %", "perplexity ratio", "seconds"]
@@ -125,7 +137,7 @@ def draw(panel, model, colours):
     series |= {name: [model["rows"][name]] for name in ALONE if name in model["rows"]}
     for number_, (name, rows) in enumerate(series.items()):
         if not rows:
-            continue
+            continue  # keeps its colour for when it is measured
         rows = sorted(rows, key=lambda row: row["bytes"])
         ratios = [row["ratio"] for row in rows]
         below, above = ([abs(row["interval"][end] - row["ratio"]) for row in rows] for end in (0, 1))

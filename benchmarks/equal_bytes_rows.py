@@ -36,8 +36,8 @@ def weights_of(model, study):
 
 
 def rounded(study, scheme, rounding):
-    options = {"rounding": rounding}
-    return study.compressed(method="svd", keep_ratio=1.0, quantize=scheme, quantize_options=options)
+    options = {"method": "svd", "keep_ratio": 1.0, "quantize": scheme, "quantize_options": {"rounding": rounding}}
+    return study.compressed("nearest" if rounding == "nearest" else "windows", **options)
 
 
 def in_signs(study, planes):
@@ -100,14 +100,14 @@ def shallow(study, size):
 
 def low_rank(study, size):
     part = (size - study.indices("pivot")) / (2 * study.numbers)
-    return study.compressed(**LOW_RANK, keep_ratio=part, run_dir=study.args.runs)
+    return study.compressed(**LOW_RANK, keep_ratio=part)
 
 
 def low_rank_int6(study, size):
     """Ranks such that their numbers in 6 bits with scales and zero points take what is asked for."""
     form = "pivot:int6-g64"
     part = (size - study.indices(form)) / (study.bytes_of("int6-g64") - study.indices("dense:int6-g64"))
-    options = {**LOW_RANK, "quantize": "int6-g64", "rank_multiple": GROUP, "run_dir": study.args.runs}
+    options = {**LOW_RANK, "quantize": "int6-g64", "rank_multiple": GROUP}
     return study.compressed(**options, keep_ratio=part)
 
 
@@ -116,7 +116,7 @@ def joint(study, size):
     options = {key: value for key, value in Recipe.preset("small").items() if key != "samples"}
     recipe = Recipe.make({**options, "max_bytes": 2 * study.numbers})
     besides = ModelBytes.of(study.original, study.targets).besides(recipe, study.original, study.targets)
-    return study.compressed(**options, max_bytes=size + besides, run_dir=study.args.runs)
+    return study.compressed(**options, max_bytes=size + besides)
 
 
 def residual(study, size):
@@ -138,11 +138,11 @@ def residual(study, size):
 
 
 FIXED = {  # rows whose size follows from what they are
-    **{f"rtn int{b}": lambda study, b=b: rounded(study, _dense(b), "nearest") for b in (8, 6, 4, 3)},
     "signs, once": lambda study: in_signs(study, 1),
     "signs, twice": lambda study: in_signs(study, 2),
     "magnitude 2:4": lambda study: half(study, False),
     "wanda 2:4": lambda study: half(study, True),
+    **{f"rtn int{b}": lambda study, b=b: rounded(study, _dense(b), "nearest") for b in (3, 4, 6, 8)},
 }
 SIZED = {
     "magnitude": lambda study, size: unstructured(study, size, False),
