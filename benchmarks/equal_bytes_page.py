@@ -25,6 +25,11 @@ to calibrate, test to measure.
 
 Pruned weights are not trained again, and those that stay are not changed. BiLLM's split of salient columns, SparseGPT, refined or
 recovered low rank, and pruned weights in few bits are not here. [Quality](../../docs/quality.md) has low rank with refining.
+
+    python benchmarks/equal_bytes.py --model demo --text TRAIN.txt --test TEST.txt --runs DIR
+    python benchmarks/equal_bytes.py --model gemma-3-270m.gguf --text TRAIN.txt --test TEST.txt --runs OTHER
+
+computes what is left. Quality says how to get Gemma's file.
 """  # noqa: E501
 HEADS = ("magnitude", "wanda", "blocks left out", "low rank", "low rank int6", "residual", "joint")
 DENSE = ("rtn", "gptq")
@@ -87,7 +92,7 @@ def section(name, results):
         lines += table(["", "MB", "perplexity ratio"], ([n, f"{r['bytes'] / 1e6:.1f}", cell(r)] for n, r in alone))
     left = missing(results)
     if left:
-        lines += [f"Not measured yet: {'; '.join(left)}. The same command continues.", ""]
+        lines += [f"Not measured yet: {'; '.join(left)}. The command above continues.", ""]
     lines += ["All rows, by size:", ""]
     order = sorted(results["rows"].items(), key=lambda item: -item[1]["bytes"])
     head = ["row", "MB", "bits a weight", "KL, nats a token", "same first token, %", "perplexity ratio", "seconds"]
