@@ -37,7 +37,7 @@ COLUMNS = {"int8": "int8", "int6": "int6-g64", "int4": "int4-g64", "int3": "int3
 ALONE = ("magnitude 2:4", "wanda 2:4", "signs, once", "signs, twice")  # of a size of their own
 LARGEST = 1000.0  # ratio above which an order means nothing: the model is destroyed
 BELOW_INT6 = ("residual", "low rank int6")  # methods that have rows at the last three sizes only
-TITLES = {"demo": "SmolLM2-135M-Instruct"}
+TITLES = {"demo": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma 3 270M"}  # the models of the study
 
 
 def number(value):
@@ -110,6 +110,8 @@ def markdown(results):
     lines = [INTRODUCTION]
     for name, model in results.items():
         lines += section(name, model)
+    for title in (title for name, title in TITLES.items() if name not in results):
+        lines += [f"## {title}", "", "Not measured yet.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
