@@ -83,11 +83,16 @@ def refused_side(projection: nn.Module, numbers: AsTheyAre | Int8) -> str | None
     """Say why a projection's outputs are kept as they are; None if its latents can be."""
     if not isinstance(projection, CompressedLinear):
         return "it is not compressed"
-    if type(projection).from_latent is CompressedLinear.from_latent:
+    if not gives_latents(type(projection)):
         return f"layers of the kind '{projection.kind}' have no latent"
     if saving(projection, numbers) <= 0:
         return f"its rank of {projection.rank} saves nothing for {projection.out_features} outputs"
     return None
+
+
+def gives_latents(kind: type[CompressedLinear]) -> bool:
+    """Tell whether outputs of layers of a kind can be built from a latent."""
+    return kind.from_latent is not CompressedLinear.from_latent
 
 
 def saving(projection: CompressedLinear, numbers: AsTheyAre | Int8) -> int:

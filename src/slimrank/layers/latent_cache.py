@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,12 @@ from slimrank.layers.rotations import Rotations
 
 # What models call their cache: of transformers 5.24 on; before it, of attention and of state-space models.
 NAMES = ("cache", "past_key_values", "cache_params")
+
+
+def cache_name(model: nn.Module) -> str | None:
+    """Return the argument that a model takes its cache as; None if it has none."""
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in NAMES if name in taken), None)
 
 
 class LatentCache(Cache):
@@ -91,7 +98,9 @@ class LatentCache(Cache):
 
 
 def latent_cache(model: Any, int8: bool = False) -> LatentCache:
-    """Return an empty cache that keeps latents: for `generate(..., past_key_values=cache)`, or for `forward`.
+    """Return an empty cache that keeps latents, for `generate` or `forward`.
+
+    transformers takes it as `cache`, and before version 5.24 as `past_key_values`.
 
     A compressed k_proj or v_proj makes its outputs from a few numbers, its latent. These are kept instead of keys and
     values, which are built from them at every step: the same numbers, in less memory and with more work. Whatever

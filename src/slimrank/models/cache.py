@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimrank.layers.latent_cache import NAMES, LatentCache
+from slimrank.layers.latent_cache import NAMES, LatentCache, cache_name
 
 
 def cache_bytes(output: Any) -> int:
@@ -46,7 +46,7 @@ def next_inputs(model: Any, output: Any, ids: Tensor) -> dict[str, Any]:
     """
     values = dict(output.items())
     taken = inspect.signature(model.forward).parameters
-    name = next((name for name in NAMES if name in taken), None)
+    name = cache_name(model)
     cache = next((values[name] for name in NAMES if values.get(name) is not None), None)
     if name is None or cache is None:
         return {"input_ids": ids}
