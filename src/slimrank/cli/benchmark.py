@@ -43,8 +43,8 @@ def benchmark(
     say_quietly()
     with ConsoleProgress() as progress:
         record = library_benchmark(
-            model, against, **asked, new_tokens=new_tokens, repeats=repeats, engine=engine, cache=cache, busy=busy, device=device,
-            dtype=dtype, progress=progress,
+            model, against, **asked, new_tokens=new_tokens, repeats=repeats, engine=engine, cache=cache, busy=busy,
+            device=device, dtype=dtype, progress=progress,
         )  # fmt: skip
     print_json(record) if json else _show(record, repeats)
 

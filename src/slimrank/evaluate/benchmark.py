@@ -74,8 +74,9 @@ def benchmark(model: str | Path, against: str | Path, **options: Unpack[Benchmar
         A record. "rows": for each batch and prompt the tokens per second of both in prefill and decoding (medians),
         bytes of their caches, and "ratios" (model over against: median, and the 95 % interval of the median by order
         statistics; with fewer than six rounds, which allow none, the extremes). "model" and "against": parameters,
-        bytes of the weights, dtype, and what caches take by formula ("kv_bytes", see `models.kv_bytes`). "ratios": of parameters and bytes. "machine": what computed. "others": processors
-        that other processes kept busy. "notes".
+        bytes of the weights, dtype, and "kv_bytes" (what caches of one text take, as `models.kv_bytes` counts it).
+        "ratios": of parameters and bytes. "machine": what computed. "others": processors that other processes kept
+        busy. "notes".
 
     Raises:
         SlimrankError: a model that cannot be read, an unknown engine, or a machine that is too busy.

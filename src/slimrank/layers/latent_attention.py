@@ -36,7 +36,7 @@ class Attention:
 
 
 def attention_layers(model: Any) -> list[Attention]:
-    """Return the layers of the decoder that number themselves for the cache: with keys and values, if there are such."""
+    """Return the decoder's layers that have a number in the cache; of one number, that with keys and values."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[int, Attention] = {}

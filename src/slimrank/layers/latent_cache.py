@@ -1,4 +1,4 @@
-"""A cache of latents instead of keys and values. Copied into saved models; imports nothing but torch and transformers."""
+"""A cache of latents instead of keys and values. Copied into saved models; needs torch and transformers only."""
 
 from __future__ import annotations
 

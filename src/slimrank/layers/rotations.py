@@ -1,7 +1,7 @@
 """The cosines and sines by which cached keys were turned. Copied into saved models; imports nothing but torch.
 
-They are kept as they were used, not computed again from positions: some rotary embeddings change as a text grows. Layers
-with the same ones share them.
+They are kept as they were used, not computed again from positions: some rotary embeddings change as a text grows.
+Layers with the same ones share them.
 """
 
 from __future__ import annotations

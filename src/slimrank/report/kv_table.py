@@ -13,6 +13,10 @@ TITLES = {
     "int8": "keys and values, int8",
     "int4": "keys and values, int4",
 }
+KV_NOTE = (
+    "Of one text, by formula. Before compression, and after it in generate, keys and values are kept as they are; "
+    "slimrank.latent_cache keeps latents."
+)
 KvBytes = Mapping[str, Mapping[int, int]]  # cache -> tokens -> bytes
 
 
