@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from pathlib import Path
 
 import torch
 from transformers import DynamicCache
@@ -21,7 +20,7 @@ from slimrank.layers.latent_cache import cache_name
 from slimrank.models.cache import cache_bytes
 from slimrank.models.kv_bytes import kv_bytes
 from slimrank.models.load import load_model
-from slimrank.text.sources import read_texts
+from slimrank.text.sources import read_source
 
 CACHES = {
     "dynamic": lambda model: DynamicCache(config=model.config),
@@ -50,13 +49,9 @@ def arguments():
 
 
 def windows(tokenizer, options):
-    text = Path(options.text).read_text("utf-8") if Path(options.text).is_file() else demo_text()
+    text = read_source(options.text, "evaluation")
     ids = tokenizer(text[: options.windows * options.length * 8], return_tensors="pt").input_ids[0]
     return ids[: len(ids) // options.length * options.length].view(-1, options.length)[: options.windows]
-
-
-def demo_text():
-    return "\n\n".join(read_texts("demo"))
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ class LatentCache(Cache):
         length = next((layer.get_seq_length() for layer in self.layers if isinstance(layer, LatentLayer)), 0)
         self.rotations.cut(length)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Choose texts of the batch, as beams do."""
         super().reorder_cache(beam_idx)
         self.rotations.of_texts(lambda t: t.index_select(0, beam_idx.to(t.device)))

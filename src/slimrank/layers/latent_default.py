@@ -20,7 +20,8 @@ class LatentDefault(Transform):
 
     def apply(self, model: nn.Module, entry: Mapping[str, Any]) -> None:
         """See `Transform.apply`."""
-        model.generate = functools.partial(generate_with_latents, model, bool(entry["int8"]))
+        own: Any = functools.partial(generate_with_latents, model, bool(entry["int8"]))
+        model.generate = own
 
     def undo(self, model: nn.Module) -> None:
         """See `Transform.undo`."""

@@ -56,6 +56,8 @@ class LatentLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
         tokens = self._tokens()
         self.keys, keys = self._joined(0, self.keys, key_states, tokens)
         self.values, values = self._joined(1, self.values, value_states, tokens)

@@ -149,7 +149,7 @@ def as_it_is(heads: Tensor, turn: Pair | None) -> Tensor:
 
 
 def ways_of(attention: nn.Module) -> tuple[Way, ...]:
-    """Return how an attention layer may turn its keys: all numbers or the first, by the function of its file, or not."""
+    """Return how an attention layer may turn its keys: all numbers, or the first, by a function of its file, or not."""
     function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if function is None or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return (as_it_is,)

@@ -81,10 +81,11 @@ def _at(tokens: int, sizes: Mapping[str, float], windows: Mapping[str, int | Non
 
 def _sides(model: Any) -> Iterator[_Side]:
     config = model.config.get_text_config(decoder=True)
-    kept = DynamicCache(config=config).layers
+    kept: list[Any] = list(DynamicCache(config=config).layers)
     for attention in attention_layers(model):
         layer = kept[attention.index] if attention.index < len(kept) else None
-        if layer is None or not hasattr(layer, "get_seq_length") or hasattr(attention.module, "kv_b_proj"):
+        known = any(hasattr(attention.module, name) for name in (KEYS, *FUSED))
+        if layer is None or not hasattr(layer, "get_seq_length") or not known:
             continue
         window = layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None
         served, turned = refused(attention, config, layer) is None, len(ways_of(attention.module)) > 1
@@ -100,7 +101,7 @@ def _width(attention: Attention, name: str, config: Any) -> int:
     fused = next((getattr(attention.module, each) for each in FUSED if hasattr(attention.module, each)), None)
     if fused is not None:
         return (_outputs(fused) - config.num_attention_heads * _head_dim(config)) // 2
-    return int(getattr(config, "num_key_value_heads", config.num_attention_heads) * _head_dim(config))
+    return _width(attention, KEYS, config)  # Gemma 4 may take its keys for values
 
 
 def _outputs(layer: Any) -> int:
