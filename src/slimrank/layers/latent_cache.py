@@ -169,7 +169,7 @@ def _listen(attention: nn.Module) -> None:
 
 
 def hand_over(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell a latent cache among the arguments of an attention layer what the layer reads."""
+    """Tell a latent cache, if an attention layer is called with one, the inputs of the layer."""
     cache = next((kwargs[name] for name in NAMES if isinstance(kwargs.get(name), LatentCache)), None)
     layer = None if cache is None else cache.layers[attention.layer_idx]
     if isinstance(layer, LatentLayer):

@@ -62,7 +62,7 @@ class Latent:
         layer: the projection.
         numbers: how latents are stored.
         norm: of the attention layer, that follows the projection; None if there is none.
-        ways: how outputs become what attention passes to the cache, as far as one can be told from the other.
+        ways: how outputs may become what attention passes to the cache; those that do not are dropped.
     """
 
     def __init__(
