@@ -64,6 +64,20 @@ def tiny_model(name="llama", seed=0, **changes):
     return model.eval()
 
 
+def factored(model, form="pair", rank=5, names=("q_proj", "k_proj", "v_proj")):
+    """Give these layers of a model a rank, in place; nothing else is done to them."""
+    from slimrank.checkpoint.save import mark_model, replace_linears
+
+    for path in [path for path, _ in model.named_modules() if path.rpartition(".")[2] in names]:
+        layer = model.get_submodule(path)
+        if isinstance(layer, torch.nn.Linear):
+            u, s, v = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
+            r = min(rank, len(s))
+            replace_linears(model, [((path,), u[:, :r] * s[:r])], v[:r], form)
+    mark_model(model)
+    return model
+
+
 @functools.cache
 def byte_tokenizer(bos=False):
     """One token per byte; 256 = BOS, 257 = EOS, 258 = PAD."""

@@ -88,7 +88,11 @@ LOADER = [ROOT / "checkpoint" / f"{name}_slimrank.py" for name in ("configuratio
 FOLDERS = [ROOT / "layers", ROOT / "linalg"]
 COPIED_LAYERS = [p for folder in FOLDERS for p in folder.glob("*.py") if "Copied into" in ast.get_docstring(parsed(p))]
 COPIED_NAMES = {f"slimrank.{path.parent.name}.{path.stem}" for path in COPIED_LAYERS}
-MORE = {"quantized": {"compressed_tensors"}}  # what the layers of a file need besides torch
+MORE = {  # what the layers of a file need besides torch
+    "quantized": {"compressed_tensors"},
+    "latent_cache": {"transformers"},
+    "latent_layer": {"transformers"},
+}
 
 
 @pytest.mark.parametrize("path", COPIED_LAYERS, ids=lambda path: path.stem)

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from slimrank.exporting.onnx.runner import OnnxModel as OnnxModel
     from slimrank.exporting.openvino.runner import OpenVinoModel as OpenVinoModel
     from slimrank.hub.pushing import push as push
+    from slimrank.layers.latent_cache import latent_cache as latent_cache
     from slimrank.layers.low_rank import LowRankLinear as LowRankLinear
     from slimrank.layers.pivot import PivotLinear as PivotLinear
     from slimrank.methods.allocator import allocator as allocator
     from slimrank.methods.decomposer import decomposer as decomposer
     from slimrank.methods.refiner import refiner as refiner
+    from slimrank.models.latent_default import use_latent_cache as use_latent_cache
     from slimrank.models.load import load as load
     from slimrank.models.packing import pack as pack
     from slimrank.models.packing import unpack as unpack
@@ -58,6 +60,7 @@ _HOME = {
     "export": "exporting.api",
     "find_plan": "pipeline",
     "find_targets": "models.targets",
+    "latent_cache": "layers.latent_cache",
     "load": "models.load",
     "pack": "models.packing",
     "perplexity": "evaluate.perplexity",
@@ -66,6 +69,7 @@ _HOME = {
     "recover": "recovery.api",
     "refiner": "methods.refiner",
     "unpack": "models.packing",
+    "use_latent_cache": "models.latent_default",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -61,8 +61,8 @@ class Recipe(RecipeFields):
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give only one of {' and '.join(given)}")
-        if self.plan is not None and (self.ranks or self.rank_multiple != 1):
-            raise ValueError("a plan fixes the ranks; ranks and rank_multiple cannot be given with it")
+        if self.plan is not None and (self.ranks or self.rank_multiple != 1 or self.kv_keep):
+            raise ValueError("a plan fixes the ranks; ranks, rank_multiple and kv_keep cannot be given with it")
         if self.bits and self.quantize:
             raise ValueError("give only one of bits and quantize: widths that may be chosen, or one for all weights")
         if self.bits and given and given != ["max_bytes"]:

@@ -101,6 +101,13 @@ class RecipeFields(BaseModel):
         flag="--rank",
         shape=_BY_PATTERN,
     )
+    kv_keep: float | None = _what(
+        None,
+        "Largest rank of keys and values (k_proj, v_proj), as a fraction of their outputs: a latent cache takes about "
+        "so much of the ordinary one.",
+        gt=0,
+        le=1,
+    )
     form: Form = _what(
         "pair",
         "Form that ranks are chosen for and stored in: pair (two thin factors), pivot (fewer parameters at the same "

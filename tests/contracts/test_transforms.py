@@ -60,6 +60,7 @@ EXAMPLES = {  # kind -> a family, and what changes a model of it
     "factors": ("llama", with_factors),
     "packed": ("llama", packed),
     "quantized": ("llama", with_integers),
+    "latent_cache": ("llama", lambda model: transform_of("latent_cache").apply(model, {"int8": True})),
     outside.TRANSFORM: ("llama", lambda model: transform_of(outside.TRANSFORM).apply(model, {"paths": ["model.norm"]})),
 }
 BENEATH = {"packed": with_factors}  # kind -> what a model is changed by before

@@ -189,3 +189,35 @@ def test_bad_input_is_refused(models):
     for flag, value in (("--batch", "1,x"), ("--prompt", "0"), ("--prompt", "")):
         result = CliRunner().invoke(app, ["benchmark", "a", "--against", "b", flag, value])
         assert isinstance(result.exception, RecipeError) or "is not a list of whole numbers" in result.output
+
+
+def test_the_cache_is_one_of_latents(tmp_path, monkeypatch):
+    slimrank.compress(
+        save_tiny(tmp_path / "one"), keep_ratio=0.6, method="svd", evaluation=None, out=tmp_path / "small"
+    )
+    found = {
+        cache: benchmark(tmp_path / "small", tmp_path / "one", cache=cache, **QUICK)
+        for cache in ("dynamic", "latent", "latent-int8")
+    }
+    bytes_of = {
+        cache: [record["rows"][0][side]["cache_bytes"] for side in ("model", "against")]
+        for cache, record in found.items()
+    }
+    formula = found["dynamic"]["model"]["kv_bytes"]
+    tokens = 6 + 2
+    assert bytes_of["dynamic"] == [tokens * formula["dynamic"][1]] * 2
+    assert bytes_of["latent"] == [tokens * formula["latent"][1], tokens * formula["dynamic"][1]]
+    assert bytes_of["latent-int8"][0] == tokens * formula["latent-int8"][1] < bytes_of["latent"][0]
+    assert any(note.endswith("it is not compressed") for note in found["latent"]["notes"])
+    assert not found["dynamic"]["notes"]
+    run = ["benchmark", str(tmp_path / "small"), "--against", str(tmp_path / "one"), "--cache", "latent-int8"]
+    shown = CliRunner().invoke(app, [*run, "--prompt", "6", "--new-tokens", "2", "--repeats", "1", "--busy"])
+    assert shown.exit_code == 0
+    assert "latents, int8" in shown.stdout
+
+
+def test_caches_that_are_not_there(models, clocks):
+    with pytest.raises(RecipeError, match="no cache 'latents'"):
+        benchmark(*models, cache="latents", **QUICK)
+    with pytest.raises(RecipeError, match="one of transformers"):
+        benchmark("ours", "theirs", engine="told", cache="latent", busy=True)

@@ -15,8 +15,8 @@ from slimrank.report.write import markdown
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
 KEYS = [
-    "model", "size", "before", "after", "coverage", "allocation", "corrections", "targets", "spectra", "notes",
-    "overlap", "seconds", "provenance", "sections", "record_version",
+    "model", "size", "kv_bytes", "before", "after", "coverage", "allocation", "corrections", "targets", "spectra",
+    "notes", "overlap", "seconds", "provenance", "sections", "record_version",
 ]  # fmt: skip
 SECTION = {"stage": "s", "title": "Rounded", "columns": ["layer", "step"], "rows": [["q|x", "0.5"]], "note": "Why."}
 
@@ -44,6 +44,19 @@ def test_a_report_is_a_record(run, record):
     assert json.dumps(typed.content()) == json.dumps(written) == json.dumps(record)
     assert typed.after.perplexity.perplexity == record["after"]["perplexity"]["perplexity"]
     assert typed.model.class_ == "LlamaForCausalLM"
+
+
+def test_a_report_tells_what_caches_take(record):
+    found = record["kv_bytes"]
+    assert list(found) == ["dynamic", "latent", "latent-int8", "int8", "int4"]
+    assert found["dynamic"]["1"] * 4096 == found["dynamic"]["4096"]
+    assert found["latent-int8"]["4096"] < found["latent"]["4096"] < found["dynamic"]["4096"]
+    for text in (html(record), markdown(record)):
+        assert "keys and values, int4" in text
+        assert "slimrank.latent_cache keeps latents" in text
+    old = {key: value for key, value in record.items() if key != "kv_bytes"}
+    assert "keys and values, int4" not in markdown(old)
+    assert "keys and values, int4" not in html(old)
 
 
 def test_a_report_without_text_is_a_record():

@@ -21,6 +21,9 @@ def benchmark(
     engine: Annotated[
         str, typer.Option(help="transformers, packed, compile, openvino, onnxruntime or vllm: what runs the models.")
     ] = "transformers",
+    cache: Annotated[
+        str, typer.Option(help="dynamic, latent or latent-int8: what keeps keys and values in transformers.")
+    ] = "dynamic",
     busy: Annotated[
         bool, typer.Option("--busy", help="Measure although other processes keep the machine busy.")
     ] = False,
@@ -40,8 +43,8 @@ def benchmark(
     say_quietly()
     with ConsoleProgress() as progress:
         record = library_benchmark(
-            model, against, **asked, new_tokens=new_tokens, repeats=repeats, engine=engine, busy=busy, device=device,
-            dtype=dtype, progress=progress,
+            model, against, **asked, new_tokens=new_tokens, repeats=repeats, engine=engine, cache=cache, busy=busy,
+            device=device, dtype=dtype, progress=progress,
         )  # fmt: skip
     print_json(record) if json else _show(record, repeats)
 
@@ -66,6 +69,7 @@ def _show(record: dict[str, Any], repeats: int) -> None:
     rows = [cells for row in record["rows"] for cells in _speeds(row)]
     print_table("tokens per second", headings, rows)
     print_table("size", ("", theirs["name"], ours["name"], "ratio"), _sizes(record))
+    _show_caches(record)
     machine, first = record["machine"], record["rows"][0]
     versions = ", ".join(f"{name} {value}" for name, value in machine.items() if name not in ("processor", "threads"))
     print_text(
@@ -90,6 +94,17 @@ def _speeds(row: dict[str, Any]) -> list[tuple[str, ...]]:
             (str(row["batch"]), str(row["prompt"]), name, *speeds, f"x {median:.2f}", f"{low:.2f} to {high:.2f}")
         )
     return found
+
+
+def _show_caches(record: dict[str, Any]) -> None:
+    """Show what caches of one text take, by formula: in fewer bits, too, where nothing here computes it."""
+    from slimrank.report.kv_table import kv_headings, kv_rows
+
+    ours, theirs = record["model"], record["against"]
+    known = [(side["name"], side["kv_bytes"]) for side in (theirs, ours) if side["kv_bytes"]]
+    if known:
+        rows = [(name, *cells) for name, found in known for cells in kv_rows(found)]
+        print_table("cache of one text, by formula", ("", *kv_headings(known[0][1])), rows)
 
 
 def _sizes(record: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -95,6 +95,7 @@ def _show(model: str, record: dict[str, Any], save: Path | None) -> None:
     _show_size(model, record["size"], record["quantizes"])
     _show_ranks(record["kinds"])
     _show_forms(record)
+    _show_caches(record["kv_bytes"])
     _show_coverage(record["coverage"])
     _show_cost(record)
     for note in record["notes"]:
@@ -159,6 +160,14 @@ def _alternatives(found: list[dict[str, Any]], allocation: dict[str, Any]) -> tu
 
 def _counted(forms: dict[str, int]) -> str:
     return ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
+
+
+def _show_caches(found: dict[str, dict[int, int]] | None) -> None:
+    """Show what caches of one text take; before compression, keys and values are kept as they are."""
+    from slimrank.report.kv_table import kv_headings, kv_rows
+
+    if found is not None:
+        print_table("cache of keys and values, of one text", kv_headings(found), kv_rows(found))
 
 
 def _show_coverage(coverage: dict[str, Any]) -> None:

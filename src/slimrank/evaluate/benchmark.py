@@ -14,8 +14,9 @@ from scipy.stats import binom
 from torch import Tensor
 from typing_extensions import Unpack
 
+from slimrank.errors import RecipeError, nearest
 from slimrank.evaluate.busy import check_idle, others
-from slimrank.evaluate.engine import ENGINES, Engine, Round, Running
+from slimrank.evaluate.engine import CACHES, ENGINES, Engine, Round, Running
 from slimrank.evaluate.memory import peak_memory
 from slimrank.evaluate.options import Loading, LoadOptions
 from slimrank.evaluate.speed import VOCABULARY_USED
@@ -33,6 +34,7 @@ class BenchmarkOptions(LoadOptions, total=False):
     new_tokens: int
     repeats: int
     engine: str
+    cache: str
     busy: bool
 
 
@@ -46,6 +48,8 @@ class Benchmark(Loading):
         new_tokens: tokens to generate in a round.
         repeats: rounds that count; one before them does not.
         engine: what runs the models; see `slimrank benchmark --help`.
+        cache: what keeps keys and values: "dynamic", as transformers does; "latent" or "latent-int8": see
+            `slimrank.latent_cache`.
         busy: measure although other processes keep the machine busy.
     """
 
@@ -54,6 +58,7 @@ class Benchmark(Loading):
     new_tokens: int = 64
     repeats: int = 5
     engine: str = "transformers"
+    cache: str = "dynamic"
     busy: bool = False
 
 
@@ -69,19 +74,24 @@ def benchmark(model: str | Path, against: str | Path, **options: Unpack[Benchmar
         A record. "rows": for each batch and prompt the tokens per second of both in prefill and decoding (medians),
         bytes of their caches, and "ratios" (model over against: median, and the 95 % interval of the median by order
         statistics; with fewer than six rounds, which allow none, the extremes). "model" and "against": parameters,
-        bytes of the weights, dtype. "ratios": of parameters and bytes. "machine": what computed. "others": processors
-        that other processes kept busy. "notes".
+        bytes of the weights, dtype, and "kv_bytes" (what caches of one text take, as `models.kv_bytes` counts it).
+        "ratios": of parameters and bytes. "machine": what computed. "others": processors that other processes kept
+        busy. "notes".
 
     Raises:
         SlimrankError: a model that cannot be read, an unknown engine, or a machine that is too busy.
         TypeError: an unknown option.
     """
     asked = Benchmark(**options)
+    if asked.cache not in CACHES:
+        raise RecipeError(f"there is no cache '{asked.cache}'.", nearest(asked.cache, CACHES))
     engine: Engine = ENGINES.get(asked.engine)()
     if not asked.busy:
         check_idle()
     place, progress = resolve_device(asked.device), asked.progress or Progress()
     both = [engine.load(spec, asked) for spec in (model, against)]
+    for running in both:
+        running.use_cache(asked.cache)
     asked, shortened = _within_context(asked, [running.context for running in both if running.context is not None])
     settings = [(batch, prompt) for prompt in asked.prompts for batch in asked.batches]
     progress.stage("measure", len(settings) * (asked.repeats + 1))
@@ -94,6 +104,7 @@ def benchmark(model: str | Path, against: str | Path, **options: Unpack[Benchmar
         "rows": rows,
         "ratios": {key: ours[key] / theirs[key] for key in ("parameters", "bytes")},
         "engine": asked.engine,
+        "cache": asked.cache,
         "device": str(place),
         "machine": {**_machine(), **engine.versions()},
         "others": found.processors,
@@ -166,7 +177,7 @@ def _within_context(asked: Benchmark, contexts: Sequence[int]) -> tuple[Benchmar
 
 
 def _side(running: Running) -> dict[str, Any]:
-    names = ("name", "dtype", "parameters")
+    names = ("name", "dtype", "parameters", "kv_bytes")
     return {**{name: getattr(running, name) for name in names}, "bytes": running.weight_bytes}
 
 

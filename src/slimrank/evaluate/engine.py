@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from slimrank.errors import RecipeError
 from slimrank.evaluate.options import Loading
 from slimrank.registry import Registry
 
@@ -41,6 +42,7 @@ class Running:
         vocabulary: tokens that it tells apart.
         context: longest text; None if it has no bound.
         notes: what was left out or done otherwise.
+        kv_bytes: what caches of one text take, by formula: see `models.kv_bytes`; None where that is not known.
     """
 
     name: str
@@ -50,6 +52,18 @@ class Running:
     vocabulary: int
     context: int | None
     notes: list[str]
+    kv_bytes: dict[str, dict[int, int]] | None = None
+
+    def use_cache(self, kind: str) -> None:
+        """Keep keys and values in one of `CACHES`; "dynamic" is what the engine does by itself.
+
+        Raises:
+            RecipeError: the engine has no other.
+        """
+        if kind != "dynamic":
+            raise RecipeError(
+                f"the cache '{kind}' is one of transformers.", "--engine transformers, packed or compile; or no --cache"
+            )
 
     def round(self, ids: Tensor, new_tokens: int) -> Round:
         """Read prompts (batch x tokens) and generate greedily, timed."""
@@ -80,4 +94,5 @@ class Engine:
         raise NotImplementedError
 
 
+CACHES = ("dynamic", "latent", "latent-int8")
 ENGINES: Registry[Any] = Registry("slimrank.evaluate.engines", "engine")  # of subclasses of Engine

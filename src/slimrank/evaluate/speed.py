@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimrank.layers.latent_cache import cache_name
 from slimrank.models.cache import next_inputs
 from slimrank.models.contexts import evaluating
 from slimrank.models.structure import context_of
@@ -69,12 +70,22 @@ def measure_speeds(models: list[Any], prompt: int = 256, new_tokens: int = 16, r
     ]
 
 
-def one_round(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float, Any]:
-    """Read prompts (batch x tokens), then decode; return the seconds of both, and the last output."""
+def one_round(
+    model: Any, ids: Tensor, new_tokens: int, cache: Callable[[Any], Any] | None = None
+) -> tuple[float, float, Any]:
+    """Read prompts (batch x tokens), then decode; return the seconds of both, and the last output.
+
+    Args:
+        model: where it is.
+        ids: the prompts.
+        new_tokens: decoding steps.
+        cache: makes a cache for the model; by default the model makes its own.
+    """
+    given = {} if cache is None else {str(cache_name(model)): cache(model)}
     device = next(model.parameters()).device
     ids = ids.to(device)
     with evaluating(model):
-        output, prefill = _timed(lambda: model(input_ids=ids, use_cache=True), device)
+        output, prefill = _timed(lambda: model(input_ids=ids, use_cache=True, **given), device)
 
         def decode() -> Any:
             seen, last = ids, output

@@ -65,6 +65,10 @@ class CompressedLinear(nn.Module):
         """Return the rank numbers (..., rank) that the output for x (..., in) depends on; None if there are none."""
         return None
 
+    def from_latent(self, z: Tensor) -> Tensor:
+        """Return the outputs (..., out) for inputs x, with z (..., rank) being `latent(x)`; kinds without have none."""
+        raise NotImplementedError
+
     @property
     def weight(self) -> Tensor:
         """The dense weight W (out x in), made anew at each access: for code that looks at weights.

@@ -52,6 +52,10 @@ class LowRankLinear(CompressedLinear):
         """Return A x (..., rank)."""
         return self.A(x)
 
+    def from_latent(self, z: Tensor) -> Tensor:
+        """See `CompressedLinear.from_latent`."""
+        return self.B(z)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """See `CompressedLinear.factors`."""
         return numbers(self.A.weight), numbers(self.B.weight)

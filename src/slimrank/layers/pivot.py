@@ -88,13 +88,9 @@ class PivotLinear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in) to (..., out)."""
-        if by_columns(x, self.skeleton, self.interpolation):
-            y = self._of_columns(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        elif self.side == "out":
-            z = self.latent(x)
-            y = torch.cat([z, self.interpolation(z)], -1).index_select(-1, self.order)
-        else:
-            y = self.skeleton(self.latent(x))
+        if not by_columns(x, self.skeleton, self.interpolation):
+            return self.from_latent(self.latent(x))
+        y = self._of_columns(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
     def _of_columns(self, x: Tensor) -> Tensor:
@@ -122,6 +118,14 @@ class PivotLinear(CompressedLinear):
             return self.skeleton(x)
         pivots, rest = x.index_select(-1, self.order).tensor_split([self.rank], -1)
         return pivots + self.interpolation(rest)
+
+    def from_latent(self, z: Tensor) -> Tensor:
+        """See `CompressedLinear.from_latent`."""
+        if self.side == "out":
+            y = torch.cat([z, self.interpolation(z)], -1).index_select(-1, self.order)
+        else:
+            y = self.skeleton(z)
+        return y if self.bias is None else y + self.bias
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """See `CompressedLinear.factors`."""

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of transformers 5.24 on; before it, of attention and of state-space models.
-NAMES = ("cache", "past_key_values", "cache_params")
+from slimrank.layers.latent_cache import NAMES, LatentCache, cache_name
 
 
 def cache_bytes(output: Any) -> int:
@@ -24,6 +23,8 @@ def _collect(thing: Any, tensors: dict[int, Tensor]) -> None:
     """Find the tensors in lists, mappings and objects of a cache, one for each piece of memory."""
     if isinstance(thing, Tensor):
         tensors[thing.untyped_storage().data_ptr()] = thing
+    elif isinstance(thing, LatentCache):
+        _collect(list(thing.tensors()), tensors)
     elif isinstance(thing, dict):
         _collect(list(thing.values()), tensors)
     elif isinstance(thing, (list, tuple)):
@@ -45,7 +46,7 @@ def next_inputs(model: Any, output: Any, ids: Tensor) -> dict[str, Any]:
     """
     values = dict(output.items())
     taken = inspect.signature(model.forward).parameters
-    name = next((name for name in NAMES if name in taken), None)
+    name = cache_name(model)
     cache = next((values[name] for name in NAMES if values.get(name) is not None), None)
     if name is None or cache is None:
         return {"input_ids": ids}

@@ -8,6 +8,7 @@ from typing import Any
 
 from slimrank.budget.alternatives import alternatives
 from slimrank.budget.rank_plan import RankPlan
+from slimrank.models.kv_bytes import kv_bytes, planned_ranks
 from slimrank.models.load import skeleton
 from slimrank.models.machine import measure_machine
 from slimrank.models.structure import short_names, without_numbers
@@ -27,6 +28,7 @@ def preview(
 
     Returns:
         A record with "plan" (as `RankPlan`), "blocks_path", "size", "coverage", "kinds" (one row for each layer name),
+        "kv_bytes" (of caches of one text, as `models.kv_bytes` counts them; None where it cannot),
         "seconds" (by stage), "peak_memory", "run_bytes" (of the run directory), "notes" (what of the model is left out
         or done otherwise) and "alternatives" (bytes of the linears where all have one form, if forms are chosen) and
         "bits_a_weight" (of a budget in bytes). All but sizes are estimates.
@@ -49,6 +51,7 @@ def preview(
         "size": {**_size(prepared, read.file_bytes), "stored_as": prepared.plan.stored_as},
         "coverage": {**asdict(coverage), "of_matrices": coverage.of_matrices},
         "kinds": _kinds(prepared.plan),
+        "kv_bytes": kv_bytes(prepared.model, _latents(prepared.plan)),
         "seconds": {title: cost.seconds(machine) for title, cost in costs.items()},
         "peak_memory": LIBRARIES + shape.parameters * shape.itemsize + max(cost.peak for cost in costs.values()),
         "run_bytes": sum(cost.stored for cost in costs.values()),
@@ -57,6 +60,11 @@ def preview(
         "quantizes": prepared.recipe.quantizes,
         "bits_a_weight": _bits_a_weight(prepared),
     }
+
+
+def _latents(plan: RankPlan) -> dict[str, int]:
+    """Return the ranks of the latents that a plan leads to, by path."""
+    return planned_ranks({path: (plan.form_of(path), target.rank) for path, target in plan.targets.items()})
 
 
 def _alternatives(prepared: Prepared) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from slimrank.layers.forms import layer_form
 from slimrank.linalg.scheme import Scheme
 from slimrank.methods.allocator import ConfiguredAllocator
 from slimrank.models.targets import TargetSet, matches, role_of
+from slimrank.pipeline.kv_limits import kv_limits
 from slimrank.pipeline.menus import menu_of
 from slimrank.pipeline.model_bytes import ModelBytes, new_biases
 from slimrank.pipeline.units import Unit, shares_of
@@ -76,6 +77,8 @@ def make_problem(recipe: Recipe, model: Any, targets: TargetSet, units: list[Uni
     """
     stated = _budget(recipe, model, targets, size)
     limits = _limits(recipe, [t.path for t in targets])
+    if recipe.kv_keep is not None:
+        limits |= kv_limits(recipe.kv_keep, targets, limits)
     widths = size.widths(stated.option)
     items = tuple(_item(unit, limits, targets.blocks_path, widths) for unit in units)
     menus = {t.path: menu_of(recipe, t.shape, widths[t.path], limits[t.path]) for t in targets} if recipe.bits else {}

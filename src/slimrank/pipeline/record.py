@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from slimrank.layers.transforms import Transform, found_transforms
+from slimrank.models.kv_bytes import kv_bytes
 from slimrank.models.storage import saved_bytes
 from slimrank.pipeline.state import State
 from slimrank.report.build import Facts, build_record
@@ -31,6 +32,7 @@ def _facts(state: State) -> Facts:
         dtype=str(prepared.dtype).removeprefix("torch."), device=str(prepared.device),
         method=prepared.choices.method.described(), allocation=results.allocation, corrections=results.corrections,
         overlap=inputs.texts.overlap, sections=[*results.sections, *_transforms(state.model)],
+        kv_bytes=kv_bytes(state.model),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -47,6 +47,7 @@ class Facts:
         corrections: rounds of correction.
         overlap: a warning if calibration text contains evaluation windows; else empty.
         sections: what other stages report.
+        kv_bytes: of caches of keys and values: see `models.kv_bytes`; None where they are not known.
     """
 
     model: dict[str, Any]
@@ -71,6 +72,7 @@ class Facts:
     corrections: list[dict[str, Any]]
     overlap: str
     sections: Sequence[Section] = field(default_factory=list)
+    kv_bytes: Mapping[str, Mapping[int, int]] | None = None
 
 
 def build_record(facts: Facts) -> dict[str, Any]:
@@ -87,6 +89,10 @@ def run_record(facts: Facts) -> RunRecord:
     return RunRecord.model_validate({
         "model": facts.model,
         "size": _size(facts),
+        "kv_bytes": {
+            name: {str(tokens): size for tokens, size in sizes.items()}
+            for name, sizes in (facts.kv_bytes or {}).items()
+        },
         "before": facts.before,
         "after": facts.after,
         "coverage": _coverage(facts.targets),

@@ -238,6 +238,10 @@ class RunRecord(Part):
     """The model that was compressed."""
     size: Size
     """Sizes before and after."""
+    kv_bytes: dict[str, dict[str, int]] = {}
+    """Bytes of the compressed model's caches of keys and values, for one text, by formula: cache -> tokens -> bytes.
+    "dynamic", keys and values as they are, is also that of the original; "latent" and "latent-int8" are caches of
+    latents; "int8" and "int4" hold keys and values in so many bits. Empty for a cache of something else."""
     before: Side
     """Measurements of the original model."""
     after: Side

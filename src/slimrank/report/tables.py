@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from slimrank.report import layer_grid
+from slimrank.report.kv_table import KV_NOTE as KV_NOTE  # templates show it
+from slimrank.report.kv_table import kv_headings, kv_rows
 from slimrank.report.layer_grid import LayerGrid
 from slimrank.report.number_format import megabytes, millions, percent
 
@@ -26,6 +28,12 @@ def comparison(record: Record) -> list[tuple[str, str, str, str]]:
         found, now = (side["perplexity"]["perplexity"] for side in (before, after))
         rows.append(_row("perplexity", found, now, "{:.2f}".format))
     return rows + [_metric(before[name], after[name]) for name in before if name in after and name not in KNOWN_SIDE]
+
+
+def caches(record: Record) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """Return headings and rows of what caches of keys and values take; None where that is not known."""
+    found = record.get("kv_bytes")
+    return (kv_headings(found), kv_rows(found)) if found else None
 
 
 def _row(label: str, before: float, after: float, shown: Any) -> tuple[str, str, str, str]:
