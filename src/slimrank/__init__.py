@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from slimrank.models.load import load as load
     from slimrank.models.packing import pack as pack
     from slimrank.models.targets import find_targets as find_targets
+    from slimrank.narrowing.api import narrow as narrow
     from slimrank.pipeline import CompressionResult as CompressionResult
     from slimrank.pipeline import compress as compress
     from slimrank.pipeline import find_plan as find_plan
@@ -55,6 +56,7 @@ _HOME = {
     "find_plan": "pipeline",
     "find_targets": "models.targets",
     "load": "models.load",
+    "narrow": "narrowing.api",
     "pack": "models.packing",
     "perplexity": "evaluate.perplexity",
     "preview": "pipeline.preview",

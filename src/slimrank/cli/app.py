@@ -10,7 +10,20 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from slimrank._version import __version__
-from slimrank.cli import benchmark, compare, compress, correct, demo, doctor, evaluate, export, methods, plan, recover
+from slimrank.cli import (
+    benchmark,
+    compare,
+    compress,
+    correct,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    methods,
+    narrow,
+    plan,
+    recover,
+)
 from slimrank.cli.lazy import LazyGroup
 from slimrank.errors import SlimrankError
 
@@ -21,6 +34,7 @@ class _Group(LazyGroup):
         plan.plan,
         recover.recover,
         correct.correct,
+        narrow.narrow,
         evaluate.evaluate,
         benchmark.benchmark,
         export.export,

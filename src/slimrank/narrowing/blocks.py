@@ -14,8 +14,8 @@ from slimrank.layers.dense import weight_of
 from slimrank.linalg.regression import Regression
 from slimrank.linalg.subset import Selection, restricted, select
 from slimrank.methods.refiner import RefineOptions
-from slimrank.models.mlps import Mlp
 from slimrank.narrowing.layers import keep_units, set_bias, set_weight
+from slimrank.narrowing.widths import Widths
 from slimrank.pipeline.stages.dual_stream import DualStream
 from slimrank.progress import Progress
 from slimrank.statistics.paired_inputs import LayerSums
@@ -64,22 +64,17 @@ class Narrower:
 
     Args:
         streams: the two streams, not started; their runner holds the model.
-        mlps: all that are narrowed.
-        widths: new number of hidden units by reader.
-        layers: paths of all linear layers in the blocks, by block.
+        widths: the new widths.
+        layers: paths of all linear layers, by block.
         options: how.
     """
 
     def __init__(
-        self,
-        streams: DualStream,
-        mlps: Sequence[Mlp],
-        widths: Mapping[str, int],
-        layers: Mapping[int, Sequence[str]],
-        options: NarrowOptions,
+        self, streams: DualStream, widths: Widths, layers: Mapping[int, Sequence[str]], options: NarrowOptions
     ) -> None:
-        self.streams, self.widths, self.layers, self.options = streams, widths, layers, options
-        self.mlps = {mlp.reader: mlp for mlp in mlps}
+        self.streams, self.layers, self.options = streams, layers, options
+        self.widths = widths.of()
+        self.mlps = {mlp.reader: mlp for field in widths.fields for mlp in field.mlps}
         self.model = streams.runner.model
         self.found: list[NarrowedMlp] = []
 
