@@ -25,7 +25,12 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
-SIX = {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"], "head_dim": 256, "query_pre_attn_scalar": 256}
+SIX = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+}
 
 
 def save(folder, name, **changes):
@@ -103,7 +108,8 @@ def test_the_tokenizer_is_in_the_file(tmp_path):
 
 def test_ways_to_split_text_are_known_by_their_patterns():
     byte_level = {"type": "ByteLevel", "use_regex": False}
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    words += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
     def kind(*parts, **model):
         return _kind({"model": model, "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(parts)}})

@@ -91,7 +91,9 @@ def eliminate(problem: Regression, count: int, row: Tensor | None = None) -> Ten
     weight = problem.cross @ inverse
     pulled = weight.t() @ (weight if row is None else row.to(weight) @ weight)
     n, removed = len(inverse), len(inverse) - count
-    steps = _Steps(inverse.diagonal().clone(), pulled.diagonal().clone(), inverse.new_zeros(3, removed, max(n, removed)))
+    steps = _Steps(
+        inverse.diagonal().clone(), pulled.diagonal().clone(), inverse.new_zeros(3, removed, max(n, removed))
+    )
     left = torch.ones(n, dtype=torch.bool, device=inverse.device)
     for _ in range(removed):
         growth = torch.where(left, steps.energy / steps.diagonal, torch.inf)

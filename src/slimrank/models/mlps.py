@@ -75,7 +75,9 @@ def find_mlps(model: nn.Module) -> list[Mlp]:
                 role = without_numbers(reader)
                 if role not in known:
                     known[role] = {without_numbers(path): rows for path, rows in trial.makers(reader, makers).items()}
-                mine = {path: known[role][without_numbers(path)] for path in makers if without_numbers(path) in known[role]}
+                mine = {
+                    path: known[role][without_numbers(path)] for path in makers if without_numbers(path) in known[role]
+                }
                 if mine:
                     found.append(Mlp(index, _inputs(model.get_submodule(reader)), mine, reader))
     return _untied(model, found)
@@ -138,7 +140,9 @@ class _Trial:
         """Return which of these layers make the units that `reader` reads, and by which rows; none if it is no MLP."""
         if compressed_layers(self.model):
             return {}
-        path = next((parent for parent in _parents(reader) if isinstance(self.model.get_submodule(parent), Experts)), "")
+        path = next(
+            (parent for parent in _parents(reader) if isinstance(self.model.get_submodule(parent), Experts)), ""
+        )
         run = self._of_experts(path, reader) if path else self._of_model(reader)
         before = run({})
         found: dict[str, Rows] = {}

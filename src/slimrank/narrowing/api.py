@@ -148,7 +148,9 @@ def _prepared(asked: Narrowing, name: str | Path, output: OutputFolder, progress
     size: Any = {"windows": asked.windows, "seq_len": seq_len, "least": MIN_ITEMS}
     found = {source: windows_of(source, text, model, tokenizer, **size) for source, text in texts.items()}
     notes = [*loaded.notes, *drawn.notes]
-    return _Job(asked, loaded, targets, widths, drawn["calibration"], Suite(found, bos_of(tokenizer) is not None), notes)
+    return _Job(
+        asked, loaded, targets, widths, drawn["calibration"], Suite(found, bos_of(tokenizer) is not None), notes
+    )
 
 
 def _recipe(asked: Narrowing) -> Recipe:

@@ -74,13 +74,14 @@ class NarrowRecord:
         return {
             **self.environment, "model": {"class": self.kind, **self.origin}, "keep_ratio": self.keep_ratio,
             "narrow": self.asked.model_dump(mode="json"), "widths": {k: list(v) for k, v in self.widths.items()},
-            "size": {"before": asdict(self.before), "after": asdict(self.after)}, "mlps": [asdict(m) for m in self.mlps],
-            "measured": dict(self.measured), "seconds": self.seconds, "notes": list(self.notes),
+            "size": {"before": asdict(self.before), "after": asdict(self.after)},
+            "mlps": [asdict(mlp) for mlp in self.mlps], "measured": dict(self.measured), "seconds": self.seconds,
+            "notes": list(self.notes),
         }  # fmt: skip
 
     def sizes(self) -> list[tuple[str, ...]]:
         """Return a row for each count: before, after and the ratio."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for name, unit in (("linears", "parameters of the linears"), ("parameters", "parameters"), ("bytes", "bytes")):
             before, after = getattr(self.before, name), getattr(self.after, name)
             rows.append((unit, f"{before:,}", f"{after:,}", f"{after / before:.3f}"))

@@ -52,7 +52,8 @@ class Narrowing(BaseModel):
     seed: Annotated[int, Field(description="Seed of the calibration windows.")] = 0
     device: Annotated[str, Field(description="Where to compute: auto, cpu, cuda, mps, ...")] = "auto"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], Field(description="Of the stored weights; auto: as they are.")
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="Of the stored weights; auto: as they are."),
     ] = "auto"
     max_shard_size: Annotated[str, Field(description="Size of the largest weight file.")] = "5GB"
 

@@ -40,7 +40,7 @@ class ReadBack(Runner):
         self._name = next(name for name in NAMES if name in taken)
         self._cache: DynamicCache | None = None
 
-    def _read(self, file: Path) -> torch.nn.Module:
+    def _read(self, file: Path) -> Any:
         model, _ = load_dense(gguf_place(file), "float32")
         return model.eval().requires_grad_(False)
 

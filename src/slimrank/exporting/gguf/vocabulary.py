@@ -72,7 +72,8 @@ def _kind(content: dict[str, Any]) -> str:
         if name is not None:
             return name
     raise ModelError(
-        f"the tokenizer cannot be written as GGUF here: how it splits text ({', '.join(map(str, kinds))}) is not known.",
+        f"the tokenizer cannot be written as GGUF here: how it splits text ({', '.join(map(str, kinds))}) is "
+        "not known.",
         ELSEWHERE,
     )
 
