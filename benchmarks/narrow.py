@@ -13,6 +13,7 @@ stand there are not computed again.
 import argparse
 import json
 import platform
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -65,8 +66,15 @@ def of_llama_cpp(path, prompts):
     for ids in prompts:
         asked = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": LIKELIEST, "cache_prompt": False}
         found.append({each["id"]: each["logprob"] for each in _tops(_plain(server.handle_completions(asked)))})
-    tokens = [_plain(server.handle_tokenize({"content": text, "add_special": True}))["tokens"] for text in PROMPTS]
-    return found, tokens
+    return found, [_tokens(server.listening_address, text) for text in PROMPTS]
+
+
+def _tokens(address, text):
+    """The tokens of a text in llama.cpp."""
+    body = json.dumps({"content": text, "add_special": True}).encode()
+    asked = urllib.request.Request(f"{address}/tokenize", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked) as answer:
+        return json.load(answer)["tokens"]
 
 
 def _plain(answer):

@@ -17,6 +17,7 @@ from slimrank.exporting.gguf.vocabulary import add_vocabulary
 
 PURPOSE = "writing GGUF files"
 MODEL_FILE = "model.gguf"
+FACTORS = "rope_freqs.weight"  # what the frequencies of positions are divided by
 BLOCK = 32  # numbers that share a scale in Q8_0
 TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}  # weights of an export -> types of GGUF
 FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "int8": "MOSTLY_Q8_0"}
@@ -83,7 +84,7 @@ class GgufModel:
             yield name, _numpy(self.architecture.change(path, parameter.detach().float().cpu(), config))
         factors = rope_factors(self.model)
         if factors is not None:
-            yield "rope_freqs.weight", _numpy(factors)
+            yield FACTORS, _numpy(factors)
 
 
 def _numpy(value: Tensor) -> np.ndarray:

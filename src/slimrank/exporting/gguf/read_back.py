@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 
-from slimrank.exporting.gguf.file import MODEL_FILE, GgufModel
+from slimrank.exporting.engine import need
+from slimrank.exporting.gguf.file import FACTORS, MODEL_FILE, PURPOSE, GgufModel
 from slimrank.exporting.runner import Runner, model_in
 from slimrank.models.cache import NAMES
 from slimrank.models.gguf import gguf_place, load_dense
@@ -42,6 +43,10 @@ class ReadBack(Runner):
 
     def _read(self, file: Path) -> Any:
         model, _ = load_dense(gguf_place(file), "float32")
+        stored = {tensor.name: tensor for tensor in need("gguf", PURPOSE).GGUFReader(file).tensors}
+        if FACTORS in stored:  # which transformers does not read
+            rotary = model.model.rotary_emb
+            rotary.inv_freq = rotary.inv_freq / torch.from_numpy(np.array(stored[FACTORS].data))
         return model.eval().requires_grad_(False)
 
     def _forget(self) -> None:
