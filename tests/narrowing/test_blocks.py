@@ -62,7 +62,7 @@ def test_the_first_reader_is_the_least_squares_fit_to_the_original(name):
     found = weight_of(new).double()
     if old.bias is not None:
         found = torch.cat([found, new.bias.double()[:, None]], dim=1)
-    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+    assert torch.allclose(found, expected, atol=2e-3 * float(expected.abs().max()))
 
 
 def test_later_readers_also_make_up_for_the_error_of_the_residual_stream():
@@ -74,15 +74,20 @@ def test_later_readers_also_make_up_for_the_error_of_the_residual_stream():
     hidden = inputs_of(model, path)
     rest = after[1] - hidden @ model.get_submodule(path).weight.double().t()  # of the narrow model's stream
     expected = torch.linalg.lstsq(hidden, after[0] - rest).solution.t()
-    assert torch.allclose(model.get_submodule(path).weight.double(), expected, atol=1e-3 * float(expected.abs().max()))
+    assert torch.allclose(model.get_submodule(path).weight.double(), expected, atol=3e-3 * float(expected.abs().max()))
 
 
-def test_an_infinite_ridge_only_takes_units_away():
+def test_an_infinite_ridge_leaves_the_nystrom_approximation_of_the_weight_itself():
     original = random_model("llama")
     model = copy.deepcopy(original)
     narrowed(model, refit="readers", ridge=1e12)
-    old, new = (m.get_submodule(reader_of(m, 1)).weight for m in (original, model))
-    assert all(bool(torch.isclose(column, old.t(), atol=1e-5).all(dim=1).any()) for column in new.t())
+    path = reader_of(model, 1)
+    before = copy.deepcopy(model)  # the second MLP whole again, on the narrow stream
+    before.model.layers[1].mlp = copy.deepcopy(original.model.layers[1].mlp)
+    target = inputs_of(before, path) @ original.get_submodule(path).weight.double().t()
+    expected = torch.linalg.lstsq(inputs_of(model, path), target).solution.t()
+    found = model.get_submodule(path).weight.double()
+    assert torch.allclose(found, expected, atol=2e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("refit", ["readers", "all"])

@@ -28,7 +28,7 @@ def narrow(
     anchor: Annotated[
         float, typer.Option(help="1: fit the original's outputs; 0: those of the original weight here.", min=0, max=1)
     ] = 1.0,
-    ridge: Annotated[float, typer.Option(help="Pull towards the original weight.", min=0)] = 1e-3,
+    ridge: Annotated[float, typer.Option(help="Pull of the fit towards the original weight.", min=0)] = 1e-2,
     calibration: Annotated[str, typer.Option(help="Text to calibrate on: as for compress.")] = "demo",
     samples: Annotated[int, typer.Option(help="Windows of it.", min=1)] = 64,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a window.  \\[default: 512]", min=2)] = None,

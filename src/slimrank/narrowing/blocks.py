@@ -21,6 +21,9 @@ from slimrank.progress import Progress
 from slimrank.statistics.paired_inputs import LayerSums
 
 
+SUBSET_RIDGE = 1e-4  # of the energy of each input: pull of the units that stay towards their columns
+
+
 @dataclass(frozen=True)
 class NarrowOptions:
     """How hidden units are chosen, and what is solved for again.
@@ -29,13 +32,13 @@ class NarrowOptions:
         selection: how units are chosen.
         refit: "readers": the layers that read hidden units; "all": all linear layers.
         anchor: weight of the original model's outputs in the target, see `RefineOptions`.
-        ridge: pull towards the original weight, in units of the energy of each input.
+        ridge: pull towards the original weight, before units are taken away, in units of the mean energy of inputs.
     """
 
     selection: Selection = "eliminate"
     refit: str = "readers"
     anchor: float = 1.0
-    ridge: float = 1e-3
+    ridge: float = 1e-2
 
     def following(self) -> RefineOptions:
         """Return them as the options of the two streams."""
@@ -106,7 +109,8 @@ class Narrower:
         layer: Any = self.model.get_submodule(path)
         weight, biased = weight_of(original).double().to(self.streams.solver), layer.bias is not None
         plain = _problem(weight, sums, biased)
-        problem = plain.towards(weight, self.options.ridge)
+        aim = plain.shrunk(weight, self.options.ridge, "identity")  # what no weight explains is not fitted to
+        problem = aim.towards(aim.solution(), SUBSET_RIDGE)
         kept = self._kept(path, problem)
         found = torch.zeros_like(weight)
         found[:, kept] = restricted(problem, kept)

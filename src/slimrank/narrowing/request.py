@@ -41,9 +41,9 @@ class Narrowing(BaseModel):
     ] = 1.0  # fmt: skip
     ridge: Annotated[
         float,
-        Field(ge=0, allow_inf_nan=False, description="Pull towards the original weight, in units of the energy of each "
-              "input."),
-    ] = 1e-3  # fmt: skip
+        Field(ge=0, allow_inf_nan=False, description="Pull of the fit towards the original weight, before units are "
+              "taken away, in units of the mean energy of inputs."),
+    ] = 1e-2  # fmt: skip
     calibration: Annotated[str, Field(description="Text to calibrate on: as for compress.")] = "demo"
     samples: Annotated[int, Field(ge=1, description="Windows of it.")] = 64
     seq_len: Annotated[int | None, Field(ge=2, description="Tokens a window; by default 512.")] = None
