@@ -137,7 +137,7 @@ class _Trial:
         self.ids = torch.randint(min(256, rows), (2, TOKENS // 2), generator=draw)
 
     def makers(self, reader: str, candidates: list[str]) -> dict[str, Rows]:
-        """Return which of these layers make the units that `reader` reads, and by which rows; none if it is no MLP."""
+        """Return which of these layers make the units that `reader` reads, and by which rows; none in other layers."""
         if compressed_layers(self.model):
             return {}
         path = next(

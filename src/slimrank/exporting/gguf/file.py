@@ -20,7 +20,7 @@ MODEL_FILE = "model.gguf"
 FACTORS = "rope_freqs.weight"  # what the frequencies of positions are divided by
 BLOCK = 32  # numbers that share a scale in Q8_0
 TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}  # weights of an export -> types of GGUF
-FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "int8": "MOSTLY_Q8_0"}
+FILE_TYPES = {"float32": 0, "float16": 1, "int8": 7}  # numbers of `gguf.LlamaFileType`
 
 
 @dataclass
@@ -53,7 +53,7 @@ class GgufModel:
         gguf = need("gguf", PURPOSE)
         writer = gguf.GGUFWriter(path, self.architecture.name)
         writer.add_name(Path(str(self.model.name_or_path or "model")).name)
-        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[self.weights]])
+        writer.add_file_type(FILE_TYPES[self.weights])
         _add_sizes(writer, gguf, self.model.config)
         if tokenizer is not None:
             add_vocabulary(writer, gguf, tokenizer, self.model.config.vocab_size)
