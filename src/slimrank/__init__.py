@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from slimrank.models.packing import pack as pack
     from slimrank.models.packing import unpack as unpack
     from slimrank.models.targets import find_targets as find_targets
+    from slimrank.narrowing.api import narrow as narrow
     from slimrank.pipeline import CompressionResult as CompressionResult
     from slimrank.pipeline import compress as compress
     from slimrank.pipeline import find_plan as find_plan
@@ -62,6 +63,7 @@ _HOME = {
     "find_targets": "models.targets",
     "latent_cache": "layers.latent_cache",
     "load": "models.load",
+    "narrow": "narrowing.api",
     "pack": "models.packing",
     "perplexity": "evaluate.perplexity",
     "preview": "pipeline.preview",

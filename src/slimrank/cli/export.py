@@ -14,7 +14,7 @@ from slimrank.cli.console import ConsoleProgress, print_json, print_table, print
 def export(
     model: o.Model,
     out: Annotated[Path, typer.Option("--out", help="Folder to write the result to.", show_default=False)],
-    to: Annotated[str, typer.Option(help="The engine: openvino or onnx.")] = "openvino",
+    to: Annotated[str, typer.Option(help="The engine: openvino, onnx or gguf (llama.cpp).")] = "openvino",
     weights: Annotated[
         str | None,
         typer.Option(help="float32, float16, int8 or int4.  \\[default: float32 for a model of float32, else float16]"),
@@ -31,7 +31,7 @@ def export(
     ] = False,
     json: o.Json = False,
 ) -> None:
-    """Write a model, compressed or not, for another engine: OpenVINO, or ONNX Runtime.
+    """Write a model, compressed or not, for another engine: OpenVINO, ONNX Runtime or llama.cpp.
 
     Its logits are compared with those of transformers before it is written.
 

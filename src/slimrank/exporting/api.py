@@ -67,7 +67,7 @@ def export(model: str | Path, out: str | Path, to: str = "openvino", **options: 
     Args:
         model: a hub id, local folder, GGUF file or "demo".
         out: folder to write to.
-        to: the engine: "openvino" or "onnx".
+        to: the engine: "openvino", "onnx" or "gguf".
         options: see `Export`.
 
     Raises:
@@ -169,7 +169,7 @@ def _check_range(model: Any) -> None:
 
 def _write(target: Target, graph: Any, loaded: Loaded, folder: Path, record: ExportRecord) -> None:
     """Write model, configuration and tokenizer into an existing folder."""
-    target.write(graph, folder, record)
+    target.write(graph, loaded.tokenizer, folder, record)
     _native_config(loaded.model).to_json_file(folder / "config.json")
     record.notes += save_companions(loaded.model, loaded.tokenizer, folder)
     record.notes += target.write_tokenizer(loaded.tokenizer, folder)

@@ -12,6 +12,7 @@ from slimrank.errors import MissingExtraError, SlimrankError
 
 LEAST = {  # extra -> package -> the first version that was tried
     "openvino": {"openvino": "2026.4", "nncf": "3.4", "openvino_tokenizers": "2026.4"},
+    "gguf": {"gguf": "0.17"},
     "onnx": {"onnx": "1.23", "onnx_ir": "1.1", "onnxscript": "0.7", "onnxruntime": "1.32"},
 }
 
@@ -38,3 +39,8 @@ def need(module: str, purpose: str) -> Any:
             f"pip install --upgrade 'slimrank[{extra}]'",
         )
     return importlib.import_module(module)
+
+
+def version_of(module: str) -> str:
+    """Return the version of a package that is here."""
+    return metadata.version(module)

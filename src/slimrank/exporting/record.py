@@ -14,8 +14,8 @@ class ExportRecord:
 
     Attributes:
         model: as the user named it.
-        engine: "openvino" or "onnx".
-        engine_version: of what runs it: OpenVINO or ONNX Runtime.
+        engine: "openvino", "onnx" or "gguf".
+        engine_version: of what runs it (OpenVINO or ONNX Runtime), or wrote it (gguf).
         weights: what was asked for: float32, float16, int8 or int4.
         numbers: numbers of the weights by the type that they are stored in, e.g. {"u8": 134515008}.
         bytes: of the model's files.

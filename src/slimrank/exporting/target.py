@@ -50,8 +50,15 @@ class Target:
         """Return the graph with weights as the record says, and say in the record what became of them."""
         raise NotImplementedError
 
-    def write(self, graph: Any, folder: Path, record: ExportRecord) -> None:
-        """Write the graph into an existing folder, and count its numbers and bytes in the record."""
+    def write(self, graph: Any, tokenizer: Any, folder: Path, record: ExportRecord) -> None:
+        """Write the graph into an existing folder, and count its numbers and bytes in the record.
+
+        Args:
+            graph: with weights as the record says.
+            tokenizer: of the model, for engines that hold it in the same file.
+            folder: to write to.
+            record: of the export.
+        """
         raise NotImplementedError
 
     def write_tokenizer(self, tokenizer: Any, folder: Path) -> list[str]:

@@ -32,8 +32,14 @@ def load_gguf(place: Mapping[str, Any], dtype: str) -> tuple[Any, Any, list[str]
         ModelError: the file is damaged, or lacks weights.
         MissingExtraError: the package `gguf` is missing.
     """
-    path = Path(place["pretrained_model_name_or_path"]) / place["gguf_file"]
-    tokenizer = load_tokenizer(path, place)
+    tokenizer = load_tokenizer(_path(place), place)
+    model, notes = load_dense(place, dtype)
+    return model, tokenizer, notes
+
+
+def load_dense(place: Mapping[str, Any], dtype: str) -> tuple[Any, list[str]]:
+    """Load the weights of a GGUF file as a dense model, with notes on what was left out; see `load_gguf`."""
+    path = _path(place)
     with explained(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **place,
@@ -46,7 +52,11 @@ def load_gguf(place: Mapping[str, Any], dtype: str) -> tuple[Any, Any, list[str]
     notes = check_taken(path, model, info, ())
     # transformers may leave its quantizer on a model that is dense by now; saving would then refuse.
     forget_quantisation(model)
-    return model, tokenizer, notes
+    return model, notes
+
+
+def _path(place: Mapping[str, Any]) -> Path:
+    return Path(place["pretrained_model_name_or_path"]) / place["gguf_file"]
 
 
 def _dense() -> dict[str, Any]:

@@ -162,7 +162,7 @@ class StreamCollector:
     lacks: dict[str, ResidualGap] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._read: dict[str, tuple[Tensor, Tensor]] = {}
+        self._read: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._batch = Tokens()
         self._original: dict[str, list[Tensor]] = {}  # one for each call of a layer
         self._seen: list[tuple[Tensor, str]] = []
@@ -187,10 +187,11 @@ class StreamCollector:
 
     def add_lack(self, path: str, lack: Tensor) -> None:
         """Add e (windows x tokens x m) of the batch that one of the layers `adding` has just read."""
-        inputs, wanted = self._read[path]
+        inputs, wanted, scale = self._read[path]
         if path not in self.lacks:
             self.lacks[path] = ResidualGap.empty(lack.shape[-1], inputs.shape[-1], self.device)
-        self.lacks[path].add(self._rows(path, lack.to(inputs.device)), inputs, wanted)
+        rows = self._rows(path, lack.to(inputs.device))
+        self.lacks[path].add(rows if scale is None else rows * scale, inputs, wanted)
 
     def of(self, path: str) -> LayerSums | None:
         """Return the sums of one layer; None if no token reached it."""
@@ -217,9 +218,11 @@ class StreamCollector:
                 if path not in self.adding:
                     return
             wide = widened(x)
-            read = self._limited(self._rows(path, wide), self._rows(path, self._wanted(path, wide)))
+            inputs, wanted = self._rows(path, wide), self._rows(path, self._wanted(path, wide))
+            scale = self._scale(wanted)
+            read = (inputs, wanted) if scale is None else (inputs * scale, wanted * scale)
             if path in self.adding:
-                self._read[path] = read
+                self._read[path] = (*read, scale)
             if leader != path:
                 return
             self._seen.append((x, path))
@@ -233,13 +236,12 @@ class StreamCollector:
 
         return observe
 
-    def _limited(self, inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both (tokens x n) with tokens scaled down that are too large in the original."""
+    def _scale(self, wanted: Tensor) -> Tensor | None:
+        """Return what tokens (tokens x n) that are too large in the original count by (tokens x 1); None if all do."""
         if not self.largest or not len(wanted):
-            return inputs, wanted
+            return None
         norms = wanted.norm(dim=-1, keepdim=True)
-        scale = (self.largest * norms.median() / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
-        return inputs * scale, wanted * scale
+        return (self.largest * norms.median() / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
 
     def _wanted(self, path: str, x: Tensor) -> Tensor:
         """Return the mixture of the layer's inputs in both models."""

@@ -54,7 +54,7 @@ class Onnx(Target):
             halve(graph)
         return graph
 
-    def write(self, graph: Any, folder: Path, record: ExportRecord) -> None:
+    def write(self, graph: Any, tokenizer: Any, folder: Path, record: ExportRecord) -> None:
         """See `Target.write`."""
         need("onnx_ir", PURPOSE).save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
         record.numbers = numbers_by_type(graph)

@@ -46,7 +46,7 @@ class OpenVino(Target):
             record.add_wide(wide)
         return graph
 
-    def write(self, graph: Any, folder: Path, record: ExportRecord) -> None:
+    def write(self, graph: Any, tokenizer: Any, folder: Path, record: ExportRecord) -> None:
         """See `Target.write`."""
         ov = need("openvino", PURPOSE)
         ov.save_model(graph, folder / MODEL_FILE, compress_to_fp16=record.weights != "float32")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.methods.refiner import RefineOptions
+from slimrank.models.blocks import BlockRunner
 from slimrank.models.contexts import swapped
 from slimrank.models.reading_order import calls_of, reading_order, run_until_read
 from slimrank.models.recording import Batch
@@ -55,7 +56,9 @@ class DualStream:
     """The inputs of the next block in both models, and the sums over both that refine its layers.
 
     Args:
-        state: holds the model; its runner computes one block at a time.
+        runner: computes one block of the model at a time.
+        batches: the windows.
+        solver: the device that sums are on.
         following: the options of refining. Without an anchor there is no original stream.
         largest: see `StreamCollector`.
 
@@ -64,15 +67,28 @@ class DualStream:
         compressed: those of the compressed model.
     """
 
-    def __init__(self, state: State, following: RefineOptions, largest: float = 0.0) -> None:
-        self.state, self.following, self.largest = state, following, largest
-        self.runner = state.runner(resident=False)
+    def __init__(
+        self,
+        runner: BlockRunner,
+        batches: Sequence[Batch],
+        solver: torch.device,
+        following: RefineOptions,
+        largest: float = 0.0,
+    ) -> None:
+        self.runner, self.batches, self.solver = runner, batches, solver
+        self.following, self.largest = following, largest
         self.original: list[HiddenState] = []
         self.compressed: list[HiddenState] = []
         self._parts: list[range] = []  # places of batches
         self.numbers: list[int] = []  # of the batches of this process among all
         self._known: dict[str, Place | None] = {}
         self._times: Counter[str] = Counter()  # calls of a layer in one pass of its block
+
+    @classmethod
+    def of(cls, state: State, following: RefineOptions, largest: float = 0.0) -> DualStream:
+        """Return the streams of a compression, over the windows that it refines on."""
+        batches = state.batches("refinement") or state.batches("calibration")
+        return cls(state.runner(resident=False), batches, state.prepared.solver, following, largest)
 
     def start(self) -> None:
         """Embed the windows of this process.
@@ -94,7 +110,7 @@ class DualStream:
 
     def stages(self, index: int, paths: list[str]) -> list[list[str]]:
         """Return the layers whose sums are gathered together, in order; at least one group."""
-        layers = {path: self.state.model.get_submodule(path) for path in paths}
+        layers = {path: self.runner.model.get_submodule(path) for path in paths}
         run = partial(self.runner.run, index, 0, self.compressed[0])
         with self.runner.placed_block(index):
             self._times = calls_of(layers, run) if paths else Counter()
@@ -113,7 +129,7 @@ class DualStream:
             paths: layers to gather sums of.
             last: whether they are the block's last.
         """
-        layers = {path: self.state.model.get_submodule(path) for path in paths}
+        layers = {path: self.runner.model.get_submodule(path) for path in paths}
         with self.runner.placed(self.runner.blocks[index], *originals.values()):
             both = _Both(index, originals, layers, self._places(index, originals, paths), last)
             return [self._gathered(both, part) for part in self._parts]
@@ -126,11 +142,10 @@ class DualStream:
 
     def _dealt(self) -> list[Sequence[Batch]]:
         """Return the windows in batches, for each part of the text that is summed by itself."""
-        batches = self.state.batches("refinement") or self.state.batches("calibration")
         if self.following.ridge != "auto":
-            return [batches]
-        halves = torch.cat([batch.input_ids for batch in batches]).chunk(2)
-        return [[Batch(ids) for ids in half.split(self.state.prepared.recipe.batch_size)] for half in halves]
+            return [self.batches]
+        halves = torch.cat([batch.input_ids for batch in self.batches]).chunk(2)
+        return [[Batch(ids) for ids in half.split(len(self.batches[0].input_ids))] for half in halves]
 
     def _gathered(self, both: _Both, part: range) -> StreamCollector:
         """Gather the sums over these batches."""
@@ -140,7 +155,7 @@ class DualStream:
             compressed=both.layers,
             anchor=following.anchor,
             stack=following.stack_of_batch,
-            device=self.state.prepared.solver,
+            device=self.solver,
             adding=frozenset(both.places),
             routed=frozenset(path for kind in self.runner.experts(both.index, both.layers) for path in kind),
             largest=self.largest,
@@ -173,7 +188,7 @@ class DualStream:
         rest = {path: self.original[b].hidden for path in both.at("entry")}  # noqa: C420  (there may be no original stream)
         run, following = partial(self.runner.run, both.index, b), self.following
         if following.anchor:
-            with swapped(self.state.model, originals), answers_of({p: originals[p] for p in exits}) as answers:
+            with swapped(self.runner.model, originals), answers_of({p: originals[p] for p in exits}) as answers:
                 if both.last or exits:
                     after = run(self.original[b])
                     rest |= {path: after.hidden - answers[path].view_as(after.hidden) for path in exits}
@@ -197,7 +212,7 @@ class DualStream:
         paths = [path for path in paths if path not in routed]
         new = {path: originals[path] for path in paths if without_numbers(path) not in self._known}
         if new:
-            with swapped(self.state.model, originals):
+            with swapped(self.runner.model, originals):
                 entry = self.original[0].to(self.runner.device)
                 found = residual_places(
                     self.runner.blocks[index], new, lambda: self.runner.run(index, 0, entry).hidden, entry.hidden

@@ -42,7 +42,7 @@ class Quantization:
 
     def __init__(self, state: State, options: QuantizeOptions, store: Store, forms: Mapping[str, str]) -> None:
         self.state, self.options, self.store, self.errors = state, options, store, dict[str, float]()
-        self.streams = DualStream(state, options.following(), options.largest)
+        self.streams = DualStream.of(state, options.following(), options.largest)
         self.runner = self.streams.runner
         self.forms = {path: quantized_form(name) for path, name in forms.items()}
 

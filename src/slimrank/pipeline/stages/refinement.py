@@ -51,7 +51,7 @@ class Refinement:
     def __init__(self, state: State, factorizer: Factorizer, store: Store) -> None:
         assert state.prepared.choices.refiner is not None
         self.state, self.factorizer, self.store, self.refiner = state, factorizer, store, state.prepared.choices.refiner
-        self.streams = DualStream(state, state.prepared.choices.refiner.following)
+        self.streams = DualStream.of(state, state.prepared.choices.refiner.following)
         self.runner = self.streams.runner
         count = state.prepared.choices.refiner.following.held_out
         self.held_out = HeldOutCheck(state, count, store) if count else None

@@ -91,7 +91,7 @@ class _Trial:
     """Round the weights of each block on their inputs in the original model, which stays as it is."""
 
     def __init__(self, state: State) -> None:
-        self.state, self.streams, self.spectra = state, DualStream(state, OWN_INPUTS), SpectrumStore(state)
+        self.state, self.streams, self.spectra = state, DualStream.of(state, OWN_INPUTS), SpectrumStore(state)
         self.runner = self.streams.runner
 
     def block(self, index: int) -> dict[str, list[list[Any]]]:
