@@ -17,6 +17,7 @@ DISABLES = {
     "dev": "testing slimrank itself",
     "docs": "building the documentation",
     "eval": "tasks of lm-evaluation-harness (evaluate --tasks)",
+    "gguf": "exporting to GGUF (slimrank export --to gguf)",
     "onnx": "exporting to ONNX (slimrank export --to onnx)",
     "openvino": "exporting to OpenVINO (slimrank export)",
     "quant": "weights of few bits",

@@ -20,7 +20,6 @@ from slimrank.pipeline.stages.dual_stream import DualStream
 from slimrank.progress import Progress
 from slimrank.statistics.paired_inputs import LayerSums
 
-
 SUBSET_RIDGE = 1e-4  # of the energy of each input: pull of the units that stay towards their columns
 
 
