@@ -182,7 +182,8 @@ def _about_processes(prepared: Prepared) -> list[str]:
         return []
     notes = [f"{team.count} processes shared the work"]
     if gathering.calibrates and not shares_text(gathering):
-        notes.append(f"{prepared.recipe.method}: each process read all calibration text, because its statistics cannot be summed")
+        reason = "its statistics cannot be summed"
+        notes.append(f"{prepared.recipe.method}: each process read all calibration text, because {reason}")
     return notes
 
 

@@ -1,7 +1,7 @@
 """Sum statistics over processes, each of which has seen a part of the text.
 
-Statistics are dataclasses of tensors and numbers, and layers may share some of them. What one process lacks, as no token
-of its part reached a layer, counts as zero.
+Statistics are dataclasses of tensors and numbers, and layers may share some of them. What one process lacks, because no
+token of its part reached a layer, counts as zero.
 """
 
 from __future__ import annotations
