@@ -57,7 +57,7 @@ def test_every_architecture_stays_of_its_class_and_within_the_budget(name, tmp_p
     assert 0.6 < result.record.keep_ratio <= 0.8
     assert linears(tmp_path / "narrow") == result.record.after.linears <= 0.8 * linears(folder)
     difference = (logits(tmp_path / "narrow") - logits(folder)).norm() / logits(folder).norm()
-    assert 0 < float(difference) < 0.6
+    assert 0 < float(difference) < 0.7
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "opt", "mixtral"])

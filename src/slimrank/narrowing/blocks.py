@@ -21,6 +21,7 @@ from slimrank.progress import Progress
 from slimrank.statistics.paired_inputs import LayerSums
 
 SUBSET_RIDGE = 1e-4  # of the energy of each input: pull of the units that stay towards their columns
+SCARCE_RIDGE = 0.05  # the same for each unit by a token that is missing
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Narrower:
         weight, biased = weight_of(original).double().to(self.streams.solver), layer.bias is not None
         plain = _problem(weight, sums, biased)
         aim = plain.shrunk(weight, self.options.ridge, "identity")  # what no weight explains is not fitted to
-        problem = aim.towards(aim.solution(), SUBSET_RIDGE)
+        problem = aim.towards(aim.solution(), _subset_ridge(sums, weight.shape[1]))
         kept = self._kept(path, problem)
         found = torch.zeros_like(weight)
         found[:, kept] = restricted(problem, kept)
@@ -125,6 +126,12 @@ class Narrower:
     def _kept(self, path: str, problem: Regression) -> Tensor:
         count = self.widths.get(path, len(problem.gram))
         return select(problem, count, self.options.selection)
+
+
+def _subset_ridge(sums: LayerSums | None, width: int) -> float:
+    """Return the pull of the units that stay towards their columns: more where tokens are fewer than four a unit."""
+    scarce = 0.0 if sums is None else width / sums.streams.inputs.count - 0.25
+    return SUBSET_RIDGE + SCARCE_RIDGE * max(0.0, scarce)
 
 
 def _problem(weight: Tensor, sums: LayerSums | None, centred: bool) -> Regression:
