@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # that a process waits for the others: the leader may measure alone
 
+_joined: ContextVar[bool] = ContextVar("joined", default=False)
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
@@ -121,35 +122,46 @@ def is_leader() -> bool:
 
 
 def processes() -> Processes:
-    """Return the processes that work together now; a single one inside `alone`."""
-    count = started_together()
-    if count == 1 or _alone.get() or not _connected():
+    """Return the processes that work together now: those inside `together`, less those inside `alone`.
+
+    Elsewhere each process works by itself, whatever another library has connected it to.
+    """
+    if not _joined.get() or _alone.get():
         return Processes()
-    return Processes(int(os.environ["RANK"]), count)
+    return Processes(int(os.environ["RANK"]), started_together())
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Connect the processes that torchrun has started, until the program ends, unless they are connected.
+    """Let the processes that torchrun has started work together inside the context; they stay connected afterwards.
 
     gloo carries tensors of the CPU, NCCL those of GPUs. Of several devices, each process takes one as its default.
 
     Raises:
         RunError: another process ended.
     """
-    if started_together() == 1 or _connected():
+    if started_together() == 1:
         yield
         return
+    if not _connected():
+        _connect()
+    before = _joined.set(True)
+    try:
+        yield
+        processes().wait()
+    finally:
+        _joined.reset(before)
+
+
+def _connect() -> None:
     import torch
     import torch.distributed as dist
 
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
-    with _explained(processes()):
+    with _explained(Processes(int(os.environ["RANK"]), started_together())):
         dist.init_process_group(None if torch.accelerator.is_available() else "gloo", timeout=PATIENCE)
     atexit.register(_disconnect)
-    yield
-    processes().wait()
 
 
 @contextmanager
