@@ -18,7 +18,7 @@ from slimrank.layers.experts import unfuse
 from slimrank.models.targets import find_targets
 
 QUICK = {"samples": 8, "seq_len": 32, "windows": 4, "multiple": 4}
-IDS = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(0))
+IDS = torch.tensor(byte_tokenizer()(text(8000)).input_ids[-96:]).reshape(4, 24)  # least squares holds for such text
 NONE = ("mamba",)
 
 
@@ -57,7 +57,7 @@ def test_every_architecture_stays_of_its_class_and_within_the_budget(name, tmp_p
     assert 0.6 < result.record.keep_ratio <= 0.8
     assert linears(tmp_path / "narrow") == result.record.after.linears <= 0.8 * linears(folder)
     difference = (logits(tmp_path / "narrow") - logits(folder)).norm() / logits(folder).norm()
-    assert 0 < float(difference) < 0.7
+    assert 0 < float(difference) < 0.4
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "opt", "mixtral"])

@@ -23,8 +23,9 @@ def narrow(
         str, typer.Option(help="How hidden units are chosen: eliminate, pivoted or leverage.")
     ] = "eliminate",
     refit: Annotated[
-        str, typer.Option(help="Layers solved for again: all, or readers (those that read hidden units).")
-    ] = "all",
+        str,
+        typer.Option(help="Layers solved for again: readers (those that read hidden units), or all (takes more text)."),
+    ] = "readers",
     anchor: Annotated[
         float, typer.Option(help="1: fit the original's outputs; 0: those of the original weight here.", min=0, max=1)
     ] = 1.0,

@@ -31,9 +31,9 @@ class Narrowing(BaseModel):
         Literal["readers", "all"],
         Field(
             description="Layers that are solved for again on the narrow model's inputs: those that read hidden units, "
-            "or all linear layers of the blocks."
+            "or all linear layers of the blocks, which takes more text."
         ),
-    ] = "all"
+    ] = "readers"
     anchor: Annotated[
         float,
         Field(ge=0, le=1, description="1: outputs of the original model are the target; 0: those of the original "
