@@ -39,6 +39,7 @@ class Corrected(nn.Module):
         weight = weight_of(original).detach()
         self.register_buffer("base", quantised.to(weight))
         self.register_buffer("bias", None if bias is None else bias.detach().to(weight))
+        self.out_features, self.in_features = weight.shape
         self.difference = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.difference.weight = nn.Parameter(weight - self.base)
 
