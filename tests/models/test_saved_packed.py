@@ -201,10 +201,13 @@ def test_adapters_on_packed_layers_count(folder):
     peft = pytest.importorskip("peft")
     model = AutoModelForCausalLM.from_pretrained(folder)
     before = logits(model)
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["A", "B"], r=2, init_lora_weights=False))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["A", "B"], r=2, init_lora_weights=False))
     adapted = logits(model)
     assert not torch.allclose(adapted, before, atol=1e-3)
-    torch.testing.assert_close(logits(model.merge_and_unload()), adapted, rtol=0, atol=1e-5)
+    largest = float(adapted.abs().max())  # random adapters are as large as the weights
+    torch.testing.assert_close(logits(model.merge_and_unload()), adapted, rtol=0, atol=1e-5 * largest)
 
 
 def test_hooks_on_first_factors_are_called(folder):

@@ -97,7 +97,7 @@ def _width(attention: Attention, name: str, config: Any) -> int:
     """Return how many keys or values a layer makes of a token; one layer for all makes those of the queries, too."""
     projection = getattr(attention.module, name, None)
     if projection is not None:
-        return int(projection.out_features)
+        return _outputs(projection)
     fused = next((getattr(attention.module, each) for each in FUSED if hasattr(attention.module, each)), None)
     if fused is not None:
         return (_outputs(fused) - config.num_attention_heads * _head_dim(config)) // 2
