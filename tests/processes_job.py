@@ -18,7 +18,7 @@ JOBS = {
     "refined": ("llama", REFINED),
     "halves, resident": (
         "llama",
-        {**REFINED, "allocation": "lems", "refine_options": {"ridge": "auto"}, "resident": True},
+        {**REFINED, "refine_options": {"ridge": "auto"}, "resident": True},
     ),
     "experts": ("qwen3_moe", {"method": "svd_llm"}),
     "whole text": ("llama", {"method": "gfwsvd"}),
