@@ -64,7 +64,7 @@ def pytest_runtest_teardown(item, nextitem):
 
 @functools.cache
 def slowness():
-    """How much slower than the reference this processor is, at least 1 and at most 3: one without AVX-512 is about 2."""
+    """Return how much slower than the reference this processor is, from 1 to 3: about 2 without AVX-512."""
     a = torch.ones(1024, 1024)
     a @ a
     began = time.process_time()
