@@ -22,6 +22,7 @@ import gguf
 import numpy as np
 import torch
 import xllamacpp
+from llama_cpp import largest_difference, predictions, server_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimrank
@@ -130,40 +131,9 @@ def write_padded(base, path):
     return path
 
 
-def of_llama_cpp(path, adapter, prompts):
-    """For each prompt, the likeliest next tokens and their log-probabilities in llama.cpp."""
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 256, 1, False
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if adapter is not None:
-        info = xllamacpp.CommonAdapterLoraInfo()
-        info.path, info.scale = str(adapter), 1.0
-        params.lora_adapters = [info]
-    server, found = xllamacpp.Server(params), []
-    for ids in prompts:
-        asked = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": LIKELIEST, "cache_prompt": False}
-        answer = server.handle_completions(asked)
-        answer = json.loads(answer) if isinstance(answer, str) else answer
-        found.append({each["id"]: each["logprob"] for each in tops(answer)})
-    return found
-
-
-def tops(answer):
-    """The likeliest tokens in an answer, whose layout has changed between versions."""
-    if "completion_probabilities" in answer:
-        return answer["completion_probabilities"][0]["top_logprobs"]
-    return answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-
-
-@torch.no_grad()
-def largest_difference(model, prompts, theirs):
-    """The largest difference of a log-probability that llama.cpp gave."""
-    gaps = []
-    for ids, found in zip(prompts, theirs, strict=True):
-        ours = model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
-        gaps += [abs(float(ours[token]) - logprob) for token, logprob in found.items()]
-    return max(gaps)
+def gap(model, server, prompts):
+    """The largest difference of a log-probability in llama.cpp and here."""
+    return round(largest_difference(model, prompts, predictions(server, prompts, LIKELIEST)), 5)
 
 
 def main():
@@ -195,9 +165,8 @@ def main():
             "bits": round(bits, 3), "bits_added": round(record.bits, 3),
             **{f"{key} {when}": round(side["demo"][key], 4)
                for key in ("kl", "ratio") for when, side in (("before", record.before), ("after", record.after))},
-            "llama.cpp": round(largest_difference(plain, prompts, of_llama_cpp(path, None, prompts)), 5),
-            "llama.cpp with adapter": round(
-                largest_difference(result.model, prompts, of_llama_cpp(path, adapter / "adapter.gguf", prompts)), 5),
+            "llama.cpp": gap(plain, server_of(path), prompts),
+            "llama.cpp with adapter": gap(result.model, server_of(path, adapter / "adapter.gguf"), prompts),
         }), flush=True)  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 
 Every row is made at every --keep on the same --samples windows of --seq-len tokens, and measured on the first --windows
 windows of the test text beside the original, all in float32. Speeds are those of `slimrank benchmark`, in turns. With
---llama-cpp a folder is exported as GGUF (F16 and Q8_0), and log-probabilities of the likeliest tokens in llama.cpp are
+--llama-cpp a folder is exported as GGUF (F32, F16 and Q8_0). Log-probabilities of the likeliest tokens in llama.cpp are
 compared with those of transformers, as are the tokens of some texts. Results are kept in DIR/narrow.json; cells that
 stand there are not computed again.
 """
@@ -54,21 +54,6 @@ def made(args, row, keep):
     return cell
 
 
-def of_llama_cpp(path, prompts):
-    """For each prompt, the likeliest next tokens and their log-probabilities in llama.cpp."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 256, 1, False
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server, found = xllamacpp.Server(params), []
-    for ids in prompts:
-        asked = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": LIKELIEST, "cache_prompt": False}
-        found.append({each["id"]: each["logprob"] for each in _tops(_plain(server.handle_completions(asked)))})
-    return found, [_tokens(server.listening_address, text) for text in PROMPTS]
-
-
 def _tokens(address, text):
     """The tokens of a text in llama.cpp."""
     body = json.dumps({"content": text, "add_special": True}).encode()
@@ -77,33 +62,17 @@ def _tokens(address, text):
         return json.load(answer)["tokens"]
 
 
-def _plain(answer):
-    return json.loads(answer) if isinstance(answer, str) else answer
-
-
-def _tops(answer):
-    if "completion_probabilities" in answer:
-        return answer["completion_probabilities"][0]["top_logprobs"]
-    return answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-
-
-@torch.no_grad()
-def largest_difference(model, prompts, theirs):
-    """The largest difference of a log-probability that llama.cpp gave."""
-    gaps = []
-    for ids, found in zip(prompts, theirs, strict=True):
-        ours = model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
-        gaps += [abs(float(ours[token]) - logprob) for token, logprob in found.items()]
-    return max(gaps)
-
-
 def in_llama_cpp(folder, out):
     """Export a folder as GGUF and compare it in llama.cpp with transformers."""
+    from llama_cpp import largest_difference, predictions, server_of
+
     model, tokenizer = load(folder, "float32")
     prompts, rows = [tokenizer(text).input_ids for text in PROMPTS], {}
     for weights in ("float32", "float16", "int8"):
         record = slimrank.export(folder, out / f"gguf-{weights}", to="gguf", weights=weights, overwrite=True)
-        found, tokens = of_llama_cpp(out / f"gguf-{weights}" / "model.gguf", prompts)
+        server = server_of(out / f"gguf-{weights}" / "model.gguf")
+        found = predictions(server, prompts, LIKELIEST)
+        tokens = [_tokens(server.listening_address, text) for text in PROMPTS]
         rows[weights] = {
             "bytes": record.bytes, "read back": record.difference, "log-probability": largest_difference(
                 model, prompts, found), "same tokens": sum(a == b for a, b in zip(tokens, prompts, strict=True)),

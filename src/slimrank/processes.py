@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=30)  # that a process waits for the others: the leader may measure alone
+PATIENCE = timedelta(days=1)  # that a process waits: the leader may allocate for hours, and torchrun sees who has died
 
 _joined: ContextVar[bool] = ContextVar("joined", default=False)
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
@@ -48,9 +48,9 @@ class Processes:
         """Return the part of some items that this process works on; parts differ by one item at most."""
         return items[len(items) * self.rank // self.count : len(items) * (self.rank + 1) // self.count]
 
-    def share(self, value: T, source: int = 0) -> T:
-        """Return what process `source` calls this with."""
-        return self.all(value)[source]
+    def share(self, value: T) -> T:
+        """Return what the leader calls this with."""
+        return self.all(value)[0]
 
     def all(self, value: T) -> list[T]:
         """Return what each process calls this with."""
