@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from slimrank.pipeline.units import Unit
     from slimrank.statistics.catalogue import GatherOptions
 
-WHOLE = {"gradients", "projectors"}  # needs that are no sums over tokens
+WHOLE = {"gradients", "projectors"}  # needs that cannot be summed over parts of the text
 
 
 def shares_text(gathering: GatherOptions) -> bool:
