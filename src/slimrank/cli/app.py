@@ -28,7 +28,7 @@ from slimrank.cli import (
 )
 from slimrank.cli.lazy import LazyGroup
 from slimrank.errors import RecipeError, SlimrankError
-from slimrank.processes import started_together
+from slimrank.processes import is_leader, started_together
 
 SHARED = ("compress", "recover", "evaluate")  # commands that several processes can run together
 
@@ -82,6 +82,8 @@ def _root(
     ] = False,
 ) -> None:
     if started_together() > 1 and context.invoked_subcommand not in SHARED:
+        if not is_leader():
+            raise typer.Exit(1)  # the leader says why
         raise RecipeError(
             f"{started_together()} processes were started, and '{context.invoked_subcommand}' runs in one.",
             f"without torchrun: slimrank {context.invoked_subcommand} ...; these share their work: {', '.join(SHARED)}",
