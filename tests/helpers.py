@@ -1,7 +1,11 @@
 """Tiny random models of several layouts, a byte tokenizer, and text: all made here, nothing downloaded."""
 
 import functools
+import os
 import random
+import subprocess
+import sys
+import tempfile
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -110,6 +114,25 @@ def save_tiny(folder, name="llama", bos=False, **changes):
     model.save_pretrained(folder)
     byte_tokenizer(bos).save_pretrained(folder)
     return folder
+
+
+def check_without_slimrank(folder, ids, expected):
+    """Load a folder by its own code where slimrank cannot be imported; its logits are exactly the expected ones."""
+    program = """
+import sys
+sys.modules["slimrank"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids, expected = torch.load(sys.argv[2])
+with torch.no_grad():
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+"""
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        torch.save((ids, expected), file.name)
+        command = [sys.executable, "-c", program, str(folder), file.name]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
 
 
 def nothing_drawn(record):

@@ -1,8 +1,6 @@
 """Saved models under the quantisers of other libraries: loaded through them, saved, loaded again."""
 
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -14,7 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import slimrank
-from helpers import byte_tokenizer, tiny_model
+from helpers import byte_tokenizer, check_without_slimrank, tiny_model
 from slimrank.checkpoint.few_bits_slimrank import nearest_bits
 from slimrank.checkpoint.save import mark_model, replace_linears
 from slimrank.layers.base import compressed_layers
@@ -141,20 +139,7 @@ def test_a_quantised_model_loads_without_slimrank(folders, tmp_path):
     make, _, _ = QUANTISERS["torchao int8"]
     model = load(folders["pivot"][0], quantization_config=make())
     model.save_pretrained(tmp_path)
-    torch.save(logits(model), tmp_path / "expected.pt")
-    program = """
-import os, sys
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.modules["slimrank"] = None
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    assert torch.equal(model(input_ids=ids).logits, torch.load(sys.argv[1] + "/expected.pt"))
-"""
-    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    check_without_slimrank(tmp_path, IDS, logits(model))
 
 
 # without these libraries -----------------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """The remapped form: 8 bits where both factors have numbers, 16 where only one has; its numbers come back as stored."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import slimrank
-from helpers import VOCABULARY, byte_tokenizer, save_tiny, tiny_model
+from helpers import VOCABULARY, byte_tokenizer, check_without_slimrank, save_tiny, tiny_model
 from slimrank.errors import RecipeError
 from slimrank.layers.base import compressed_layers
 from slimrank.layers.forms import layer_form
@@ -112,19 +110,7 @@ def test_a_compressed_model_loads_bit_for_bit_with_slimrank_and_without(tmp_path
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.state_dict().items() if name in stored)
     assert torch.equal(logits(loaded), logits(result.model))
-    torch.save(logits(loaded), tmp_path / "expected.pt")
-    program = f"""
-import sys
-sys.modules["slimrank"] = None
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("{tmp_path}/out", trust_remote_code=True)
-with torch.no_grad():
-    found = model(input_ids=torch.tensor({TEXT.tolist()})).logits
-assert torch.equal(found, torch.load("{tmp_path}/expected.pt"))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    check_without_slimrank(tmp_path / "out", TEXT, logits(loaded))
 
 
 def test_keep_counts_bits_and_plan_tells_the_bytes_of_the_file(tmp_path):
